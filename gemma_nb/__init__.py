@@ -1,0 +1,72 @@
+"""Chat with Gemma in a notebook, and see what the model computed.
+
+    import gemma_nb as gnb
+
+Public names are imported on first use, so that `import gemma_nb` stays cheap: it starts no JAX
+device and imports no widget.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.  A module stands for itself.
+_PUBLIC = {
+    # models
+    "load": "gemma_nb.checkpoints.load",
+    "list_models": "gemma_nb.checkpoints.catalog",
+    "GemmaTransformer": "gemma_nb.model",
+    "GemmaInputs": "gemma_nb.model",
+    "TransformerConfig": "gemma_nb.config",
+    "presets": "gemma_nb.presets",
+    "nn": "gemma_nb.nn",
+    # chat
+    "ChatSession": "gemma_nb.chat.session",
+    "Sampling": "gemma_nb.sampling.methods",
+    "Capture": "gemma_nb.sampling.evidence",
+    # inspection
+    "Trace": "gemma_nb.interp.trace",
+    "trace": "gemma_nb.interp.trace",
+    "list_sites": "gemma_nb.sites",
+    "plots": "gemma_nb.plots",
+    # panels
+    "ChatApp": "gemma_nb.app",
+    "widgets": "gemma_nb.widgets",
+    # errors
+    "errors": "gemma_nb.errors",
+    "CheckpointError": "gemma_nb.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'gemma_nb' has no attribute {name!r}")
+    home = importlib.import_module(_PUBLIC[name])
+    # `presets`, `nn`, ...: the module itself; otherwise a name in it.
+    value = home if home.__name__ == f"gemma_nb.{name}" else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from gemma_nb import errors, nn, plots, presets, widgets
+    from gemma_nb.app import ChatApp
+    from gemma_nb.chat.session import ChatSession
+    from gemma_nb.checkpoints.catalog import list_models
+    from gemma_nb.checkpoints.load import load
+    from gemma_nb.config import TransformerConfig
+    from gemma_nb.errors import CheckpointError
+    from gemma_nb.interp.trace import Trace, trace
+    from gemma_nb.model import GemmaInputs, GemmaTransformer
+    from gemma_nb.sampling.evidence import Capture
+    from gemma_nb.sampling.methods import Sampling
+    from gemma_nb.sites import list_sites

@@ -1,0 +1,129 @@
+"""The layers that hold parameters: linear maps, norms and the embedding table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+# Parameters that nobody loads are only ever tested against themselves; a small normal keeps
+# random models finite at any depth.
+_INIT = nn.initializers.normal(0.02)
+
+
+@flax.struct.dataclass
+class Rows:
+    """A weight stored as (out, in) rows, the layout in which one token streams it from memory.
+
+    XLA's CPU backend runs `x @ rows.T` for one x near memory bandwidth when each output's inputs
+    lie together, and several times slower in the official layouts.  Rows stand in the linen
+    collection `prepared` beside (or instead of) the official parameter that they were made from.
+    """
+
+    values: Float[Array, "out inner"]
+
+    def __call__(self, x: Float[Array, "*lead inner"]) -> Float[Array, "*lead out"]:
+        """x times the weight, in x's dtype."""
+        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        if x.shape[0] == 1:
+            x = materialize(x[0])
+        return (x @ self.values.T.astype(x.dtype)).reshape(*lead, -1)
+
+
+def materialize(x: Float[Array, " n"]) -> Float[Array, " n"]:
+    """x itself, but computed once before whatever reads it.
+
+    XLA's CPU fusion would otherwise inline the computation of x into the matrix-vector product
+    that follows and redo it for every output row.  A conditional is the one boundary it keeps
+    (`lax.optimization_barrier` is dropped before fusion); its predicate is not provable, but holds
+    for every number but +inf, for which the other branch is right too.
+    """
+    return lax.cond(x[0] < jnp.inf, lambda a: a, lambda a: a + 0.0, x)
+
+
+class Einsum(nn.Module):
+    """A linear map `...in,w->...out` whose weight keeps its official shape and name.
+
+    Attributes:
+      eqn: the einsum; the output's weight axes stand in the weight's own order.
+      shape: the weight's shape.
+      weight_name: the parameter's name.
+    """
+
+    eqn: str
+    shape: tuple[int, ...]
+    weight_name: str = "w"
+
+    def _axes(self) -> tuple[list[int], list[int]]:
+        """Indices of the weight's output axes and of its input axes."""
+        weight, out = self.eqn.split(",")[1].split("->")
+        return (
+            [i for i, axis in enumerate(weight) if axis in out],
+            [i for i, axis in enumerate(weight) if axis not in out],
+        )
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the map; computes in x's dtype."""
+        out, inner = self._axes()
+        if self.has_variable("prepared", self.weight_name):
+            stored: Rows = self.get_variable("prepared", self.weight_name)
+            y = stored(x.reshape(*x.shape[: x.ndim - len(inner)], -1))
+            return y.reshape(*y.shape[:-1], *(self.shape[axis] for axis in out))
+        w = self.param(self.weight_name, _INIT, self.shape)
+        # `init` makes every collection mutable, and must not fill this one.
+        if self.is_mutable_collection("prepared") and not self.is_initializing():
+            size = math.prod(self.shape[axis] for axis in out)
+            rows = Rows(w.transpose(*out, *inner).reshape(size, -1))
+            self.put_variable("prepared", self.weight_name, rows)
+        return jnp.einsum(self.eqn, x, w.astype(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, scaled by 1 + scale (arXiv:1910.07467; Gemma's offset).
+
+    Computed in float32 whatever the activations are, and returned in their dtype.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        """x / sqrt(mean(x^2) + epsilon) * (1 + scale) over the last axis."""
+        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+class Embedder(nn.Module):
+    """The token embedding, which is the vocabulary head as well.
+
+    Attributes:
+      num_embed: V.
+      embed_dim: D.
+      dtype: of the activations.
+    """
+
+    num_embed: int
+    embed_dim: int
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Declares the one table."""
+        self.table = self.param("input_embedding", _INIT, (self.num_embed, self.embed_dim))
+
+    def encode(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
+        """Embeddings times sqrt(D); the multiplier is rounded to the activations' dtype."""
+        multiplier = jnp.asarray(math.sqrt(self.embed_dim), self.dtype)
+        return self.table[tokens].astype(self.dtype) * multiplier
+
+    def decode(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
+        """Logits of normalised hidden states, in float32."""
+        return Rows(self.table)(x.astype(jnp.float32))

@@ -1,0 +1,141 @@
+"""Gemma 1, 2 and 3 text models, by configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from gemma_nb.config import TransformerConfig
+from gemma_nb.nn.block import Block
+from gemma_nb.nn.layers import Embedder, RMSNorm
+from gemma_nb.typing import EMPTY, KVCache, Params
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass returns.
+
+    Attributes:
+      logits: (B, T, V) float32, or (B, V) with `return_last_only`.
+      cache: the extended cache, where one was given.
+      hidden_states: (B, T, D) after the final norm, or (B, D); only on request.
+    """
+
+    logits: jax.Array
+    cache: KVCache | None
+    hidden_states: jax.Array | None
+
+
+class Transformer(nn.Module):
+    """A Gemma text model whose parameter tree is that of the official Flax checkpoints.
+
+    Scoring, prefill, decoding and tracing all run this module.  What makes decoding fast is a
+    different storage of the same parameters, the collection `prepared` (see `prepare`), which its
+    linear maps use in place of a parameter where it is there.
+
+    Attributes:
+      config: the model's numbers.
+      dtype: of the activations.  float32 by default, also over bfloat16 parameters.
+    """
+
+    config: TransformerConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Declares embedder, layers and final norm under their official names."""
+        c = self.config
+        self.embedder = Embedder(c.num_embed, c.embed_dim, self.dtype)
+        self.blocks = [Block(c, spec, name=f"layer_{i}") for i, spec in enumerate(c.layers)]
+        self.final_norm = RMSNorm()
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        cache: KVCache | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        attention_mask: Bool[Array, "B T S"] | None = None,
+        return_last_only: bool | None = None,
+        return_hidden_states: bool | None = None,
+    ) -> Output:
+        """One forward pass.
+
+        Args:
+          tokens: token ids.
+          cache: keys and values of earlier tokens; None for a pass over the whole text.
+          positions: of the tokens; by default they continue the cache, or count from 0.  -1 marks
+            padding, which is neither seen nor stored.
+          attention_mask: replaces the causal rule; over cache slots where a cache is given.
+          return_last_only: logits and hidden states of the last token only.
+          return_hidden_states: return the states that the logits were computed from.
+        """
+        if positions is None:
+            start = 0 if cache is None else cache["layer_0"]["end_index"][:, None]
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self.embedder.encode(tokens)
+        self.sow("intermediates", "embed", x)
+        new_cache: KVCache = {}
+        for i, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache[f"layer_{i}"]
+            x, layer_cache = block(x, positions, layer_cache, attention_mask)
+            if layer_cache is not None:
+                new_cache[f"layer_{i}"] = layer_cache
+        x = self.final_norm(x)
+        self.sow("intermediates", "final", x)
+        if return_last_only:
+            x = x[:, -1]
+        return Output(
+            # A caller under jit that ignores the logits does not pay for them.
+            logits=self.unembed(x),
+            cache=None if cache is None else new_cache,
+            hidden_states=x if return_hidden_states else None,
+        )
+
+    def unembed(self, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
+        """Logits of final-normed hidden states, soft-capped where the model says so."""
+        logits = self.embedder.decode(hidden)
+        cap = self.config.final_logit_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def init_cache(
+        self, *, batch_size: int, dtype: Any, cache_length: int, sharding: Any = None
+    ) -> KVCache:
+        """An empty cache for `cache_length` positions.
+
+        Args:
+          batch_size: B.
+          dtype: of keys and values.
+          cache_length: S.
+          sharding: where the arrays are placed; None leaves it to JAX.
+        """
+        c = self.config
+
+        def layer() -> dict[str, jax.Array]:
+            shape = (batch_size, cache_length, c.num_kv_heads, c.head_dim)
+            return {
+                "k": jnp.zeros(shape, dtype),
+                "v": jnp.zeros(shape, dtype),
+                "positions": jnp.full(shape[:2], EMPTY, jnp.int32),
+                "end_index": jnp.zeros(batch_size, jnp.int32),
+            }
+
+        cache = {f"layer_{i}": layer() for i in range(c.num_layers)}
+        return cache if sharding is None else jax.device_put(cache, sharding)
+
+    def prepare(self, params: Params) -> Params:
+        """The collection `prepared` for `params`: its matrices as rows, in their own dtype.
+
+        A pure function of the official tree.  `apply({"params": params, "prepared": prepared},
+        ...)` computes what `apply({"params": params}, ...)` does.
+        """
+
+        def run(params: Params) -> Params:
+            probe = jnp.zeros((1, 1), jnp.int32)
+            return self.apply({"params": params}, probe, mutable=["prepared"])[1]["prepared"]
+
+        return jax.jit(run)(params)
