@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import flax
 import jax
@@ -127,7 +127,7 @@ def _score(
     positions: jax.Array | None,
     attention_mask: jax.Array | None,
 ) -> jax.Array:
-    output: Output = transformer.apply(
+    output = transformer.apply(
         {"params": params}, tokens, positions=positions, attention_mask=attention_mask
     )
-    return output.logits
+    return cast(Output, output).logits

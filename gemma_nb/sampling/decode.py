@@ -1,0 +1,212 @@
+"""The compiled step, and the stream of tokens that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.nn import Output, Transformer
+from gemma_nb.sampling.cache import StreamCache, grow, rewind, size_for
+from gemma_nb.sampling.evidence import Evidence, observe
+from gemma_nb.sampling.methods import Controls, Sampling, distribution, draw
+from gemma_nb.sampling.prefill import BUCKETS, chunks
+from gemma_nb.typing import Params
+
+
+def decoding_weights(model: GemmaTransformer) -> Params:
+    """The linen variables that decoding runs on: matrices as rows, the rest as it is."""
+    prepared = model.transformer.prepare(model.params)
+    flat = flax.traverse_util.flatten_dict(dict(model.params))
+    kept = {
+        path: leaf
+        for path, leaf in flat.items()
+        if path not in flax.traverse_util.flatten_dict(prepared)
+    }
+    return {"params": flax.traverse_util.unflatten_dict(kept), "prepared": prepared}
+
+
+# Static: the module (its configuration) and the number of alternatives.  Traced: everything else,
+# so a compilation is made per (number of tokens, cache size) and no setting adds one.
+@partial(
+    jax.jit,
+    static_argnames=("transformer", "top_k"),
+    donate_argnames=("cache", "seen"),
+)
+def _step(
+    transformer: Transformer,
+    weights: Params,
+    cache: StreamCache,
+    seen: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    last: jax.Array,
+    controls: Controls,
+    *,
+    top_k: int,
+) -> tuple[StreamCache, jax.Array, Evidence]:
+    """Feeds tokens (1, T), and chooses the one after index `last`."""
+    output = cast(
+        Output,
+        transformer.apply(
+            weights,
+            tokens,
+            cache=cache.to_model(transformer.config),
+            positions=positions,
+            return_hidden_states=True,
+        ),
+    )
+    assert output.hidden_states is not None
+    assert output.cache is not None
+    # Only the last token's logits: the vocabulary is most of a small model's work.
+    logits = cast(
+        jax.Array, transformer.apply(weights, output.hidden_states[0, last], method="unembed")
+    )
+    padded = jnp.where(positions[0] >= 0, tokens[0], seen.shape[0])
+    seen = seen.at[padded].set(True, mode="drop")
+    dist = distribution(logits, controls, seen)
+    token = draw(dist, controls, positions[0, last])
+    return StreamCache.from_model(output.cache), seen, observe(logits, dist, token, top_k)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading items a and b share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+class Decoder:
+    """One stream of tokens: what is in the cache, and the next choice.
+
+    Not thread-safe: the session that owns it holds a lock.
+
+    Attributes:
+      ids: the token ids in the cache, in order.
+      limit: most positions that the cache may hold.
+    """
+
+    def __init__(self, model: GemmaTransformer, *, limit: int, top_k: int) -> None:
+        self.limit = limit
+        self.ids: list[int] = []
+        self._transformer = model.transformer
+        self._weights = decoding_weights(model)
+        self._top_k = top_k
+        self._cache: StreamCache | None = None
+        self._seen: Any = None
+        self._controls: Controls | None = None
+        self._next: int | None = None  # the token chosen last, not yet fed
+
+    @property
+    def full(self) -> bool:
+        """Whether no further token can be fed."""
+        return len(self.ids) >= self.limit
+
+    def reset(self) -> None:
+        """Forgets everything; the next prompt is computed from its first token."""
+        self.ids, self._cache, self._next = [], None, None
+
+    def begin(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
+        """Readies the stream to continue `ids`, reusing what the cache already holds of it.
+
+        Args:
+          ids: the whole context, at least one token.
+          sampling: settings of the reply; its seed is set.
+
+        Returns:
+          What of `ids` is still to be fed; at least the last token, whose logits are needed.
+
+        Raises:
+          ValueError: the context is empty or exceeds `limit`.
+        """
+        if not 0 < len(ids) <= self.limit:
+            raise ValueError(f"a context must hold 1 to {self.limit} tokens, got {len(ids)}")
+        shared = _common_prefix(self.ids, ids[:-1])
+        config = self._transformer.config
+        size = size_for(len(ids) + 1, self.limit)
+        if self._cache is None:
+            self._cache, shared = StreamCache.empty(config, size), 0
+        elif self._cache.size < size:
+            self._cache = grow(self._cache, size)
+        if shared < len(self.ids):
+            self._cache = rewind(self._cache, jnp.int32(shared))
+        self.ids = list(ids[:shared])
+        self._controls = Controls.of(sampling, config.num_embed)
+        seen = np.zeros(config.num_embed, bool)
+        seen[self.ids] = True
+        self._seen = jnp.asarray(seen)
+        return list(ids[shared:])
+
+    def prefill(
+        self, ids: Sequence[int], between: Callable[[int], bool] | None = None
+    ) -> Evidence | None:
+        """Feeds a prompt and chooses the token after it.
+
+        Args:
+          ids: what `begin` returned.
+          between: called between pieces with the number of tokens fed; False ends the prefill.
+
+        Returns:
+          The evidence on the host, or None where `between` ended it.
+        """
+        result = None
+        for fed, (tokens, positions, last) in enumerate(chunks(ids, len(self.ids))):
+            if fed and between is not None and not between(len(self.ids)):
+                return None
+            result = self._feed(tokens, positions, last)
+        return result
+
+    def step(self) -> Evidence:
+        """Feeds the token chosen last, and chooses the next; evidence on the host.
+
+        Raises:
+          RuntimeError: nothing was chosen yet, or the cache is full.
+        """
+        if self._next is None or self.full:
+            raise RuntimeError("step() needs a prefilled stream with room for one more token")
+        token, position = [[self._next]], [[len(self.ids)]]
+        return self._feed(np.array(token, np.int32), np.array(position, np.int32), 0)
+
+    def compile(self, progress: Callable[[float], None] | None = None) -> None:
+        """Compiles every step that a short conversation needs, and leaves the stream empty."""
+        self.reset()
+        sizes = (*BUCKETS[:2], 1)
+        for i, size in enumerate(sizes):
+            rest = self.begin([0] * min(size, self.limit - 1), Sampling(seed=0))
+            self.prefill(rest)
+            self.reset()
+            if progress is not None:
+                progress((i + 1) / len(sizes))
+
+    def _feed(self, tokens: np.ndarray, positions: np.ndarray, last: int) -> Evidence:
+        assert self._cache is not None
+        assert self._controls is not None
+        fed = [int(token) for token in tokens[0, : last + 1]]
+        size = size_for(len(self.ids) + len(fed), self.limit)
+        if self._cache.size < size:
+            self._cache = grow(self._cache, size)
+        try:
+            self._cache, self._seen, evidence = _step(
+                self._transformer,
+                self._weights,
+                self._cache,
+                self._seen,
+                tokens,
+                positions,
+                np.int32(last),
+                self._controls,
+                top_k=self._top_k,
+            )
+            evidence = jax.device_get(evidence)
+        except BaseException:
+            # The cache was donated, so what is left of it cannot be trusted.
+            self.reset()
+            raise
+        self.ids.extend(fed)
+        self._next = int(evidence.token)
+        return evidence

@@ -1,0 +1,86 @@
+"""What is known about each choice, computed in the step that makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_nb.sampling.methods import Distribution
+from gemma_nb.sampling.top_k import top_k
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """What every reply token keeps.
+
+    Attributes:
+      top_k: how many alternatives.
+    """
+
+    top_k: int = 10
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= 256:
+            raise ValueError(f"Capture.top_k must lie in 1 to 256, got {self.top_k!r}")
+
+
+@flax.struct.dataclass
+class Evidence:
+    """The evidence of one choice.
+
+    Log-probabilities and entropy are in nats and of the model's own distribution, before the
+    sampler; probabilities are what the sampler drew from.
+
+    Attributes:
+      token: int32, the chosen id.
+      logprob: float32, log-probability of the chosen token before the sampler.
+      probability: float32, its probability after the sampler.
+      entropy: float32, of the model's distribution.
+      rank: int32, how many tokens the model found more likely (0: its first choice).
+      ids: (k,) int32, the model's most likely tokens, in order.
+      logprobs: (k,) float32, theirs before the sampler.
+      probabilities: (k,) float32, theirs after it.
+      finite: bool, whether all logits were finite.
+    """
+
+    token: jax.Array
+    logprob: jax.Array
+    probability: jax.Array
+    entropy: jax.Array
+    rank: jax.Array
+    ids: jax.Array
+    logprobs: jax.Array
+    probabilities: jax.Array
+    finite: jax.Array
+
+
+def observe(
+    logits: Float[Array, " V"], dist: Distribution, token: Int[Array, ""], k: int
+) -> Evidence:
+    """Evidence of choosing `token` from `logits` through `dist`.
+
+    Args:
+      logits: the model's, float32.
+      dist: what the sampler made of them.
+      token: the chosen id.
+      k: number of alternatives; at most V are returned.
+    """
+    log_total = jax.nn.logsumexp(logits)
+    # H = -sum p log p = log Z - sum p x, with p = exp(x - log Z).
+    entropy = log_total - jnp.sum(jnp.exp(logits - log_total) * logits)
+    values, ids = top_k(logits, min(k, logits.shape[0]))
+    return Evidence(
+        token=token,
+        logprob=logits[token] - log_total,
+        probability=dist.probability(token),
+        entropy=entropy,
+        rank=jnp.sum(logits > logits[token], dtype=jnp.int32),
+        ids=ids,
+        logprobs=values - log_total,
+        probabilities=dist.probability(ids),
+        finite=jnp.isfinite(entropy),
+    )

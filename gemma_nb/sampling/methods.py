@@ -1,0 +1,245 @@
+"""How the next token is chosen: the settings, and the distribution that they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from gemma_nb.sampling.top_k import top_k
+
+if TYPE_CHECKING:
+    from gemma_nb.model import GemmaTransformer
+
+# Top-k up to this, and any nucleus that fits into it, needs no sort of the whole vocabulary.
+_SHORTLIST = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How replies are sampled.  `None` switches a method off.
+
+    The methods apply in this order, as in Hugging Face transformers: repetition penalty,
+    forbidden tokens, temperature, top-k, top-p, min-p.
+
+    Attributes:
+      temperature: logits are divided by it; 0 always takes the most likely token (greedy).
+      top_k: keep the k most likely tokens.
+      top_p: keep the fewest tokens whose probability adds up to at least this
+        (nucleus sampling, arXiv:1904.09751).
+      min_p: keep tokens at least this many times as likely as the most likely one
+        (arXiv:2407.01082).
+      repetition_penalty: logits of tokens already in the context are divided by it where positive,
+        multiplied where negative (CTRL, arXiv:1909.05858, section 4.1).  1 changes nothing.
+      seed: the same seed in the same conversation gives the same reply; None draws one, which the
+        turn then records.
+      max_new_tokens: longest reply.
+      stop: the reply ends before the first of these strings.
+      forbidden: token ids that are never chosen.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    forbidden: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "forbidden", tuple(int(i) for i in self.forbidden))
+        self._check_ranges()
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
+
+    def _check_ranges(self) -> None:
+        t, p, m, r = self.temperature, self.top_p, self.min_p, self.repetition_penalty
+        checks = (
+            (0 <= t < math.inf, "temperature must be a number >= 0 (0 is greedy)", t),
+            (
+                self.top_k is None or self.top_k >= 1,
+                "top_k must be at least 1, or None for no limit",
+                self.top_k,
+            ),
+            (p is None or 0 < p <= 1, "top_p must lie in (0, 1], or be None", p),
+            (m is None or 0 <= m <= 1, "min_p must lie in [0, 1], or be None", m),
+            (r is None or 0 < r < math.inf, "repetition_penalty must be positive, or None", r),
+            (
+                self.max_new_tokens >= 1,
+                "max_new_tokens must be at least 1",
+                self.max_new_tokens,
+            ),
+            (
+                self.seed is None or 0 <= self.seed < 2**32,
+                "seed must lie in 0 to 2**32 - 1, or be None",
+                self.seed,
+            ),
+        )
+        for holds, message, value in checks:
+            if not holds:
+                raise ValueError(f"{message}; got {value!r}")
+
+    @classmethod
+    def recommended(cls, model: GemmaTransformer, **changes: object) -> Sampling:
+        """What the authors of `model`'s checkpoint recommend, with `changes` on top."""
+        fields = dict(model.info.sampling) if model.info else {}
+        return cls(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@flax.struct.dataclass
+class Controls:
+    """`Sampling` as scalars on the device: a changed setting never recompiles.
+
+    Attributes:
+      temperature: float32, 0 for greedy.
+      top_k: int32, 0 for off.
+      top_p: float32, 1 for off.
+      min_p: float32, 0 for off.
+      repetition_penalty: float32, 1 for off.
+      banned: (V,) bool, tokens never chosen.
+      key: the reply's random key.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    banned: jax.Array
+    key: jax.Array
+
+    @classmethod
+    def of(cls, sampling: Sampling, num_embed: int) -> Controls:
+        """Controls for `sampling`, whose seed must be set.
+
+        Raises:
+          ValueError: a forbidden id outside the vocabulary, or no seed.
+        """
+        if sampling.seed is None:
+            raise ValueError("the seed must be drawn before sampling starts")
+        banned = np.zeros(num_embed, bool)
+        outside = [i for i in sampling.forbidden if not 0 <= i < num_embed]
+        if outside:
+            raise ValueError(f"forbidden ids must lie in 0 to {num_embed - 1}, got {outside[:5]}")
+        banned[list(sampling.forbidden)] = True
+        if banned.all():
+            raise ValueError("every token of the vocabulary is forbidden: none is left to choose")
+        return cls(
+            temperature=jnp.float32(sampling.temperature),
+            top_k=jnp.int32(min(sampling.top_k or 0, num_embed)),
+            top_p=jnp.float32(1.0 if sampling.top_p is None else sampling.top_p),
+            min_p=jnp.float32(sampling.min_p or 0.0),
+            repetition_penalty=jnp.float32(sampling.repetition_penalty or 1.0),
+            banned=jnp.asarray(banned),
+            key=jax.random.key(sampling.seed),
+        )
+
+
+@flax.struct.dataclass
+class Distribution:
+    """What the sampler draws from: softmax of `scores` over scores >= threshold.
+
+    Attributes:
+      scores: (V,) float32 logits after penalty, bans and temperature.
+      threshold: scalar; what lies below has probability 0.
+      log_total: scalar, log-sum-exp of the kept scores.
+    """
+
+    scores: jax.Array
+    threshold: jax.Array
+    log_total: jax.Array
+
+    def probability(self, ids: Int[Array, "*n"]) -> Float[Array, "*n"]:
+        """Probability of drawing each id."""
+        scores = self.scores[ids]
+        return jnp.where(scores >= self.threshold, jnp.exp(scores - self.log_total), 0.0)
+
+
+def distribution(
+    logits: Float[Array, " V"], controls: Controls, seen: Bool[Array, " V"]
+) -> Distribution:
+    """The distribution that `controls` make of the model's logits.
+
+    Args:
+      logits: as the model computed them, float32.
+      controls: the settings.
+      seen: tokens of the context so far, for the repetition penalty.
+    """
+    penalty = controls.repetition_penalty
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    scores = jnp.where(seen, penalised, logits)
+    scores = jnp.where(controls.banned, -jnp.inf, scores)
+    greedy = controls.temperature == 0
+    scores = scores / jnp.where(greedy, 1.0, controls.temperature)
+
+    kept = jnp.where(greedy, 1, controls.top_k)
+    threshold = _rank_threshold(scores, kept, controls.top_p)
+    threshold = jnp.maximum(threshold, scores.max() + jnp.log(controls.min_p))
+    log_total = jax.nn.logsumexp(jnp.where(scores >= threshold, scores, -jnp.inf))
+    return Distribution(scores, threshold, log_total)
+
+
+def _rank_threshold(scores: jax.Array, k: jax.Array, p: jax.Array) -> jax.Array:
+    """The smallest score that top-k (0: off) and then top-p (1: off) keep."""
+    size = scores.shape[0]
+    log_total = jax.nn.logsumexp(scores)
+
+    def smallest_kept(ordered: jax.Array) -> jax.Array:
+        index = jnp.arange(ordered.shape[0])
+        within = (k == 0) | (index < k)
+        # Top-p looks at the distribution that top-k has left.
+        total = jnp.where(k == 0, log_total, jax.nn.logsumexp(jnp.where(within, ordered, -jnp.inf)))
+        probabilities = jnp.where(within, jnp.exp(ordered - total), 0.0)
+        before = jnp.cumsum(probabilities) - probabilities
+        nucleus = within & ((before < p) | (p >= 1) | (index == 0))
+        return jnp.min(jnp.where(nucleus, ordered, jnp.inf))
+
+    def by_full_sort() -> jax.Array:
+        return smallest_kept(-jnp.sort(-scores))
+
+    def by_shortlist() -> jax.Array:
+        shortlist, _ = top_k(scores, min(_SHORTLIST, size))
+        covered = jnp.exp(shortlist - log_total).sum()
+        enough = ((k > 0) & (k <= _SHORTLIST)) | ((k == 0) & (covered >= p))
+        return lax.cond(enough, lambda: smallest_kept(shortlist), by_full_sort)
+
+    # Conditionals, not selects: only the branch that is needed is computed.
+    return lax.cond((k == 0) & (p >= 1), lambda: jnp.float32(-jnp.inf), by_shortlist)
+
+
+def draw(dist: Distribution, controls: Controls, position: Int[Array, ""]) -> Int[Array, ""]:
+    """The token id drawn for `position`: the same key and position always draw the same.
+
+    By inversion of the cumulative distribution with one uniform number, in two levels (blocks of
+    the vocabulary, then inside one), since a cumulative sum over all of it is slow.
+    """
+    block = 128
+    weights = jnp.where(dist.scores >= dist.threshold, jnp.exp(dist.scores - dist.log_total), 0.0)
+    padded = jnp.pad(weights, (0, -weights.shape[0] % block)).reshape(-1, block)
+    uniform = jax.random.uniform(jax.random.fold_in(controls.key, position))
+
+    def invert(w: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First index whose running sum exceeds target, and what is left of target there."""
+        running = jnp.cumsum(w)
+        # Rounding may leave target at or beyond the sum: take the last entry that has weight.
+        last = jnp.max(jnp.where(w > 0, jnp.arange(w.shape[0]), 0))
+        index = jnp.minimum(jnp.sum(running <= target), last)
+        return index, target - (running[index] - w[index])
+
+    sums = padded.sum(axis=1)
+    row, rest = invert(sums, uniform * sums.sum())
+    column, _ = invert(padded[row], jnp.maximum(rest, 0.0))
+    greedy = jnp.argmax(dist.scores)
+    return jnp.where(controls.temperature == 0, greedy, row * block + column).astype(jnp.int32)

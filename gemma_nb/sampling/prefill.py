@@ -1,0 +1,36 @@
+"""How a prompt is cut into compiled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from gemma_nb.typing import EMPTY
+
+# Prompt lengths that are compiled.  Few, since each costs seconds the first time.
+BUCKETS = (32, 128, 512)
+
+
+def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Cuts a prompt into padded pieces.
+
+    Args:
+      ids: the prompt's token ids, at least one.
+      start: position of the first.
+
+    Yields:
+      tokens (1, T) int32, positions (1, T) int32 with -1 on padding, and the index of the last
+      real token; T is 1 or one of `BUCKETS`.
+    """
+    done = 0
+    while done < len(ids):
+        left = len(ids) - done
+        size = 1 if left == 1 else next((b for b in BUCKETS if b >= left), BUCKETS[-1])
+        count = min(size, left)
+        tokens = np.zeros((1, size), np.int32)
+        positions = np.full((1, size), EMPTY, np.int32)
+        tokens[0, :count] = ids[done : done + count]
+        positions[0, :count] = start + done + np.arange(count)
+        yield tokens, positions, count - 1
+        done += count
