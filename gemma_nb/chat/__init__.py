@@ -1,0 +1,1 @@
+"""Conversations: turns, their tokens with evidence, and the session that makes them."""

@@ -1,0 +1,160 @@
+"""What a conversation is made of, and what is told while a reply is being made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+from gemma_nb.sampling.methods import Sampling
+
+if TYPE_CHECKING:
+    import pandas
+
+Role = Literal["user", "model"]
+
+# stop: the model ended its turn, or a stop string came.  length: max_new_tokens, or the context is
+# full.  cancelled: chat.stop().  interrupted: the kernel's interrupt.  error: an exception.
+FinishReason = Literal["stop", "length", "cancelled", "interrupted", "error"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that the model considered.
+
+    Attributes:
+      token_id: its id.
+      text: what it stands for on its own.
+      logprob: log-probability in nats, before the sampler.
+      probability: what the sampler drew it with (0 where top-k, top-p or min-p removed it).
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """A token of a reply, with the evidence of its choice.
+
+    Attributes:
+      index: its place in the reply.
+      token_id: its id.
+      text: what it added to the reply; empty for a part of a character, and for the token that
+        ended the reply.
+      piece: what it stands for on its own.
+      position: its absolute position in the context.  It was chosen at position - 1.
+      logprob: log-probability in nats, before the sampler.
+      probability: what the sampler drew it with.
+      entropy: of the model's distribution, in nats.
+      rank: how many tokens the model found more likely (0: its first choice).
+      alternatives: the model's most likely tokens, in order.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    piece: str
+    position: int
+    logprob: float
+    probability: float
+    entropy: float
+    rank: int
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenEvent(TokenRecord):
+    """A token of the reply being made.
+
+    Attributes:
+      cache_used: positions of the context in use.
+      finish_reason: set on the last event of a reply.
+    """
+
+    cache_used: int
+    finish_reason: FinishReason | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timing:
+    """How long a reply took.
+
+    Attributes:
+      prompt_tokens: tokens that had to be computed before the reply (not those still cached).
+      prefill_seconds: until the first token was chosen, compilation included.
+      new_tokens: tokens chosen.
+      decode_seconds: from the first token to the last.
+    """
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, over all tokens but the first; 0 where there is no second."""
+        if self.new_tokens < 2 or self.decode_seconds <= 0:
+            return 0.0
+        return (self.new_tokens - 1) / self.decode_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+      id: unique in its session.
+      role: "user" or "model".
+      text: the message.
+      tokens: a reply's tokens with their evidence; empty for the user's messages.
+      ids: a reply's token ids as they stay in the context, without what ended it.
+      finish_reason: why a reply ended.
+      finish_detail: the same in a sentence.
+      timing: of a reply.
+      sampling: the settings of a reply, its seed included.
+    """
+
+    id: int
+    role: Role
+    text: str
+    tokens: tuple[TokenRecord, ...] = ()
+    ids: tuple[int, ...] | None = None
+    finish_reason: FinishReason | None = None
+    finish_detail: str = ""
+    timing: Timing = Timing()
+    sampling: Sampling | None = None
+
+    def __repr__(self) -> str:
+        end = f", {len(self.tokens)} tokens, {self.finish_reason}" if self.role == "model" else ""
+        return f"<Turn {self.id} {self.role}: {self.text!r}{end}>"
+
+    def table(self, k: int = 3) -> pandas.DataFrame:
+        """The reply's tokens, one per row, with the `k` alternatives that were not chosen.
+
+        Columns: token, probability (before the sampler), drawn with (after it), rank (1: the
+        model's first choice), entropy (nats), and the alternatives with their probabilities.
+        """
+        import math
+
+        import pandas
+
+        rows = []
+        for record in self.tokens:
+            others = [a for a in record.alternatives if a.token_id != record.token_id][:k]
+            rows.append(
+                {
+                    "token": record.piece,
+                    "probability": math.exp(record.logprob),
+                    "drawn with": record.probability,
+                    "rank": record.rank + 1,
+                    "entropy": record.entropy,
+                    "alternatives": ", ".join(
+                        f"{a.text!r} {math.exp(a.logprob):.1%}" for a in others
+                    ),
+                }
+            )
+        columns = ["token", "probability", "drawn with", "rank", "entropy", "alternatives"]
+        return pandas.DataFrame(rows, columns=columns)

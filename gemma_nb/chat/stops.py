@@ -1,0 +1,81 @@
+"""Ending a reply at a stop string, token by token, without ever showing a part of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Holds tokens back while their text may be the beginning of a stop string.
+
+    Feed it each token's text in order.  It hands tokens back as (tag, text) once their text is
+    certain; after a match, tokens of the stop string come back with the text before it, or none.
+
+    Attributes:
+      matched: the stop string that ended the text, or None.
+      leftover: text of the token that the stop string began inside of; "" where it began at a
+        token's edge, or nothing matched.
+      kept: number of tokens that lie wholly before the stop string.
+    """
+
+    def __init__(self, stops: Sequence[str], *, skip_leading_space: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._skip = skip_leading_space
+        self._held: list[str] = []
+        self.matched: str | None = None
+        self.leftover = ""
+        self.kept = 0
+
+    def feed(self, text: str) -> list[str]:
+        """Takes the next token's text; returns the texts of the tokens that are now certain."""
+        if self._skip:
+            # White space before the first word is not yet the reply, so nothing can end in it.
+            if not text.strip():
+                self.kept += 1
+                return [text]
+            self._skip = False
+        self._held.append(text)
+        held = "".join(self._held)
+        found = [(held.find(stop), stop) for stop in self._stops if stop in held]
+        if found:
+            at, self.matched = min(found, key=lambda hit: hit[0])
+            return self._cut(at)
+        return self._release(len(held) - self._pending(held))
+
+    def flush(self) -> list[str]:
+        """The texts still held, when no more tokens come."""
+        texts, self._held = self._held, []
+        self.kept += len(texts)
+        return texts
+
+    def _pending(self, held: str) -> int:
+        """Length of the longest end of `held` that begins a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for size in range(min(longest, len(held)), 0, -1):
+            if any(stop.startswith(held[-size:]) for stop in self._stops):
+                return size
+        return 0
+
+    def _release(self, certain: int) -> list[str]:
+        """Tokens that end within the first `certain` characters held."""
+        released: list[str] = []
+        end = 0
+        while self._held and end + len(self._held[0]) <= certain:
+            end += len(self._held[0])
+            released.append(self._held.pop(0))
+        self.kept += len(released)
+        return released
+
+    def _cut(self, at: int) -> list[str]:
+        """All held tokens, their text cut at character `at`."""
+        texts, start = [], 0
+        for text in self._held:
+            kept = text[: max(at - start, 0)]
+            start += len(text)
+            texts.append(kept)
+            if start <= at:
+                self.kept += 1
+            elif kept:
+                self.leftover = kept
+        self._held = []
+        return texts
