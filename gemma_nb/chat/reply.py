@@ -103,7 +103,11 @@ class Reply:
         """The reply as it stays in the context: what ended it belongs to the template."""
         ids = [record.token_id for record in self._records]
         if self._stops.matched is not None:
-            return (*ids[: self._stops.kept], *self._tokenizer.encode(self._stops.leftover))
+            kept = self._stops.kept
+            # Bytes of a character that was cut off are in what is left over, or gone.
+            while kept and not self._records[kept - 1].text:
+                kept -= 1
+            return (*ids[:kept], *self._tokenizer.encode(self._stops.leftover))
         return tuple(ids[:-1] if self._ended_by_token else ids)
 
     def _held_text(self) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from gemma_nb.chat.events import TokenEvent, TokenRecord, Turn
@@ -23,6 +23,9 @@ from gemma_nb.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gemma_nb.interp.trace import Trace
+
+_STOPPED = "The reply was stopped."
+_DROPPED = "Nobody waited for the rest of the reply."
 
 
 class ChatSession:
@@ -84,6 +87,8 @@ class ChatSession:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._reply: Reply | None = None
+        self._active: Generator[TokenEvent, None, None] | None = None
+        self._reader: int | None = None  # the thread that read the last token
         self._ids_given = 0
         self.tokenizer.encode(self._system or "")  # refuses what cannot be tokenized, now
 
@@ -163,7 +168,7 @@ class ChatSession:
             raise TypeError(f"a message must be a string, got {type(text).__name__}")
         self.tokenizer.encode(text)
         self._refuse_if_busy()
-        return self._generate(text)
+        return self._start(text)
 
     def stream_regenerate(self) -> Iterator[TokenEvent]:
         """Makes another reply to the last message, beside the one there is; like `stream`.
@@ -177,7 +182,7 @@ class ChatSession:
         self._refuse_if_busy()
         if not self.turns:
             raise ValueError("there is no reply to regenerate: send a message first")
-        return self._generate(None)
+        return self._start(None)
 
     def chat(self, text: str) -> Turn:
         """Says `text` and returns the whole reply; raises as `stream` does."""
@@ -188,8 +193,15 @@ class ChatSession:
         return self._exhaust(self.stream_regenerate())
 
     def stop(self) -> None:
-        """Ends the reply being made after the current token.  Callable from any thread."""
+        """Ends the reply being made after the current token.  Callable from any thread.
+
+        Called on the thread that was reading `stream`, it ends a reply that nobody reads on, too.
+        """
         self._stop.set()
+        if self._active is not None and self._reader == threading.get_ident():
+            # Closing fails while the generator runs; then it looks at the flag itself.
+            with suppress(ValueError):
+                self._active.close()
 
     def new_conversation(self) -> None:
         """Starts over with an empty conversation; the old one stays in `tree`.
@@ -271,10 +283,17 @@ class ChatSession:
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _generate(self, text: str | None) -> Iterator[TokenEvent]:
+    def _start(self, text: str | None) -> Generator[TokenEvent, None, None]:
+        generator = self._generate(text, lambda: generator)
+        return generator
+
+    def _generate(
+        self, text: str | None, this: Callable[[], Generator[TokenEvent, None, None]]
+    ) -> Generator[TokenEvent, None, None]:
         """One reply, to `text` or (None) another one to the last message."""
         with self._alone():
             self._stop.clear()
+            self._active = this()
             asked = self._ask(text)
             reply = self._reply = Reply(
                 self._new_id(), self.tokenizer, self.template, self._seeded(asked)
@@ -287,7 +306,8 @@ class ChatSession:
                         records += reply.flush()
                     yield from self._events(records, reply)
             except GeneratorExit:
-                reply.finish("cancelled", "Nobody waited for the rest of the reply.")
+                stopped = self._stop.is_set()
+                reply.finish("cancelled", _STOPPED if stopped else _DROPPED)
                 raise
             except KeyboardInterrupt:
                 reply.finish("interrupted", "The kernel was interrupted.")
@@ -298,7 +318,7 @@ class ChatSession:
             finally:
                 reply.flush()
                 self.tree.add(asked, reply.turn())
-                self._reply = None
+                self._reply = self._active = None
 
     def _choices(self, reply: Reply, asked: Node) -> Iterator[tuple[Evidence, int]]:
         """Each choice with the position of the chosen token, until the reply is finished."""
@@ -326,6 +346,7 @@ class ChatSession:
                     "or infinity, or the activations overflowed.  Reload the model, or load it "
                     'with dtype="float32".'
                 )
+            self._reader = threading.get_ident()
             yield evidence, position
             self._end_from_outside(reply)
             if reply.finish_reason is not None:
@@ -336,7 +357,7 @@ class ChatSession:
     def _end_from_outside(self, reply: Reply) -> None:
         """Finishes a reply that was stopped, or for which there is no more room."""
         if self._stop.is_set():
-            reply.finish("cancelled", "The reply was stopped.")
+            reply.finish("cancelled", _STOPPED)
         elif self._decoder.full:
             reply.finish(
                 "length",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax
 import jax
@@ -134,8 +134,12 @@ class Transformer(nn.Module):
         ...)` computes what `apply({"params": params}, ...)` does.
         """
 
-        def run(params: Params) -> Params:
-            probe = jnp.zeros((1, 1), jnp.int32)
-            return self.apply({"params": params}, probe, mutable=["prepared"])[1]["prepared"]
+        return _prepare(self, params)
 
-        return jax.jit(run)(params)
+
+# Static: the module.  Module-level, so that a second call does not trace again.
+@jax.jit(static_argnums=0)
+def _prepare(transformer: Transformer, params: Params) -> Params:
+    probe = jnp.zeros((1, 1), jnp.int32)
+    _, state = transformer.apply({"params": params}, probe, mutable=["prepared"])
+    return cast(Params, state)["prepared"]

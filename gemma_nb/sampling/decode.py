@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -19,16 +20,24 @@ from gemma_nb.sampling.methods import Controls, Sampling, distribution, draw
 from gemma_nb.sampling.prefill import BUCKETS, chunks
 from gemma_nb.typing import Params
 
+# Prepared weights of the models that are alive: sessions of one model share them.
+_prepared: dict[int, Params] = {}
+
 
 def decoding_weights(model: GemmaTransformer) -> Params:
     """The linen variables that decoding runs on: matrices as rows, the rest as it is."""
+    key = id(model)
+    if key not in _prepared:
+        _prepared[key] = _prepare(model)
+        weakref.finalize(model, _prepared.pop, key, None)
+    return _prepared[key]
+
+
+def _prepare(model: GemmaTransformer) -> Params:
     prepared = model.transformer.prepare(model.params)
+    replaced = flax.traverse_util.flatten_dict(prepared)
     flat = flax.traverse_util.flatten_dict(dict(model.params))
-    kept = {
-        path: leaf
-        for path, leaf in flat.items()
-        if path not in flax.traverse_util.flatten_dict(prepared)
-    }
+    kept = {path: leaf for path, leaf in flat.items() if path not in replaced}
     return {"params": flax.traverse_util.unflatten_dict(kept), "prepared": prepared}
 
 

@@ -1,0 +1,1 @@
+"""Where weights come from; every reader yields the official parameter tree."""

@@ -1,0 +1,293 @@
+"""The cache of converted weights: one safetensors file per source, converter version and dtype.
+
+A file holds the official parameters, the SentencePiece model and the scalar metadata of its source,
+so a second load reads nothing else.  It is memory-mapped; its tensors are handed to JAX without a
+copy.  Every block of 16 MiB has a CRC-32 that is checked before any of it is used (0.2 s for the
+default model): a file that was cut off or changed is noticed and written again.
+
+Format: https://huggingface.co/docs/safetensors (readable by the library; written here as a stream,
+which the library cannot do, so that a conversion never holds the whole model in memory).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+import platformdirs
+
+from gemma_nb.errors import CheckpointError
+
+# Part of a file's name: raise it whenever conversion or the file's layout changes.
+CONVERTER_VERSION = 1
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+_CODES = {"BF16": DTYPES["bfloat16"], "F32": DTYPES["float32"], "U8": np.dtype(np.uint8)}
+_NAMES = {dtype: code for code, dtype in _CODES.items()}
+
+_TOKENIZER = "tokenizer_model"  # the one entry that is no parameter
+_BLOCK = 1 << 24  # bytes under one checksum
+_HEADER_SIZE = 1 << 20  # written last, so room is kept; a file's data start here
+_STALE_SECONDS = 24 * 3600
+
+
+class DamagedError(CheckpointError):
+    """A converted file is not what was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint.
+
+    Attributes:
+      params: (path in the official tree, read-only array) pairs, memory-mapped.
+      tokenizer: a SentencePiece model.
+      metadata: scalar metadata of the source.
+    """
+
+    params: dict[tuple[str, ...], np.ndarray]
+    tokenizer: bytes
+    metadata: dict[str, Any]
+
+
+def cache_dir() -> Path:
+    """Where converted weights and compiled programs are kept.
+
+    `GEMMA_NB_CACHE` if it is set, otherwise the platform's place for caches.
+    """
+    override = os.environ.get("GEMMA_NB_CACHE")
+    if override:
+        return Path(override).expanduser()
+    return Path(platformdirs.user_cache_dir("gemma_nb", appauthor=False))
+
+
+def path_for(sha256: str, dtype: str) -> Path:
+    """The file of a source with this SHA-256, converted to "bfloat16" or "float32"."""
+    return cache_dir() / "weights" / f"{sha256}-v{CONVERTER_VERSION}-{dtype}.safetensors"
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Converted | None:
+    """The converted checkpoint at `path`; None if there is none.
+
+    Raises:
+      DamagedError: it is cut off, or its bytes are not those that were written.
+    """
+    try:
+        data = np.memmap(path, np.uint8, "r")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise DamagedError(str(error)) from error
+    header = _verified_header(data)
+    extra = header.pop("__metadata__")
+    tensors = {name: _tensor(data, entry) for name, entry in header.items()}
+    return Converted(
+        tokenizer=tensors.pop(_TOKENIZER).tobytes(),
+        params={tuple(name.split("/")): array for name, array in tensors.items()},
+        metadata=json.loads(extra["source"]),
+    )
+
+
+def _verified_header(data: np.ndarray) -> dict[str, Any]:
+    if len(data) < _HEADER_SIZE:
+        raise DamagedError(f"{len(data):,} bytes, too short for its header")
+    raw = data[8:_HEADER_SIZE].tobytes()
+    try:
+        header = json.loads(raw)
+        sums = header["__metadata__"]["crc32"]
+        expected = [int(sums[i : i + 8], 16) for i in range(0, len(sums), 8)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError("its header cannot be read") from error
+    blank = raw.replace(sums.encode(), b"0" * len(sums), 1)
+    if data[:8].tobytes() != struct.pack("<Q", _HEADER_SIZE - 8):
+        raise DamagedError("its first bytes have changed")
+    actual = [zlib.crc32(blank), *_checksums(data[_HEADER_SIZE:])]
+    if len(actual) != len(expected):
+        raise DamagedError(f"{len(data):,} bytes are not as many as were written")
+    if actual != expected:
+        block = next(i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b)
+        raise DamagedError(f"checksum {block} of {len(expected)} does not match")
+    return header
+
+
+def _tensor(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
+    start, stop = (_HEADER_SIZE + offset for offset in entry["data_offsets"])
+    return data[start:stop].view(_CODES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _checksums(data: np.ndarray) -> list[int]:
+    """CRC-32 of every block; zlib lets go of the GIL, so threads share the work."""
+    blocks = [data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK)]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(zlib.crc32, blocks))
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path,
+    params: Iterable[tuple[tuple[str, ...], np.ndarray]],
+    tokenizer: bytes,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes a converted checkpoint so that `path` is at any time absent or whole.
+
+    Several processes may do so at once: each writes its own temporary file, the last one stays.
+
+    Args:
+      path: from `path_for`.
+      params: (path in the official tree, array) pairs, float32 or bfloat16; consumed one by one.
+      tokenizer: a SentencePiece model.
+      metadata: of the source; its scalars are kept, its arrays are not.
+
+    Raises:
+      CheckpointError: the file cannot be written, for example for lack of space.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        with _temporary(path) as file:
+            _write_file(file, params, tokenizer, metadata)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the converted weights to {path.parent}: {error.strerror or error}; make "
+            "room there, or set the environment variable GEMMA_NB_CACHE to another folder"
+        ) from error
+
+
+def _write_file(
+    file: BinaryIO,
+    params: Iterable[tuple[tuple[str, ...], np.ndarray]],
+    tokenizer: bytes,
+    metadata: Mapping[str, Any],
+) -> None:
+    header: dict[str, Any] = {}
+    file.seek(_HEADER_SIZE)
+
+    def append(name: str, array: np.ndarray) -> None:
+        start = file.tell() - _HEADER_SIZE
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, file.tell() - _HEADER_SIZE],
+        }
+
+    for path, array in params:
+        append("/".join(path), array)
+    append(_TOKENIZER, np.frombuffer(tokenizer, np.uint8))
+    file.flush()
+    sums = _checksums(np.memmap(file.name, np.uint8, "r", offset=_HEADER_SIZE))
+    scalars = {k: v for k, v in metadata.items() if isinstance(v, str | int | float | bool)}
+    blank = "0" * 8 * (1 + len(sums))
+    # The checksums stand before anything that a source can choose, so the first match is theirs.
+    extra = {"format": "np", "crc32": blank, "source": json.dumps(scalars)}
+    raw = json.dumps({"__metadata__": extra, **header}).encode().ljust(_HEADER_SIZE - 8)
+    if len(raw) > _HEADER_SIZE - 8:
+        raise CheckpointError(
+            f"the names and metadata of this checkpoint take {len(raw):,} bytes, the converted "
+            f"file has room for {_HEADER_SIZE - 8:,}; please report it"
+        )
+    digits = "".join(f"{crc:08x}" for crc in (zlib.crc32(raw), *sums))
+    file.seek(0)
+    file.write(struct.pack("<Q", len(raw)) + raw.replace(blank.encode(), digits.encode(), 1))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path` when the block ends well, and is removed when it does not."""
+    owner = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+    name = path.with_name(f".{path.name}.{owner}.tmp")
+    try:
+        with open(name, "xb") as file:
+            yield file
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            name.unlink()
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes temporary files of processes that died while they wrote."""
+    for file in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError, ValueError):
+            *_, pid, _, _ = file.name.split(".")
+            here = f".{socket.gethostname()}.{pid}." in file.name
+            old = time.time() - file.stat().st_mtime > _STALE_SECONDS
+            if old or (here and not _alive(int(pid))):
+                file.unlink()
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":  # signal 0 is no question on Windows: leave it to the file's age
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# --- content hashes -------------------------------------------------------------------------------
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, remembered by path, size and times, so that it is read once.
+
+    Raises:
+      CheckpointError: the file cannot be read.
+    """
+    try:
+        path = path.resolve(strict=True)
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        note = cache_dir() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(note.read_text())
+            if isinstance(known, dict) and known.get("state") == state:
+                return str(known["sha256"])
+        digest = sha256_of([path])
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    with contextlib.suppress(OSError):  # only a saving: an unwritable cache is reported elsewhere
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(note) as file:
+            file.write(json.dumps({"state": state, "sha256": digest}).encode())
+    return digest
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """SHA-256 of files joined end to end, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,245 @@
+"""Reads GGUF files: numbers of the model, and its parameters under their official names.
+
+The header is parsed in `gguf_header`; quantised blocks go through the `gguf` library.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from gemma_nb.checkpoints import layout
+from gemma_nb.checkpoints.gguf_header import REDOWNLOAD, Header, Span, TensorInfo
+from gemma_nb.config import TransformerConfig, interleave
+from gemma_nb.errors import CheckpointError
+
+_ROWS_AT_ONCE = 8_192  # dequantised together: bounds the temporaries of a large embedding
+
+_MAX_LAYERS = 256  # the largest Gemma has 62
+
+# llama.cpp does not store it: this one size scales queries by D / N instead of H.
+# Source: Gemma 3 technical report (arXiv:2503.19786) and google-deepmind/gemma, Gemma3_27B.
+_EMBED_DIM_27B, _LAYERS_27B = 5376, 62
+
+
+class GGUFFile:
+    """A memory-mapped GGUF file, or several files that joined end to end are one.
+
+    Attributes:
+      name: for messages.
+      metadata: key -> value; arrays of strings are lists, arrays of numbers are numpy arrays.
+      tensors: name -> `TensorInfo`.
+
+    Raises:
+      CheckpointError: the file is missing, truncated, of an unknown version or contradicts itself.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | Sequence[Path], *, name: str = "") -> None:
+        parts = [Path(source)] if isinstance(source, str | os.PathLike) else list(source)
+        self.name = name or str(parts[0])
+        self._bytes = Span(parts)
+        try:
+            header = Header(self._bytes, self.name)
+            self.metadata, self.tensors = header.read()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<GGUFFile {self.name}: {len(self.metadata)} fields, {len(self.tensors)} tensors>"
+
+    def close(self) -> None:
+        """Unmaps the file; arrays that were read stay valid, they are copies."""
+        self._bytes.close()
+
+    def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
+        """A tensor, dequantised to float32 and rounded once, to nearest even, to `dtype`.
+
+        Raises:
+          CheckpointError: there is no such tensor, or its storage type has no dequantisation.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.name}: tensor {name!r} is missing; {REDOWNLOAD}")
+        out = np.empty(info.shape, dtype)
+        rows = out.reshape(-1, info.shape[-1])
+        stride = info.nbytes // len(rows)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, len(rows))
+            raw = self._bytes.view(info.offset + start * stride, info.offset + stop * stride)
+            rows[start:stop] = self._dequantize(info, raw.reshape(stop - start, stride))
+        return out
+
+    def _dequantize(self, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
+        """Rows of bytes (rows, stride) -> float32 (rows, columns)."""
+        import gguf
+
+        kind = gguf.GGMLQuantizationType[info.type_name]
+        if kind == gguf.GGMLQuantizationType.F32:
+            # A copy, since the file's offset may not be aligned to 4 bytes.
+            return np.frombuffer(raw.tobytes(), "<f4").reshape(len(raw), -1)
+        if kind == gguf.GGMLQuantizationType.F16:
+            return np.frombuffer(raw.tobytes(), "<f2").astype(np.float32).reshape(len(raw), -1)
+        try:
+            return gguf.quants.dequantize(raw, kind)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{self.name}: tensor {info.name!r} is stored as {info.type_name}, which the gguf "
+                "library cannot dequantise; use a file quantised to Q8_0, Q4_K_M or similar"
+            ) from None
+
+
+def config_from_gguf(metadata: Mapping[str, Any], name: str = "GGUF file") -> TransformerConfig:
+    """The model's numbers from the metadata (and its vocabulary size from the token list).
+
+    Raises:
+      CheckpointError: the architecture is not gemma3, or a field is missing or cannot be right.
+    """
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture != "gemma3":
+        raise CheckpointError(
+            f"{name}: expected architecture 'gemma3', got {architecture!r}; gemma_nb reads GGUF "
+            "files of Gemma 3 (270M, 1B, and the text part of 4B, 12B and 27B)"
+        )
+    fields = _Fields(metadata, "gemma3.", name)
+    fields.expect("attention.layer_norm_rms_epsilon", 1e-6, tolerance=1e-8)
+    head_dim = fields.count("attention.key_length")
+    fields.expect("attention.value_length", head_dim)
+    embed_dim, layers = (
+        fields.count("embedding_length"),
+        fields.count("block_count", most=_MAX_LAYERS),
+    )
+    heads = fields.count("attention.head_count")
+    is_27b = (embed_dim, layers) == (_EMBED_DIM_27B, _LAYERS_27B)
+    try:
+        return TransformerConfig(
+            num_embed=vocabulary_size(metadata, name),
+            embed_dim=embed_dim,
+            hidden_dim=fields.count("feed_forward_length"),
+            num_heads=heads,
+            num_kv_heads=fields.count("attention.head_count_kv"),
+            head_dim=head_dim,
+            layers=interleave(
+                layers,
+                window=fields.count("attention.sliding_window"),
+                pattern=fields.pattern("attention.sliding_window_pattern"),
+                local_base=fields.positive("rope.freq_base_swa", 10_000.0),
+                global_base=fields.positive("rope.freq_base", 1_000_000.0),
+                global_scale=fields.rope_scale(),
+            ),
+            query_pre_attn_scalar=embed_dim / heads if is_27b else float(head_dim),
+            attn_logits_soft_cap=fields.number("attn_logit_softcapping", 0.0) or None,
+            final_logit_soft_cap=fields.number("final_logit_softcapping", 0.0) or None,
+            max_context=fields.count("context_length"),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{name}: metadata describe no possible model: {error}") from error
+
+
+def vocabulary_size(metadata: Mapping[str, Any], name: str = "GGUF file") -> int:
+    """V: the length of the token list, or the number that stands in for a list not kept."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list | int) or not tokens:
+        raise CheckpointError(
+            f"{name}: metadata field 'tokenizer.ggml.tokens' is missing or empty; {REDOWNLOAD}"
+        )
+    return tokens if isinstance(tokens, int) else len(tokens)
+
+
+class _Fields:
+    """Metadata of one architecture, checked as they are read."""
+
+    def __init__(self, metadata: Mapping[str, Any], prefix: str, name: str) -> None:
+        self._metadata, self._prefix, self._name = metadata, prefix, name
+
+    def _fail(self, key: str, problem: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self._name}: metadata field {self._prefix + key!r}: {problem}; {REDOWNLOAD}"
+        )
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._metadata.get(self._prefix + key, default)
+        if value is None:
+            self._fail(key, "is missing")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            self._fail(key, f"expected a number, got {value!r}")
+        return value
+
+    def count(self, key: str, most: int = (1 << 31) - 1) -> int:
+        value = self.number(key)
+        if not isinstance(value, int) or not 1 <= value <= most:
+            self._fail(key, f"expected a whole number from 1 to {most:,}, got {value!r}")
+        return value
+
+    def expect(self, key: str, wanted: float, tolerance: float = 0.0) -> None:
+        if abs(self.number(key) - wanted) > tolerance:
+            self._fail(key, f"expected {wanted:g}, got {self.number(key):g}")
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            self._fail(key, f"expected a positive number, got {value:g}")
+        return value
+
+    def pattern(self, key: str) -> tuple[bool, ...]:
+        """Which layers are global: every 6th by default, every nth, or listed one by one."""
+        value = self._metadata.get(self._prefix + key, 6)
+        if isinstance(value, np.ndarray) and value.size:  # true: the layer slides
+            return tuple(not sliding for sliding in value.tolist())
+        if not isinstance(value, int) or not 1 <= value <= _MAX_LAYERS:
+            self._fail(key, f"expected a number from 1 to {_MAX_LAYERS}, got {value!r}")
+        return (False,) * (value - 1) + (True,)
+
+    def rope_scale(self) -> float:
+        kind = self._metadata.get(self._prefix + "rope.scaling.type", "none")
+        if not isinstance(kind, str) or kind not in ("none", "linear"):
+            self._fail("rope.scaling.type", f"expected 'linear', got {kind!r}")
+        return 1.0 if kind == "none" else self.positive("rope.scaling.factor")
+
+
+def official_params(
+    file: GGUFFile, config: TransformerConfig, dtype: Any = np.float32
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Parameters with official names and shapes, one leaf at a time: (path, array of `dtype`).
+
+    Every name and shape is checked before the first leaf is read.
+
+    Raises:
+      CheckpointError: a tensor is missing, or its shape is not the one `config` asks for.
+    """
+    leaves = list(layout.leaves(config))
+    if "output.weight" in file.tensors:
+        raise CheckpointError(
+            f"{file.name}: tensor 'output.weight': a head of its own; Gemma 3's is the embedding. "
+            "This is not a Gemma 3 file as released"
+        )
+    for leaf in leaves:
+        for name, shape in zip(leaf.gguf, leaf.shapes, strict=True):
+            info = file.tensors.get(name)
+            if info is None:
+                raise CheckpointError(f"{file.name}: tensor {name!r} is missing; {REDOWNLOAD}")
+            if info.shape != shape:
+                raise CheckpointError(
+                    f"{file.name}: tensor {name!r}: expected shape {shape} from the metadata, got "
+                    f"{info.shape}; {REDOWNLOAD}"
+                )
+    for leaf in leaves:
+        if leaf.is_norm:  # llama.cpp stores 1 + scale; subtract before rounding to `dtype`
+            yield leaf.path, (file.read(leaf.gguf[0]) - np.float32(1)).astype(dtype)
+        else:
+            yield leaf.path, leaf.join([file.read(name, dtype) for name in leaf.gguf])

@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizer, streaming detokenizer, chat templates."""

@@ -1,0 +1,90 @@
+"""What all tests share: strictness, hypothesis's settings, and the two models they run on.
+
+The converted default model and JAX's compiled programs live in the user's cache folder, or where
+GEMMA_NB_CACHE says, as they do outside the tests: a second run of the tests does not convert again.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import hypothesis
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+import gemma_nb as gnb
+import tests.typecheck
+
+if TYPE_CHECKING:
+    from gemma_nb.model import GemmaTransformer
+    from gemma_nb.text.tokenizer import Tokenizer
+
+# Where arrays have their shapes and dtypes in the annotations, every call is held to them.
+jaxtyping.install_import_hook(
+    [
+        "gemma_nb.model",
+        *(f"gemma_nb.nn.{name}" for name in ("layers", "rope", "attention", "feed_forward")),
+        *(f"gemma_nb.nn.{name}" for name in ("block", "transformer")),
+        "gemma_nb.sampling",
+        "gemma_nb.interp",
+    ],
+    f"{tests.typecheck.__name__}.checked",
+)
+
+# A float32 array never meets a bfloat16 one by accident.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# What is drawn at CI is always the same; at home every run looks elsewhere.
+hypothesis.settings.register_profile(
+    "gemma_nb", deadline=None, print_blob=True, derandomize="CI" in os.environ
+)
+hypothesis.settings.load_profile("gemma_nb")
+
+TINY_CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+
+
+@pytest.fixture(scope="session")
+def real_model() -> tuple[GemmaTransformer, Tokenizer]:
+    """The default model, as `gnb.load` gives it; mark the test `real`."""
+    return gnb.load("gemma3-270m", progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """Bytes and control pieces: one token per byte of UTF-8, except for spaces and line breaks."""
+    from gemma_nb.text.tokenizer import Tokenizer
+
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = [*TINY_CONTROL, *bytes_, "\u2581", "\n"]
+    types = [3] * len(TINY_CONTROL) + [6] * len(bytes_) + [1] * 2  # control, byte, normal
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": np.zeros(len(pieces), np.float32),
+        "tokenizer.ggml.token_type": np.array(types, np.int32),
+    }
+    for id_, role in enumerate(("padding", "eos", "bos", "unknown")):
+        metadata[f"tokenizer.ggml.{role}_token_id"] = id_
+    return Tokenizer.from_gguf(metadata, name="tiny tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer: Tokenizer) -> tuple[GemmaTransformer, Tokenizer]:
+    """A random model of two sliding layers and a global one; it compiles in a moment."""
+    from gemma_nb.config import TransformerConfig, interleave
+
+    config = TransformerConfig(
+        num_embed=tiny_tokenizer.vocab_size,
+        embed_dim=32,
+        hidden_dim=64,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        layers=interleave(3, window=8, pattern=(False, False, True)),
+        query_pre_attn_scalar=16,
+        max_context=4096,
+    )
+    return gnb.GemmaTransformer.from_config(config, key=jax.random.key(0)), tiny_tokenizer

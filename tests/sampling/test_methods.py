@@ -1,0 +1,197 @@
+"""The sampler's distribution, against its definition in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemma_nb.sampling.methods import Controls, Sampling, distribution, draw
+from gemma_nb.sampling.top_k import top_k
+
+VOCABULARY = 4096 * 16  # large enough for the two-level search and the shortlist
+
+
+def definition(logits: np.ndarray, s: Sampling, seen: np.ndarray) -> np.ndarray:
+    """Probabilities by sorting everything, in float64, in the documented order."""
+    x = logits.astype(np.float64)
+    if s.repetition_penalty is not None:
+        r = s.repetition_penalty
+        x = np.where(seen, np.where(x > 0, x / r, x * r), x)
+    x[list(s.forbidden)] = -np.inf
+    if s.temperature == 0:
+        return (np.arange(x.size) == x.argmax()).astype(float)
+    x = x / s.temperature
+    order = np.argsort(-x, kind="stable")
+    keep = np.ones(x.size, bool)
+    if s.top_k is not None:
+        keep[order[s.top_k :]] = False
+    if s.top_p is not None and s.top_p < 1:
+        p = softmax(np.where(keep, x, -np.inf))[order]
+        keep[order[np.sum(np.cumsum(p) - p < s.top_p) :]] = False
+    if s.min_p is not None:
+        keep &= x >= x.max() + (np.log(s.min_p) if s.min_p else -np.inf)
+    return softmax(np.where(keep, x, -np.inf))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    p = np.exp(x - x.max())
+    return p / p.sum()
+
+
+@jax.jit
+def probabilities(logits, controls, seen):
+    return distribution(logits, controls, seen).probability(jnp.arange(logits.shape[0]))
+
+
+@jax.jit
+def draws(logits, controls, positions):
+    seen = jnp.zeros(logits.shape, bool)
+    dist = distribution(logits, controls, seen)
+    return jax.vmap(lambda position: draw(dist, controls, position))(positions)
+
+
+def random_logits(seed: int, spread: float, size: int = VOCABULARY) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=size) * spread).astype(np.float32)
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 0.7, 1.0, 1.7]),
+    top_k=st.none() | st.sampled_from([1, 5, 64, 256, 257, 3000]),
+    top_p=st.none() | st.sampled_from([0.01, 0.5, 0.95, 0.999, 1.0]),
+    min_p=st.none() | st.sampled_from([0.0, 0.02, 0.3]),
+    repetition_penalty=st.none() | st.sampled_from([0.8, 1.0, 1.3]),
+    forbidden=st.just(()) | st.just((0, 17, 100)),
+    seed=st.just(0),
+)
+
+
+@given(sampling=samplings, seed=st.integers(0, 50), spread=st.sampled_from([0.3, 2.0, 6.0]))
+def test_probabilities_are_those_of_the_definition(sampling, seed, spread):
+    logits = random_logits(seed, spread)
+    seen = np.random.default_rng(seed + 1).random(VOCABULARY) < 0.3
+    expected = definition(logits, sampling, seen)
+    controls = Controls.of(sampling, VOCABULARY)
+    actual = np.asarray(probabilities(logits, controls, jnp.asarray(seen)))
+    # Float32 has no numbers below 1e-45.
+    expected[expected < 1e-35] = 0
+    actual = np.where(actual < 1e-35, 0, actual)
+    # A token at the very edge of a nucleus may fall on either side of it by rounding.
+    assert abs(int((actual > 0).sum()) - int((expected > 0).sum())) <= max(
+        2, 2e-4 * (expected > 0).sum()
+    )
+    np.testing.assert_allclose(actual, expected, atol=3e-6 + 3e-4 * expected.max())
+    assert actual.sum() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [40, 300, 1000])
+def test_small_vocabularies(size):
+    logits = random_logits(3, 2.0, size)
+    sampling = Sampling(temperature=0.8, top_k=30, top_p=0.9, seed=0)
+    actual = probabilities(logits, Controls.of(sampling, size), jnp.zeros(size, bool))
+    expected = definition(logits, sampling, np.zeros(size, bool))
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+@given(seed=st.integers(0, 1000), k=st.sampled_from([1, 3, 10, 64]), ties=st.booleans())
+def test_two_level_top_k_is_exact(seed, k, ties):
+    x = random_logits(seed, 3.0)
+    x = np.round(x) if ties else x
+    values, indices = jax.jit(top_k, static_argnums=1)(jnp.asarray(x), k)
+    order = np.argsort(-x, kind="stable")[:k]
+    np.testing.assert_array_equal(values, x[order])
+    np.testing.assert_array_equal(indices, order)
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square over the tokens that are expected at least ten times."""
+    logits = random_logits(0, 2.0, 1000)
+    controls = Controls.of(Sampling(top_p=0.9, seed=7), 1000)
+    count = 40_000
+    tokens = np.asarray(draws(logits, controls, jnp.arange(count)))
+    p = definition(logits, Sampling(top_p=0.9), np.zeros(1000, bool))
+    observed = np.bincount(tokens, minlength=1000)
+    assert (observed[p == 0] == 0).all()
+    common = p * count >= 10
+    expected = p[common] * count
+    chi2 = ((observed[common] - expected) ** 2 / expected).sum()
+    degrees = common.sum() - 1
+    # Mean `degrees`, standard deviation sqrt(2 * degrees); the seed is fixed.
+    assert abs(chi2 - degrees) < 4 * np.sqrt(2 * degrees)
+
+
+def test_same_key_and_position_draw_the_same():
+    logits = random_logits(0, 1.0, 500)
+    first = draws(logits, Controls.of(Sampling(seed=1), 500), jnp.arange(50))
+    again = draws(logits, Controls.of(Sampling(seed=1), 500), jnp.arange(50))
+    other = draws(logits, Controls.of(Sampling(seed=2), 500), jnp.arange(50))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert len(set(np.asarray(first).tolist())) > 10
+
+
+def test_greedy_takes_the_first_of_equals():
+    logits = np.zeros(300, np.float32)
+    logits[[120, 40]] = 5.0
+    controls = Controls.of(Sampling(temperature=0, seed=0), 300)
+    assert set(np.asarray(draws(logits, controls, jnp.arange(20))).tolist()) == {40}
+
+
+def test_settings_are_not_compiled_in():
+    logits = jnp.asarray(random_logits(0, 1.0, 512))
+    seen = jnp.zeros(512, bool)
+    probabilities(logits, Controls.of(Sampling(seed=0), 512), seen)
+    compiled = probabilities._cache_size()
+    for sampling in (
+        Sampling(temperature=0, seed=3),
+        Sampling(top_k=9, top_p=0.3, min_p=0.1, repetition_penalty=2.0, forbidden=(4,), seed=5),
+    ):
+        probabilities(logits, Controls.of(sampling, 512), seen)
+    assert probabilities._cache_size() == compiled
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -1.0),
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", 0),
+        ("seed", -1),
+        ("stop", ("",)),
+    ],
+)
+def test_impossible_settings_are_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        Sampling(**{field: value})
+
+
+def test_a_lone_stop_string_is_one_stop_string():
+    assert Sampling(stop="END").stop == ("END",)
+
+
+def test_forbidden_ids_must_exist_and_leave_one():
+    with pytest.raises(ValueError, match="0 to 9"):
+        Controls.of(Sampling(seed=0, forbidden=(10,)), 10)
+    with pytest.raises(ValueError, match="none is left"):
+        Controls.of(Sampling(seed=0, forbidden=tuple(range(10))), 10)
+
+
+def test_recommended_settings_come_from_the_checkpoint(tiny_model):
+    import gemma_nb as gnb
+
+    model, _ = tiny_model
+    assert Sampling.recommended(model) == Sampling()
+    info = gnb.presets.ModelInfo("x", "X", "instruction")
+    tuned = Sampling.recommended(model.replace(info=info), seed=4)
+    assert (tuned.temperature, tuned.top_k, tuned.top_p, tuned.seed) == (1.0, 64, 0.95, 4)
+    assert dataclasses.replace(tuned, top_k=None).top_k is None
