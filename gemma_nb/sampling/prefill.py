@@ -25,12 +25,18 @@ def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndar
     """
     done = 0
     while done < len(ids):
-        left = len(ids) - done
-        size = 1 if left == 1 else next((b for b in BUCKETS if b >= left), BUCKETS[-1])
-        count = min(size, left)
+        size = _piece(len(ids) - done)
+        count = min(size, len(ids) - done)
         tokens = np.zeros((1, size), np.int32)
         positions = np.full((1, size), EMPTY, np.int32)
         tokens[0, :count] = ids[done : done + count]
         positions[0, :count] = start + done + np.arange(count)
         yield tokens, positions, count - 1
         done += count
+
+
+def _piece(left: int) -> int:
+    """Size of the next piece: the largest that is at most a quarter padding."""
+    if left == 1:
+        return 1
+    return next((size for size in reversed(BUCKETS) if 4 * left >= 3 * size), BUCKETS[0])

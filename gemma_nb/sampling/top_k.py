@@ -17,7 +17,8 @@ def top_k(x: Float[Array, " V"], k: int) -> tuple[Float[Array, " k"], Int[Array,
     """
     size = x.shape[0]
     if size <= k * _BLOCK or size % _BLOCK:
-        return lax.top_k(x, k)
+        values, indices = lax.top_k(x, k)
+        return values, indices
     _, blocks = lax.top_k(x.reshape(-1, _BLOCK).max(axis=-1), k)
     # Ascending, so that ties go to the lowest index as in `lax.top_k`.
     blocks = jnp.sort(blocks)

@@ -121,10 +121,9 @@ class GemmaTemplate(Template):
         ]
 
     def _model(self, tokenizer: Tokenizer, message: Message) -> list[int]:
-        if message.ids is None:
-            reply = tokenizer.encode(message.text.strip())
-        else:
-            reply = list(message.ids)
+        reply = message.ids
+        if reply is None:
+            reply = tuple(tokenizer.encode(message.text.strip()))
         return [*reply, tokenizer.control[_END], *tokenizer.encode("\n")]
 
     def _turn(self, tokenizer: Tokenizer, ids: list[int]) -> list[int]:

@@ -17,7 +17,6 @@ QUESTIONS = [
     ("What do bees make?", "honey"),
     ("What is water made of?", "hydrogen"),
     ("Who painted the Mona Lisa?", "Leonardo"),
-    ("What language is spoken in Brazil?", "Portuguese"),
 ]
 
 
@@ -32,16 +31,26 @@ def test_the_base_model_speaks_in_a_transcript(chat):
     assert chat.sampling.temperature < 1
 
 
-@pytest.mark.parametrize(("question", "answer"), QUESTIONS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_simple_questions_are_answered_briefly(chat, question, answer, seed):
+def ask(chat, question, **changes):
     chat.new_conversation()
-    chat.sampling = gnb.Sampling.recommended(chat.model, seed=seed, max_new_tokens=60)
-    turn = chat.chat(question)
+    chat.sampling = gnb.Sampling.recommended(chat.model, max_new_tokens=60, **changes)
+    return chat.chat(question)
+
+
+@pytest.mark.parametrize(("question", "answer"), QUESTIONS)
+def test_simple_questions_are_answered_briefly(chat, question, answer):
+    turn = ask(chat, question, seed=0, temperature=0.0)
     assert re.search(answer, turn.text, re.IGNORECASE)
     assert turn.finish_reason == "stop"
     assert len(turn.tokens) <= 30
     assert "User:" not in turn.text
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_recommended_sampling_finds_paris(chat, seed):
+    turn = ask(chat, "What is the capital of France?", seed=seed)
+    assert "Paris" in turn.text
+    assert turn.finish_reason == "stop"
 
 
 def test_evidence_is_a_softmax_of_the_full_logits(chat):

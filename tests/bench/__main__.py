@@ -1,0 +1,119 @@
+"""`python -m tests.bench [--quick]`: measures and prints the table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import gemma_nb as gnb
+from tests.bench import startup
+from tests.bench.bandwidth import read_bandwidth
+from tests.bench.contestants import Contestant, contestants, seconds_of, seconds_per_token
+from tests.bench.names import LLAMA, NAMES, OURS, installed
+from tests.bench.report import Quantity, table
+
+PREFILL = 256
+
+
+def rates(made: Mapping[str, Contestant], rounds: int, count: int) -> list[Quantity]:
+    """Decoding and prefill, in interleaved rounds after one that warms up."""
+    decode: dict[str, list[float]] = defaultdict(list)
+    prefill: dict[str, list[float]] = defaultdict(list)
+    prompt = [2, *range(1000, 1000 + PREFILL - 1)]
+    for contestant in made.values():
+        seconds_per_token(contestant, 2)
+        contestant.prefill(prompt)
+    for _ in range(rounds):
+        for name, contestant in made.items():
+            decode[name].append(1 / seconds_per_token(contestant, count))
+            prefill[name].append(PREFILL / seconds_of(partial(contestant.prefill, prompt)))
+    return [
+        Quantity("decode, tokens/s", decode, True),
+        Quantity(f"prefill of {PREFILL}, tokens/s", prefill, True),
+    ]
+
+
+def starts(rounds: int) -> list[Quantity]:
+    """Fresh processes: ours with empty caches once, then everybody, in interleaved rounds.
+
+    Prints where the time of ours went.
+    """
+    load: dict[str, list[float]] = defaultdict(list)
+    first: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {name: Path(scratch, name) for name in NAMES if installed(name)}
+        model, tokenizer = gnb.load("gemma3-270m", progress=False)
+        for name, folder in folders.items():
+            folder.mkdir()
+            if name != OURS:
+                startup.prepare(name, model, tokenizer, folder)
+        cold = startup.measure(OURS, folders[OURS])
+        print(_phases("empty caches", cold))
+        for _ in range(rounds):
+            for name, folder in folders.items():
+                marks = startup.measure(name, folder)
+                if name == OURS:
+                    print(_phases("caches filled", marks))
+                load[name].append(marks["loaded"])
+                first[name].append(marks["first token"])
+    return [
+        Quantity("import and load, s", load, False),
+        Quantity("first token, second start, s", first, False),
+        Quantity("first token, empty caches, s", {OURS: [cold["first token"]]}, False),
+    ]
+
+
+def _phases(title: str, marks: Mapping[str, float]) -> str:
+    steps = ", ".join(f"{mark} {marks[mark]:.1f}" for mark in startup.MARKS)
+    return f"gemma_nb, {title}: seconds from the start of the process: {steps}"
+
+
+def conditions() -> str:
+    """On what, and with what, this was measured."""
+    packages = []
+    for name in ("jax", "torch", "transformers", "llama-cpp-python"):
+        try:
+            packages.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores{load}; {', '.join(packages)}"
+
+
+def floor() -> str:
+    """What memory bandwidth allows, beside what each contestant's weights weigh."""
+    from gemma_nb.checkpoints import catalog
+
+    parts, _ = catalog.find_package("gemma3-270m").locate()
+    weights = gnb.presets.by_name("gemma3-270m").num_params()
+    sizes = {"bf16": 2 * weights, "f32": 4 * weights, LLAMA: sum(p.stat().st_size for p in parts)}
+    bandwidth = read_bandwidth()
+    most = ", ".join(f"{name} {bandwidth / size:.1f}" for name, size in sizes.items())
+    return (
+        f"memory is read at {bandwidth / 1e9:.1f} GB/s; reading all weights once per token allows "
+        f"at most (tokens/s): {most}"
+    )
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rounds: does it run at all")
+    quick = parser.parse_args().quick
+    print(conditions())
+    # Start-up first: afterwards the other contestants' memory would crowd the page cache.
+    started = starts(rounds=1 if quick else 3)
+    measured = rates(contestants(NAMES), rounds=2 if quick else 9, count=8 if quick else 48)
+    print(floor())
+    print(table([*measured, *started]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Hugging Face's `Gemma3ForCausalLM`, built from our configuration and official parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from gemma_nb.config import Global, LayerSpec, Sliding, TransformerConfig
+from gemma_nb.typing import Params
+from tests.parity.measure import Result
+
+
+def _only(values: set[Any], what: str) -> Any:
+    if len(values) != 1:
+        raise ValueError(f"the reference has one {what} for all such layers, got {sorted(values)}")
+    return values.pop()
+
+
+def _rope(specs: list[LayerSpec]) -> dict[str, Any]:
+    base = _only({spec.rope_base for spec in specs}, "RoPE base")
+    scale = _only({spec.rope_scale for spec in specs}, "RoPE scale")
+    if scale == 1:
+        return {"rope_type": "default", "rope_theta": base}
+    return {"rope_type": "linear", "rope_theta": base, "factor": scale}
+
+
+def hf_config(config: TransformerConfig, attention: str = "eager") -> Gemma3TextConfig:
+    """Our configuration in the reference's words.
+
+    Its `sliding_window` means what ours does: a query at position p sees p - window < s <= p.
+
+    Args:
+      config: ours.
+      attention: which of its implementations; only "eager" returns attention weights.
+
+    Raises:
+      ValueError: a configuration that `Gemma3ForCausalLM` cannot express.
+    """
+    scalar = config.query_pre_attn_scalar
+    if not (config.use_qk_norm and config.use_post_attn_norm and config.use_post_ffw_norm):
+        raise ValueError(
+            "the reference is Gemma 3, which has all norms; this configuration has not"
+        )
+    if scalar != int(scalar):
+        raise ValueError(f"the reference wants a whole query_pre_attn_scalar, got {scalar}")
+    sliding = [spec for spec in config.layers if isinstance(spec.kind, Sliding)]
+    windows = {spec.kind.window for spec in sliding if isinstance(spec.kind, Sliding)}
+    return Gemma3TextConfig(
+        vocab_size=config.num_embed,
+        hidden_size=config.embed_dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_context,
+        query_pre_attn_scalar=int(scalar),
+        sliding_window=_only(windows, "window"),
+        layer_types=[
+            "full_attention" if isinstance(spec.kind, Global) else "sliding_attention"
+            for spec in config.layers
+        ],
+        rope_parameters={
+            "sliding_attention": _rope(sliding),
+            "full_attention": _rope([s for s in config.layers if isinstance(s.kind, Global)]),
+        },
+        attn_logit_softcapping=config.attn_logits_soft_cap,
+        final_logit_softcapping=config.final_logit_soft_cap,
+        attn_implementation=attention,
+    )
+
+
+def hf_weights(params: Params, config: TransformerConfig) -> dict[str, np.ndarray]:
+    """The official tree under the reference's names and in its (out, in) layout, float32.
+
+    Norm weights keep their values: both sides multiply by 1 + weight.
+    """
+    tree = params
+
+    def rows(w: Any, out_axes: int) -> np.ndarray:
+        """w, its output axes first, as a matrix."""
+        w = np.asarray(w, np.float32)
+        return w.reshape(math.prod(w.shape[:out_axes]), -1)
+
+    embedding = np.asarray(tree["embedder"]["input_embedding"], np.float32)
+    flat = {
+        "model.embed_tokens.weight": embedding,
+        "lm_head.weight": embedding,
+        "model.norm.weight": tree["final_norm"]["scale"],
+    }
+    for i in range(config.num_layers):
+        layer, to = tree[f"layer_{i}"], f"model.layers.{i}."
+        attn, mlp = layer["attn"], layer["mlp"]
+        if "qkv_einsum" in attn:
+            q, k, v = np.asarray(attn["qkv_einsum"]["w"])  # each (N, D, H)
+        else:
+            q, (k, v) = np.asarray(attn["q_einsum"]["w"]), np.asarray(attn["kv_einsum"]["w"])
+        for name, w in {"q_proj": q, "k_proj": k, "v_proj": v}.items():
+            flat[f"{to}self_attn.{name}.weight"] = rows(w.transpose(0, 2, 1), 2)  # (N, H), D
+        out = np.asarray(attn["attn_vec_einsum"]["w"])  # (N, H, D)
+        flat[f"{to}self_attn.o_proj.weight"] = rows(out.transpose(2, 0, 1), 1)  # D, (N, H)
+        flat[f"{to}self_attn.q_norm.weight"] = attn["_query_norm"]["scale"]
+        flat[f"{to}self_attn.k_norm.weight"] = attn["_key_norm"]["scale"]
+        gate, up = np.asarray(mlp["gating_einsum"])  # each (F, D)
+        flat[f"{to}mlp.gate_proj.weight"] = gate
+        flat[f"{to}mlp.up_proj.weight"] = up
+        flat[f"{to}mlp.down_proj.weight"] = np.asarray(mlp["linear"]).T  # (F, D) -> D, F
+        for ours, theirs in _NORMS.items():
+            flat[f"{to}{theirs}.weight"] = layer[ours]["scale"]
+    return {name: np.asarray(w, np.float32) for name, w in flat.items()}
+
+
+_NORMS = {
+    "pre_attention_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "pre_ffw_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def build(params: Params, config: TransformerConfig, attention: str = "eager") -> Gemma3ForCausalLM:
+    """The reference model in float32, ready to run; `.double()` makes the float64 one."""
+    model = Gemma3ForCausalLM(hf_config(config, attention))
+    weights = {n: torch.tensor(w) for n, w in hf_weights(params, config).items()}
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
+
+
+def run(model: Gemma3ForCausalLM, tokens: np.ndarray) -> Result:
+    """What the reference computes for (T,) tokens, in its own dtype."""
+    ids = torch.tensor(tokens, dtype=torch.int64)[None]
+    with torch.inference_mode():
+        output = model(ids, output_attentions=True, use_cache=False)
+    attention = np.stack([layer[0].numpy() for layer in output.attentions])
+    return Result(output.logits[0].numpy(), attention)

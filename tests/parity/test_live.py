@@ -1,0 +1,107 @@
+"""Our forward pass against the reference, run here and now: every logit, every attention weight.
+
+Needs torch and transformers in the versions of constraints.txt: `make parity`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import gemma_nb as gnb
+from tests.parity import ours, recording
+from tests.parity.cases import RANDOM, REAL, model_of, text
+from tests.parity.measure import (
+    ANYWHERE,
+    NOISE_FACTOR,
+    WHOLE,
+    Result,
+    attention_error,
+    compare,
+    logits_error,
+    sketch,
+)
+
+pytestmark = pytest.mark.live
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """One text, computed three times."""
+
+    name: str
+    tokens: np.ndarray
+    ours: Result
+    single: Result  # the reference in float32
+    double: Result  # the reference in float64
+
+
+def _compute(name: str) -> Runs:
+    with warnings.catch_warnings():
+        # What torch and transformers deprecate inside themselves is not ours to mend.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        from tests.parity import reference
+    if name == REAL:
+        model, tokenizer = gnb.load(REAL, dtype="float32", progress=False)
+        tokens = np.array(tokenizer.encode(text(), bos=True), np.int32)
+    else:
+        model, tokens = model_of(RANDOM[name]), RANDOM[name].tokens()
+    result = ours.run(model, tokens)
+    theirs = reference.build(model.params, model.config)
+    single = reference.run(theirs, tokens)
+    return Runs(name, tokens, result, single, reference.run(theirs.double(), tokens))
+
+
+@pytest.fixture(scope="module", params=[*RANDOM, REAL])
+def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
+    """All results of one case; the default model's take 5 GB, so one case is held at a time."""
+    yield _compute(request.param)
+    gc.collect()
+
+
+def test_text_is_longer_than_the_window(runs: Runs) -> None:
+    assert len(runs.tokens) > (700 if runs.name == REAL else 100)
+    # The reference is what it says: two precisions of one computation, not one compared to itself.
+    assert (runs.single.logits.dtype, runs.double.logits.dtype) == (np.float32, np.float64)
+    assert logits_error(runs.single.logits, runs.double.logits)[0] > 1e-8
+
+
+@pytest.mark.parametrize("precision", ["single", "double"])
+def test_logits(runs: Runs, precision: str) -> None:
+    expected: Result = getattr(runs, precision)
+    whole, anywhere = logits_error(runs.ours.logits, expected.logits)
+    noise = logits_error(runs.single.logits, runs.double.logits)
+    print(
+        f"{runs.name}, {precision}: {whole:.2e} over the whole, {anywhere:.2e} at worst;", end=" "
+    )
+    print(f"noise {noise[0]:.2e}, {noise[1]:.2e}")
+    assert whole < WHOLE
+    assert anywhere < ANYWHERE
+
+
+@pytest.mark.parametrize("precision", ["single", "double"])
+def test_attention_of_all_layers_and_heads(runs: Runs, precision: str) -> None:
+    expected: Result = getattr(runs, precision)
+    assert runs.ours.attention.shape == expected.attention.shape
+    noise, noise_rms = attention_error(runs.single.attention, runs.double.attention)
+    error, error_rms = attention_error(runs.ours.attention, expected.attention)
+    print(f"{runs.name}, {precision}: at most {error.max():.2e}, noise {noise.max():.2e};", end=" ")
+    print(f"worst head {(error / noise).max():.2f} times its noise,", end=" ")
+    print(f"in root mean square {(error_rms / noise_rms).max():.2f} times")
+    assert (error_rms <= NOISE_FACTOR * noise_rms).all()
+    assert (error <= NOISE_FACTOR * noise.max(axis=1, keepdims=True)).all()
+
+
+def test_recording_is_what_the_reference_computes(runs: Runs) -> None:
+    recorded = recording.load(runs.name)
+    np.testing.assert_array_equal(runs.tokens, recorded.tokens)
+    error = compare(sketch(runs.double, recorded.sketch["top_ids"]), recorded.sketch)
+    # Not to the last bit: parts of the reference (norms, softmax) stay float32 in its float64 run.
+    for quantity, value in error.items():
+        assert (value <= recorded.noise[quantity]).all(), quantity
