@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from gemma_nb.model import GemmaTransformer
     from gemma_nb.text.tokenizer import Tokenizer
 
-# What computes with arrays is held to the shapes and dtypes in its annotations.  Not so modules that
-# check their callers' values themselves, or whose records hold numpy arrays once on the host.
+# What computes with arrays is held to the shapes and dtypes in its annotations.  Left out: modules
+# that check their callers' values themselves, or whose records hold numpy arrays once on the host.
 jaxtyping.install_import_hook(
     [
-        *(f"gemma_nb.nn.{name}" for name in ("layers", "rope", "attention", "feed_forward")),
-        *(f"gemma_nb.nn.{name}" for name in ("block", "transformer")),
+        *(f"gemma_nb.nn.{name}" for name in ("layers", "rope", "masks", "attention")),
+        *(f"gemma_nb.nn.{name}" for name in ("feed_forward", "block", "transformer")),
         "gemma_nb.sampling.top_k",
     ],
     f"{tests.typecheck.__name__}.checked",

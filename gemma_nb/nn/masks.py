@@ -11,7 +11,7 @@ def visible(
     queries: Int[Array, "B T"],
     keys: Int[Array, "B S"],
     kind: AttentionKind,
-    given: Bool[Array, "B T S"] | None = None,
+    given: Bool[Array, "B T _"] | None = None,
 ) -> Bool[Array, "B T S"]:
     """True where a query at position p may see a key at position s.
 

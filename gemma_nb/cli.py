@@ -1,0 +1,314 @@
+"""The `gemma-nb` command: `chat` in the terminal, `lab` in the browser, `models` to choose from.
+
+Exit codes: 0 done; 1 something failed, said in one line on stderr; 2 wrong usage; 130 interrupted
+with Ctrl-C; 141 whoever read the output stopped reading.
+
+JAX is imported only by the commands that compute, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gemma_nb as gnb
+from gemma_nb.errors import GemmaNbError
+
+if TYPE_CHECKING:
+    from gemma_nb.chat.session import ChatSession, TokenRecord, Turn
+
+NOTEBOOK = "01_chat.ipynb"
+ALTERNATIVES_SHOWN = 5
+INTERRUPTED = 130  # what a shell reports for SIGINT
+BROKEN_PIPE = 141  # and for SIGPIPE
+VISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥"})
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens")
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the arguments; by default those of the process.
+
+    Returns:
+      The exit code, see the module's docstring.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?"
+        sys.stdout.reconfigure(errors="replace")
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more as it exits; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except UsageError as error:
+        return _fail(error, 2)
+    except (GemmaNbError, OSError) as error:
+        return _fail(error, 1)
+    return code
+
+
+def _fail(error: Exception, code: int) -> int:
+    print("gemma-nb:", " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gemma-nb", description="Chat with Gemma, and see what the model computed."
+    )
+    parser.add_argument("--version", action="version", version=f"gemma-nb {gnb.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_chat(commands)
+    _add_lab(commands)
+    models = commands.add_parser("models", help="what can be loaded here, and how to get the rest")
+    models.set_defaults(run=_models)
+    return parser
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="chat in the terminal",
+        description="Streams the model's reply. Without a message: a conversation in a terminal, "
+        "or one reply to what is piped in. Sampling options that are not given are those "
+        "recommended for the model.",
+        allow_abbrev=False,
+    )
+    chat.add_argument("message", nargs="?", help="what to say")
+    chat.add_argument("--model", default="gemma3-270m", help="a name or a path (%(default)s)")
+    chat.add_argument("--system", help="instructions for the whole conversation")
+    chat.add_argument(
+        "--template", default="auto", help='"auto", "gemma", "transcript" or "none" (%(default)s)'
+    )
+    chat.add_argument("--temperature", type=float, help="0 takes the most likely token, always")
+    chat.add_argument("--top-k", type=int, help="sample among the K most likely tokens")
+    chat.add_argument("--top-p", type=float, help="among the likeliest that add up to P")
+    chat.add_argument("--min-p", type=float, help="among those at least P times the likeliest")
+    chat.add_argument("--seed", type=int, help="the same seed gives the same reply")
+    chat.add_argument("--max-new-tokens", type=int, help="the longest reply, in tokens")
+    chat.add_argument(
+        "--top-k-table",
+        action="store_true",
+        help="print, after the reply, what the model had considered at every token",
+    )
+    chat.set_defaults(run=_chat)
+
+
+def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    lab = commands.add_parser(
+        "lab",
+        help="JupyterLab on the chat notebook",
+        description=f"Opens notebooks/{NOTEBOOK} or {NOTEBOOK} of the current folder, which is "
+        "written there first if there is none.",
+    )
+    lab.add_argument("--port", type=int, default=8888, help="the first port to try (%(default)s)")
+    lab.add_argument("--no-browser", action="store_true", help="print the URL, open nothing")
+    lab.set_defaults(run=_lab)
+
+
+# chat
+
+
+def _chat(args: argparse.Namespace) -> int:
+    message = args.message
+    if message is None and not sys.stdin.isatty():
+        message = sys.stdin.read().strip()
+    if message is not None and not message.strip():
+        raise UsageError('there is no message: gemma-nb chat "Hello"')
+    session = _session(args)
+    if message is None:
+        return _converse(session, args.top_k_table)
+    _reply(session, message, args.top_k_table)
+    return 0
+
+
+def _session(args: argparse.Namespace) -> ChatSession:
+    model, tokenizer = gnb.load(args.model)
+    given = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        session = gnb.ChatSession(model, tokenizer, system=args.system, template=args.template)
+        session.sampling = dataclasses.replace(session.sampling, **given)
+    except ValueError as error:
+        raise UsageError(error) from error
+    return session
+
+
+def _converse(session: ChatSession, table: bool) -> int:
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (gives `input` its history and editing keys)
+    print("Ctrl-C stops a reply, Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        try:
+            message = input("> ")
+        except EOFError:
+            print()
+            return 0
+        if not message.strip():
+            continue
+        try:
+            _reply(session, message, table)
+        except KeyboardInterrupt:
+            print("[stopped]", file=sys.stderr)
+        except GemmaNbError as error:  # said in one line; the conversation goes on
+            _fail(error, 1)
+
+
+def _reply(session: ChatSession, message: str, table: bool) -> None:
+    """Streams one reply to stdout; leaves no half line, even when interrupted."""
+    last = ""
+    try:
+        with _Status("Thinking ...") as status:
+            for event in session.stream(message):
+                text = event.text
+                if not last and session.template.strip_reply:
+                    text = text.lstrip()
+                if text:
+                    status.clear()
+                    print(text, end="", flush=True)
+                    last = text
+    finally:
+        if last and not last.endswith("\n"):
+            print(flush=True)
+    turn = session.turns[-1]
+    if turn.finish_reason != "stop":
+        print(f"[{turn.finish_detail}]", file=sys.stderr)
+    if table:
+        print()
+        _print_table(turn)
+
+
+class _Status:
+    """Says on a terminal what is going on, until there is something better to show."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text if sys.stderr.isatty() else ""
+
+    def __enter__(self) -> _Status:
+        print(self._text, end="", file=sys.stderr, flush=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        if self._text:
+            self._text = ""
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+# the table of alternatives
+
+
+def _print_table(turn: Turn) -> None:
+    """Prints, per token of the reply, the chosen one (marked ">") among its alternatives.
+
+    Probabilities are the model's ("before" the sampler) and those that were drawn from ("after"
+    temperature, top-k and so on).  Rank 1 is the model's most likely token; the entropy, in nats,
+    is that of the model's distribution.
+    """
+    print(f"{'#':>4}   {'token':<20} {'before':>8} {'after':>8} {'rank':>6} {'entropy':>8}")
+    for token in turn.tokens:
+        for row in _table_rows(token):
+            print(row)
+
+
+def _table_rows(token: TokenRecord) -> Iterator[str]:
+    rows = [
+        (a.token_id, a.text, a.logprob, a.probability, rank)
+        for rank, a in enumerate(token.alternatives[:ALTERNATIVES_SHOWN])
+    ]
+    if token.token_id not in [row[0] for row in rows]:
+        rows.append((token.token_id, token.piece, token.logprob, token.probability, token.rank))
+    number, entropy = f"{token.index:>4}", f" {token.entropy:8.3f}"
+    for token_id, text, logprob, probability, rank in rows:
+        mark = ">" if token_id == token.token_id else " "
+        yield (
+            f"{number:>4} {mark} {_pad(_visible(text), 20)}"
+            f" {math.exp(logprob):8.2%} {probability:8.2%} {rank + 1:6d}{entropy}"
+        )
+        number = entropy = ""  # said once per token
+
+
+def _visible(text: str) -> str:
+    """The text with spaces, line breaks and other unprintable characters made visible."""
+    shown = text.translate(VISIBLE)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def _pad(text: str, width: int) -> str:
+    # East Asian wide characters take two columns of a terminal.
+    columns = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return text + " " * max(0, width - columns)
+
+
+# lab and models
+
+
+def _lab(args: argparse.Namespace) -> int:
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"--port {args.port}: a port is a number from 0 (any free one) to 65535")
+    try:
+        from jupyterlab.labapp import LabApp
+    except ImportError as error:
+        raise UsageError('JupyterLab is not installed here: pip install "gemma_nb[app]"') from error
+    options = [
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={args.port}",
+        f"--ServerApp.root_dir={Path.cwd()}",
+        # Not as an argument: then the printed URL would not lead to the notebook.
+        f"--LabApp.default_url=/lab/tree/{_notebook().as_posix()}",
+        "--ServerApp.log_level=WARN",  # leaves the URL as the last thing on the screen
+    ]
+    if args.no_browser or not _has_browser():
+        options.append("--no-browser")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options.append("--allow-root")  # it is bound to this machine and asks for its token
+    LabApp.launch_instance(options)
+    return 0
+
+
+def _has_browser() -> bool:
+    # Without a display, Python's webbrowser would start a text browser over the server's log.
+    if sys.platform.startswith("linux"):
+        return any(name in os.environ for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+    return True
+
+
+def _notebook() -> Path:
+    """The chat notebook of this folder, written first if there is none."""
+    for here in (Path("notebooks", NOTEBOOK), Path(NOTEBOOK)):
+        if here.exists():
+            return here
+    package = Path(__file__).parent
+    # In a wheel the starter notebook lies inside the package, in a checkout beside it.
+    homes = (package / "_notebooks", package.parent / "notebooks")
+    starter = next(home / NOTEBOOK for home in homes if (home / NOTEBOOK).exists())
+    shutil.copyfile(starter, NOTEBOOK)
+    print(f"Wrote {NOTEBOOK}", file=sys.stderr)
+    return Path(NOTEBOOK)
+
+
+def _models(args: argparse.Namespace) -> int:
+    del args
+    print(gnb.list_models())
+    return 0
