@@ -102,13 +102,16 @@ class Reply:
     def _context_ids(self) -> tuple[int, ...]:
         """The reply as it stays in the context: what ended it belongs to the template."""
         ids = [record.token_id for record in self._records]
-        if self._stops.matched is not None:
-            kept = self._stops.kept
-            # Bytes of a character that was cut off are in what is left over, or gone.
-            while kept and not self._records[kept - 1].text:
-                kept -= 1
-            return (*ids[:kept], *self._tokenizer.encode(self._stops.leftover))
-        return tuple(ids[:-1] if self._ended_by_token else ids)
+        if self._ended_by_token:
+            return tuple(ids[:-1])
+        if self._stops.matched is None:
+            return tuple(ids)
+        # The stop string may begin inside a token, and text may lag behind the bytes it is made of:
+        # keep the tokens that spell the beginning of what is shown, and spell the rest anew.
+        shown = "".join(record.text for record in self._records)
+        while not shown.startswith(spelled := self._tokenizer.decode(ids)):
+            ids.pop()
+        return (*ids, *self._tokenizer.encode(shown[len(spelled) :]))
 
     def _held_text(self) -> list[str]:
         """Text of the uncertain tokens; an unfinished character goes to the last one."""

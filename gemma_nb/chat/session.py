@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -87,7 +88,7 @@ class ChatSession:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._reply: Reply | None = None
-        self._active: Generator[TokenEvent, None, None] | None = None
+        self._stream: weakref.ref[Generator[TokenEvent, None, None]] | None = None
         self._reader: int | None = None  # the thread that read the last token
         self._ids_given = 0
         self.tokenizer.encode(self._system or "")  # refuses what cannot be tokenized, now
@@ -198,10 +199,11 @@ class ChatSession:
         Called on the thread that was reading `stream`, it ends a reply that nobody reads on, too.
         """
         self._stop.set()
-        if self._active is not None and self._reader == threading.get_ident():
+        stream = self._stream() if self._stream is not None else None
+        if stream is not None and self._reader == threading.get_ident():
             # Closing fails while the generator runs; then it looks at the flag itself.
             with suppress(ValueError):
-                self._active.close()
+                stream.close()
 
     def new_conversation(self) -> None:
         """Starts over with an empty conversation; the old one stays in `tree`.
@@ -284,16 +286,15 @@ class ChatSession:
     # --- inside ---------------------------------------------------------------------------------
 
     def _start(self, text: str | None) -> Generator[TokenEvent, None, None]:
-        generator = self._generate(text, lambda: generator)
-        return generator
+        stream = self._generate(text)
+        # Weak, so that a stream that its reader drops is closed at once.
+        self._stream = weakref.ref(stream)
+        return stream
 
-    def _generate(
-        self, text: str | None, this: Callable[[], Generator[TokenEvent, None, None]]
-    ) -> Generator[TokenEvent, None, None]:
+    def _generate(self, text: str | None) -> Generator[TokenEvent, None, None]:
         """One reply, to `text` or (None) another one to the last message."""
         with self._alone():
             self._stop.clear()
-            self._active = this()
             asked = self._ask(text)
             reply = self._reply = Reply(
                 self._new_id(), self.tokenizer, self.template, self._seeded(asked)
@@ -318,7 +319,7 @@ class ChatSession:
             finally:
                 reply.flush()
                 self.tree.add(asked, reply.turn())
-                self._reply = self._active = None
+                self._reply = None
 
     def _choices(self, reply: Reply, asked: Node) -> Iterator[tuple[Evidence, int]]:
         """Each choice with the position of the chosen token, until the reply is finished."""

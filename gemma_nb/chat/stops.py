@@ -8,14 +8,11 @@ from collections.abc import Sequence
 class StopMatcher:
     """Holds tokens back while their text may be the beginning of a stop string.
 
-    Feed it each token's text in order.  It hands tokens back as (tag, text) once their text is
-    certain; after a match, tokens of the stop string come back with the text before it, or none.
+    Feed it each token's text in order.  It hands the texts back, in order, once they are certain;
+    after a match, tokens of the stop string come back with what stands before it, or with "".
 
     Attributes:
       matched: the stop string that ended the text, or None.
-      leftover: text of the token that the stop string began inside of; "" where it began at a
-        token's edge, or nothing matched.
-      kept: number of tokens that lie wholly before the stop string.
     """
 
     def __init__(self, stops: Sequence[str], *, skip_leading_space: bool = False) -> None:
@@ -23,15 +20,12 @@ class StopMatcher:
         self._skip = skip_leading_space
         self._held: list[str] = []
         self.matched: str | None = None
-        self.leftover = ""
-        self.kept = 0
 
     def feed(self, text: str) -> list[str]:
         """Takes the next token's text; returns the texts of the tokens that are now certain."""
         if self._skip:
             # White space before the first word is not yet the reply, so nothing can end in it.
             if not text.strip():
-                self.kept += 1
                 return [text]
             self._skip = False
         self._held.append(text)
@@ -45,7 +39,6 @@ class StopMatcher:
     def flush(self) -> list[str]:
         """The texts still held, when no more tokens come."""
         texts, self._held = self._held, []
-        self.kept += len(texts)
         return texts
 
     def _pending(self, held: str) -> int:
@@ -63,19 +56,13 @@ class StopMatcher:
         while self._held and end + len(self._held[0]) <= certain:
             end += len(self._held[0])
             released.append(self._held.pop(0))
-        self.kept += len(released)
         return released
 
     def _cut(self, at: int) -> list[str]:
         """All held tokens, their text cut at character `at`."""
         texts, start = [], 0
         for text in self._held:
-            kept = text[: max(at - start, 0)]
+            texts.append(text[: max(at - start, 0)])
             start += len(text)
-            texts.append(kept)
-            if start <= at:
-                self.kept += 1
-            elif kept:
-                self.leftover = kept
         self._held = []
         return texts

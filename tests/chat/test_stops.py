@@ -43,21 +43,13 @@ def test_every_token_comes_back_once_and_in_order(pieces, stops):
 
 
 @given(pieces=texts, stops=stop_strings)
-def test_kept_tokens_and_leftover_spell_the_text(pieces, stops):
-    """What stays in the context is exactly what is shown."""
-    matcher, released, _ = run(pieces, stops)
-    assert "".join(pieces[: matcher.kept]) + matcher.leftover == "".join(released)
-
-
-@given(pieces=texts, stops=stop_strings)
 def test_space_before_the_first_word_ends_nothing(pieces, stops):
-    matcher, released, _ = run(pieces, stops, skip_leading_space=True)
+    _, released, _ = run(pieces, stops, skip_leading_space=True)
     blank = 0
     while blank < len(pieces) and not pieces[blank].strip():
         blank += 1
     after = "".join(pieces[blank : len(released)])
     assert "".join(released) == "".join(pieces[:blank]) + cut(after, stops)
-    assert "".join(pieces[: matcher.kept]) + matcher.leftover == "".join(released)
 
 
 def test_a_token_is_held_only_while_it_may_begin_a_stop_string():
@@ -68,4 +60,4 @@ def test_a_token_is_held_only_while_it_may_begin_a_stop_string():
     assert matcher.feed("age") == ["\n", "Us", "age"]
     assert matcher.feed("!\nU") == []
     assert matcher.feed("ser: x") == ["!", ""]
-    assert (matcher.matched, matcher.leftover, matcher.kept) == ("\nUser:", "!", 4)
+    assert matcher.matched == "\nUser:"
