@@ -213,6 +213,7 @@ class ChatSession:
         """
         with self._alone():
             self.tree.root.active = None
+            self._decoder.keep(self._context(()))
 
     def warmup(self, progress: Callable[[float, str], None] | None = None) -> None:
         """Compiles what a conversation needs and computes the template's own beginning.

@@ -120,6 +120,13 @@ class Decoder:
         """Forgets everything; the next prompt is computed from its first token."""
         self.ids, self._cache, self._next = [], None, None
 
+    def keep(self, ids: Sequence[int]) -> None:
+        """Takes back what is in the cache beyond the prefix that it shares with `ids`."""
+        shared = _common_prefix(self.ids, ids)
+        if self._cache is not None and shared < len(self.ids):
+            self._cache = rewind(self._cache, jnp.int32(shared))
+        self.ids, self._next = self.ids[:shared], None
+
     def begin(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """Readies the stream to continue `ids`, reusing what the cache already holds of it.
 
@@ -135,21 +142,18 @@ class Decoder:
         """
         if not 0 < len(ids) <= self.limit:
             raise ValueError(f"a context must hold 1 to {self.limit} tokens, got {len(ids)}")
-        shared = _common_prefix(self.ids, ids[:-1])
+        self.keep(ids[:-1])
         config = self._transformer.config
         size = size_for(len(ids) + 1, self.limit)
         if self._cache is None:
-            self._cache, shared = StreamCache.empty(config, size), 0
+            self._cache = StreamCache.empty(config, size)
         elif self._cache.size < size:
             self._cache = grow(self._cache, size)
-        if shared < len(self.ids):
-            self._cache = rewind(self._cache, jnp.int32(shared))
-        self.ids = list(ids[:shared])
         self._controls = Controls.of(sampling, config.num_embed)
         seen = np.zeros(config.num_embed, bool)
         seen[self.ids] = True
         self._seen = jnp.asarray(seen)
-        return list(ids[shared:])
+        return list(ids[len(self.ids) :])
 
     def prefill(
         self, ids: Sequence[int], between: Callable[[int], bool] | None = None

@@ -167,6 +167,7 @@ def test_a_new_conversation_starts_empty(make, score):
     first = chat.chat("Hello")
     chat.new_conversation()
     assert chat.turns == ()
+    assert chat.cache_used == 1  # <bos>
     again = chat.chat("Hello")
     assert again.text == first.text
     assert first in list(chat.tree)

@@ -1,0 +1,79 @@
+"""ChatApp: the panels composed into one widget, with one selection shared by all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ipywidgets
+
+from gemma_nb.widgets.attention import AttentionPanel
+from gemma_nb.widgets.base import reject_unknown, view_mimebundle
+from gemma_nb.widgets.chat import ChatPanel
+
+
+class ChatApp(ipywidgets.Box):
+    """Chat on the left, the attention behind it on the right; stacked where there is little room.
+
+    With a name or path the app shows at once, and loads and compiles in the background; a message
+    sent meanwhile waits for the model.
+
+    Args:
+      chat_or_source: a `ChatSession`, or what `gemma_nb.load` takes.
+
+    Raises:
+      TypeError: an unknown keyword argument.
+    """
+
+    def __init__(self, chat_or_source: Any = "gemma3-270m", **unknown: object) -> None:
+        reject_unknown("ChatApp", unknown, ())
+        self.chat_panel = ChatPanel(chat_or_source)
+        self.attention_panel = AttentionPanel()
+        # One child, so that the columns can ask how wide the app is (a container query).
+        columns = ipywidgets.Box([self.chat_panel, self.attention_panel])
+        columns.add_class("gnb-columns")
+        super().__init__([columns])
+        self.add_class("gnb-app")
+        # In the browser, so that it holds without a kernel.
+        self._link = ipywidgets.jslink(
+            (self.chat_panel, "selected"), (self.attention_panel, "selected")
+        )
+        self.chat_panel.on_reply(self._look_inside)
+
+    def __repr__(self) -> str:
+        return f"ChatApp({self.chat_panel!r}, {self.attention_panel!r})"
+
+    def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, Any], dict[str, Any]]:
+        html = self.static_html()  # first: it takes over what was said since
+        return view_mimebundle(self.model_id, repr(self), html), {}
+
+    @property
+    def chat(self) -> Any:
+        """The `ChatSession`.
+
+        Raises:
+          GemmaNbError: the model is still loading, or could not be loaded.
+        """
+        return self.chat_panel.chat
+
+    def wait_until_ready(self, timeout: float | None = None) -> Any:
+        """The session, once it is loaded and compiled.
+
+        Raises:
+          TimeoutError: not ready after `timeout` seconds.
+          GemmaNbError: loading failed.
+        """
+        return self.chat_panel.wait_until_ready(timeout)
+
+    def static_html(self) -> str:
+        """The conversation with its evidence and the framed row's attention, without scripts."""
+        return self.chat_panel.static_html() + self.attention_panel.static_html()
+
+    def close(self) -> None:
+        """Stops what runs and takes the views away."""
+        for panel in (getattr(self, "chat_panel", None), getattr(self, "attention_panel", None)):
+            if panel is not None:
+                panel.close()
+        super().close()
+
+    def _look_inside(self) -> None:
+        self.attention_panel.attach(self.chat_panel.chat)

@@ -1,0 +1,74 @@
+"""The browser's side of a panel, in Python: it gets the messages, and sends commands."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 10.0) -> None:
+    """Waits for `condition`, which another thread brings about."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.002)
+
+
+def apply_delta(transcript: dict[str, Any], delta: dict[str, Any]) -> bool:
+    """What `applyDelta` of chat.js does."""
+    if delta["seq"] <= transcript["seq"]:
+        return True
+    turns = transcript["turns"]
+    if delta["seq"] != transcript["seq"] + 1 or delta["at"] > len(turns):
+        return False
+    tokens = turns[delta["at"]]["tokens"][: delta["start"]] if delta["start"] else []
+    if delta["start"] > len(tokens):
+        return False
+    transcript["seq"] = delta["seq"]
+    del turns[delta["at"] :]
+    if delta["turn"] is not None:
+        turns.append({**delta["turn"], "tokens": [*tokens, *delta["tokens"]]})
+    return True
+
+
+class FrontEnd:
+    """Receives what `panel` sends from now on; acknowledges deltas unless told not to."""
+
+    def __init__(self, panel: Any, *, acknowledges: bool = True) -> None:
+        self.panel = panel
+        self.acknowledges = acknowledges
+        self.messages: list[dict[str, Any]] = []
+        self.answers: dict[Any, dict[str, Any]] = {}
+        self.gaps = 0
+        self.state = copy.deepcopy(panel.get_state())
+        panel._send = self._receive
+
+    def _receive(self, message: dict[str, Any], buffers: Any = None) -> None:
+        message = copy.deepcopy(message)
+        self.messages.append(message)
+        if message["method"] == "custom":
+            self.answers[message["content"]["request"]] = message["content"]
+            return
+        if message["method"] != "update":
+            return
+        self.state.update(message["state"])
+        delta = message["state"].get("delta")
+        if not delta:
+            return
+        if not apply_delta(self.state["transcript"], delta):
+            self.gaps += 1
+        elif self.acknowledges:
+            self.panel.set_state({"ack": delta["seq"]})
+
+    def run(self, name: str, **args: Any) -> dict[str, Any]:
+        """Sends a command; returns its answer."""
+        request = f"test-{len(self.answers)}"
+        content = {"kind": "command", "request": request, "name": name, "args": args}
+        self.panel._handle_custom_msg(content, [])
+        return self.answers[request]
+
+    def deltas(self) -> list[dict[str, Any]]:
+        states = [message.get("state", {}) for message in self.messages]
+        return [state["delta"] for state in states if "delta" in state]
