@@ -25,8 +25,14 @@ _VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def static_text(name: str) -> str:
-    """The text of `widgets/static/<name>`, which ships in the wheel."""
-    return (importlib.resources.files("gemma_nb.widgets") / "static" / name).read_text("utf-8")
+    """The text of `widgets/static/<name>`, which ships in the wheel.
+
+    A panel's script and style are led by what all panels share: the front end loads one module and
+    one style per widget, and cannot follow an import from them.
+    """
+    folder = importlib.resources.files("gemma_nb.widgets") / "static"
+    shared = folder / f"panel{name[name.rindex('.') :]}"
+    return shared.read_text("utf-8") + "\n" + (folder / name).read_text("utf-8")
 
 
 def reject_unknown(owner: str, unknown: Mapping[str, object], known: tuple[str, ...]) -> None:

@@ -6,7 +6,6 @@ be tested, and driven in a browser, without weights.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 import threading
@@ -18,7 +17,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from gemma_nb.chat.events import Alternative, Timing, TokenEvent, TokenRecord, Turn
 from gemma_nb.errors import BusyError
+from gemma_nb.sampling.methods import Sampling
 
 WORDS = (
     *(" The", " capital", " city", " it", " of", " a", " Paris", " Rome", " that", " known"),
@@ -28,70 +29,6 @@ REPLIES = (
     (" The", " capital", " of", " France", " is", " Paris", ".", "<end_of_turn>"),
     (" The", " most", " famous", " building", " is", " the", " Eiffel", " Tower", ".", "\n\n"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    temperature: float = 0.6
-    top_k: int | None = 40
-    top_p: float | None = None
-    seed: int | None = 1
-    max_new_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Alternative:
-    token_id: int
-    text: str
-    logprob: float
-    probability: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenRecord:
-    index: int
-    token_id: int
-    text: str
-    piece: str
-    position: int
-    logprob: float
-    probability: float
-    entropy: float
-    rank: int
-    alternatives: tuple[Alternative, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenEvent(TokenRecord):
-    cache_used: int = 0
-    finish_reason: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    prompt_tokens: int
-    prefill_seconds: float
-    new_tokens: int
-    decode_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    id: int
-    role: str
-    text: str
-    tokens: tuple[TokenRecord, ...] = ()
-    finish_reason: str | None = None
-    finish_detail: str = ""
-    timing: Timing | None = None
 
 
 def evidence(piece: str, index: int, position: int, seed: int, top_k: int = 10) -> dict[str, Any]:
@@ -180,7 +117,7 @@ class FakeSession:
         self.model = SimpleNamespace(config=config, info=info)
         self.tokenizer = None
         self.template = SimpleNamespace(name="transcript")
-        self.sampling = Sampling()
+        self.sampling = Sampling(temperature=0.6, top_k=40, seed=1)
         self.system = None
         self.turns: tuple[Turn, ...] = ()
         self.partial: Turn | None = None
@@ -266,7 +203,7 @@ class FakeSession:
                 self._labels.append(piece)
                 records.append(TokenRecord(**fields))
                 self.partial = Turn(turn_id, "model", "", tuple(records))
-                yield TokenEvent(**fields, cache_used=self.cache_used)
+                yield TokenEvent(**fields, cache_used=self.cache_used, finish_reason=None)
                 if index + 1 >= self.sampling.max_new_tokens:
                     reason, detail = "length", "Reached the limit of new tokens."
                     break
@@ -277,5 +214,13 @@ class FakeSession:
             self.partial = None
             self.turns = (
                 *self.turns,
-                Turn(turn_id, "model", said, tuple(records), reason, detail, timing),
+                Turn(
+                    turn_id,
+                    "model",
+                    said,
+                    tuple(records),
+                    finish_reason=reason,
+                    finish_detail=detail,
+                    timing=timing,
+                ),
             )

@@ -35,9 +35,3 @@ def test_styles_stay_inside_the_panels(name: str) -> None:
             continue
         for selector in selectors.split(","):
             assert ".gnb" in selector, selector
-
-
-def test_both_styles_define_the_same_colours() -> None:
-    chat, attention = (static_text(name) for name in ("chat.css", "attention.css"))
-    block = re.compile(r"\.gnb \{.*?\}", re.DOTALL)
-    assert block.search(chat)[0] == block.search(attention)[0]

@@ -120,7 +120,9 @@ def test_only_turns_without_tokens_carry_their_text() -> None:
     assert user == {"id": session.turns[0].id, "role": "user", "text": "hello"}
     assert "text" not in reply
     assert reply["finish"] == "stop"
-    failed = encode_head(Turn(1, "model", "", (), "error", "The prompt is too long."))
+    failed = encode_head(
+        Turn(1, "model", "", finish_reason="error", finish_detail="The prompt is too long.")
+    )
     assert failed["detail"] == "The prompt is too long."
     assert failed["text"] == ""
 

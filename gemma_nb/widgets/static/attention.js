@@ -3,9 +3,6 @@
 // untrusted: they only ever become text nodes or canvas text.
 
 /**
- * @typedef {{get(key: string): any, set(key: string, value: any): void, save_changes(): void,
- *   send(content: any): void, on(name: string, f: (...args: any[]) => void): void,
- *   off(name: string, f: (...args: any[]) => void): void}} Model
  * What `head_map` holds: rows and columns `first` to `first + size` of `length` positions.
  * @typedef {{layer: number, head: number, first: number, size: number, length: number,
  *   hide_bos: boolean, limit: number}} View
@@ -21,27 +18,6 @@
 const MONO = "ui-monospace, monospace";
 const LABEL_LEFT = 84;
 const LABEL_TOP = 78;
-
-/**
- * @param {string} tag
- * @param {Record<string, any>} [attributes]
- * @param {...(Node|string)} children
- * @returns {any}
- */
-function h(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (typeof value === "function") node.addEventListener(name, value);
-    else if (value === true) node.setAttribute(name, "");
-    else if (value !== false && value != null) node.setAttribute(name, String(value));
-  }
-  node.append(...children);
-  return node;
-}
-
-/** @param {string} text */
-const visible = (text) =>
-  text.replaceAll("\n", "⏎").replaceAll(" ", "·").replaceAll("\t", "⇥");
 
 /** @param {string} text @param {number} most */
 const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);

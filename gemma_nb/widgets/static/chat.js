@@ -12,9 +12,6 @@
  * @typedef {{seq: number, turns: Turn[]}} Transcript
  * @typedef {{seq: number, at: number, turn: Omit<Turn, "tokens">|null, start: number,
  *   tokens: Token[]}} Delta
- * @typedef {{get(key: string): any, set(key: string, value: any): void, save_changes(): void,
- *   send(content: any): void, on(name: string, f: (...args: any[]) => void): void,
- *   off(name: string, f: (...args: any[]) => void): void}} Model
  * @typedef {{element: HTMLElement, said: HTMLElement, ended: HTMLElement, count: number,
  *   blank: boolean, spoken: number, head: string}} TurnView
  */
@@ -28,27 +25,6 @@ const SETTINGS = [
   ["seed", "Seed", "1", "0"],
   ["max_new_tokens", "Max tokens", "1", "1"],
 ];
-
-/**
- * @param {string} tag
- * @param {Record<string, any>} [attributes] `class` and attributes; functions become listeners
- * @param {...(Node|string)} children
- * @returns {any}
- */
-function h(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (typeof value === "function") node.addEventListener(name, value);
-    else if (value === true) node.setAttribute(name, "");
-    else if (value !== false && value != null) node.setAttribute(name, String(value));
-  }
-  node.append(...children);
-  return node;
-}
-
-/** @param {string} text */
-const visible = (text) =>
-  text.replaceAll("\n", "⏎").replaceAll(" ", "·").replaceAll("\t", "⇥");
 
 /** @param {number|null} logprob */
 const probability = (logprob) => (logprob === null ? 0 : Math.exp(logprob));
