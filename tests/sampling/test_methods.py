@@ -80,10 +80,9 @@ def test_probabilities_are_those_of_the_definition(sampling, seed, spread):
     # Float32 has no numbers below 1e-45.
     expected[expected < 1e-35] = 0
     actual = np.where(actual < 1e-35, 0, actual)
-    # A token at the very edge of a nucleus may fall on either side of it by rounding.
-    assert abs(int((actual > 0).sum()) - int((expected > 0).sum())) <= max(
-        2, 2e-4 * (expected > 0).sum()
-    )
+    # Tokens at the very edge of a nucleus may fall on either side of it, since its sum is rounded;
+    # what that moves is a ten-thousandth of the probability at most.
+    assert np.abs(actual - expected).sum() / 2 < 1e-4
     np.testing.assert_allclose(actual, expected, atol=3e-6 + 3e-4 * expected.max())
     assert actual.sum() == pytest.approx(1, abs=1e-4)
 
