@@ -10,6 +10,7 @@ from gemma_nb.typing import EMPTY
 
 # Prompt lengths that are compiled.  Few, since each costs seconds the first time.
 BUCKETS = (32, 128, 512)
+_SMALL = 128
 
 
 def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
@@ -36,7 +37,15 @@ def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndar
 
 
 def _piece(left: int) -> int:
-    """Size of the next piece: the largest that is at most a quarter padding."""
+    """Size of the next piece.
+
+    What fits into a small bucket is padded to it: one more piece costs more than the padding, and
+    a start from nothing compiles one program less.  Otherwise the largest bucket that is at most a
+    quarter padding.
+    """
     if left == 1:
         return 1
+    small = next((size for size in BUCKETS if left <= size <= _SMALL), None)
+    if small is not None:
+        return small
     return next((size for size in reversed(BUCKETS) if 4 * left >= 3 * size), BUCKETS[0])
