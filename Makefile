@@ -45,11 +45,15 @@ parity:
 	@$(INSTALL_REFERENCES) parity
 	$(BIN)/python -m pytest tests/parity -m live
 
+# llama.cpp 0.3.36 built for AMX crashes in its first token on virtual machines.
+NO_AMX = -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8
+
 # llama-cpp-python compiles C++ for some minutes and needs a compiler: without it, the rest is run.
 bench:
 	@$(INSTALL) model
 	@$(INSTALL_REFERENCES) parity
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || [ -f $(VENV)/.no-llama-cpp ] || \
+	CMAKE_ARGS="$$CMAKE_ARGS $$(grep -q amx_int8 /proc/cpuinfo 2>/dev/null && echo '$(NO_AMX)')" \
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input llama-cpp-python || \
 	touch $(VENV)/.no-llama-cpp
 	@[ ! -f $(VENV)/.no-llama-cpp ] || \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -40,10 +41,13 @@ def rates(made: Mapping[str, Contestant], rounds: int, count: int) -> list[Quant
     ]
 
 
-def starts(rounds: int) -> list[Quantity]:
+def starts(rounds: int) -> tuple[list[Quantity], list[str]]:
     """Fresh processes: ours with empty caches once, then everybody, in interleaved rounds.
 
-    Prints where the time of ours went.
+    Prints where the time of ours went, and which of the others do not run on this machine.
+
+    Returns:
+      The quantities, and the names of those that run.
     """
     load: dict[str, list[float]] = defaultdict(list)
     first: dict[str, list[float]] = defaultdict(list)
@@ -57,17 +61,25 @@ def starts(rounds: int) -> list[Quantity]:
         cold = startup.measure(OURS, folders[OURS])
         print(_phases("empty caches", cold))
         for _ in range(rounds):
-            for name, folder in folders.items():
-                marks = startup.measure(name, folder)
+            for name, folder in list(folders.items()):
+                try:
+                    marks = startup.measure(name, folder)
+                except subprocess.CalledProcessError as error:
+                    if name == OURS:
+                        raise
+                    print(f"{name} does not run here, and is left out: {error}")
+                    del folders[name]
+                    continue
                 if name == OURS:
                     print(_phases("caches filled", marks))
                 load[name].append(marks["loaded"])
                 first[name].append(marks["first token"])
-    return [
+    quantities = [
         Quantity("import and load, s", load, False),
         Quantity("first token, second start, s", first, False),
         Quantity("first token, empty caches, s", {OURS: [cold["first token"]]}, False),
     ]
+    return quantities, list(folders)
 
 
 def _phases(title: str, marks: Mapping[str, float]) -> str:
@@ -109,8 +121,8 @@ def main() -> None:
     quick = parser.parse_args().quick
     print(conditions())
     # Start-up first: afterwards the other contestants' memory would crowd the page cache.
-    started = starts(rounds=1 if quick else 3)
-    measured = rates(contestants(NAMES), rounds=2 if quick else 9, count=8 if quick else 48)
+    started, names = starts(rounds=1 if quick else 3)
+    measured = rates(contestants(names), rounds=2 if quick else 9, count=8 if quick else 48)
     print(floor())
     print(table([*measured, *started]))
 
