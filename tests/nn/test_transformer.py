@@ -115,16 +115,12 @@ def test_official_parameter_tree():
     assert len(shapes) == 2 + 18 * len(layer)
 
 
-@pytest.mark.parametrize(
-    ("name", "published"),
-    [("270m", 0.268e9), ("1b", 1.0e9), ("4b", 3.88e9), ("12b", 11.77e9), ("27b", 27.0e9)],
-)
-def test_parameter_counts(name, published):
-    config = gnb.presets.by_name(f"gemma3-{name}")
+@pytest.mark.parametrize("name", gnb.presets.PRESETS)
+def test_parameter_counts(name):
+    """What `num_params` says without building anything; `test_config` has the published numbers."""
+    config = gnb.presets.by_name(name)
     model = gnb.GemmaTransformer.from_config(config)
-    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    assert count == config.num_params()
-    assert count == pytest.approx(published, rel=0.005)
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.params)) == config.num_params()
 
 
 def test_multi_head_checkpoints_hold_one_qkv_weight():
