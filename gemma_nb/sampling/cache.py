@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -35,14 +37,14 @@ class StreamCache:
     end_index: jax.Array
 
     @classmethod
-    def empty(cls, config: TransformerConfig, size: int) -> StreamCache:
+    def empty(cls, config: TransformerConfig, size: int, sharding: Any = None) -> StreamCache:
         """A float32 cache of `size` slots (float32: converting bfloat16 keys costs more than
-        reading twice the bytes)."""
+        reading twice the bytes), its keys and values placed by `sharding` where there is one."""
         shape = (size, config.num_kv_heads * config.head_dim)
 
         def zeros() -> tuple[jax.Array, ...]:
             # One array each: a donated buffer must not be passed twice.
-            return tuple(jnp.zeros(shape, jnp.float32) for _ in config.layers)
+            return tuple(jnp.zeros(shape, jnp.float32, device=sharding) for _ in config.layers)
 
         return cls(zeros(), zeros(), jnp.full(size, EMPTY, jnp.int32), jnp.int32(0))
 
