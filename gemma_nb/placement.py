@@ -97,7 +97,7 @@ def _mesh_axis(dim: str, mesh: Mesh) -> str | None:
 def shardings(config: TransformerConfig, mesh: MeshLike) -> dict[tuple[str, ...], NamedSharding]:
     """Where each official parameter goes: path down the tree -> sharding.
 
-    `jax.device_put(array, shardings(config, mesh)[path])` sends each device its own part only.
+    `put(array, shardings(config, mesh)[path])` sends each device its own part only.
 
     Args:
       config: the model's numbers.
@@ -129,6 +129,19 @@ def _param_sharding(
     return NamedSharding(mesh, partition(dims, shape, mesh))
 
 
+def put(array: Any, sharding: NamedSharding | None) -> jax.Array:
+    """`array` on its devices: each of them, and each host, is sent its own part only.
+
+    Args:
+      array: the whole of it, on every host: of numpy, mapped from a file, or of JAX.
+      sharding: None leaves it to JAX.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # `device_put` would compare all of it with the other hosts' before it takes a part.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def place(params: Params, config: TransformerConfig, mesh: MeshLike) -> Params:
     """`params` on the devices of `mesh`; as they are where that is None."""
     resolved = resolve(mesh)
@@ -136,7 +149,7 @@ def place(params: Params, config: TransformerConfig, mesh: MeshLike) -> Params:
         return params
     flat = flax.traverse_util.flatten_dict(dict(params))
     placed = {
-        path: jax.device_put(leaf, _param_sharding(path, leaf.shape, config, resolved))
+        path: put(leaf, _param_sharding(path, leaf.shape, config, resolved))
         for path, leaf in flat.items()
     }
     return cast(Params, flax.traverse_util.unflatten_dict(placed))
@@ -156,7 +169,7 @@ def place_batch(x: Any, mesh: Mesh | None) -> Any:
     if x is None or mesh is None:
         return x
     spec = partition(("B",), x.shape[:1], mesh)
-    return jax.device_put(x, NamedSharding(mesh, spec))
+    return put(x, NamedSharding(mesh, spec))
 
 
 def cache_shardings(

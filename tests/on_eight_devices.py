@@ -82,7 +82,7 @@ def meshes() -> dict[str, Any]:
 
 def compare(model: gnb.GemmaTransformer, *names: str) -> dict[str, Any]:
     expected, (_, reply) = logits(model), decoder(model)
-    results: dict[str, Any] = {"one device": reply}
+    results: dict[str, Any] = {"one device": reply, "logits": float(np.abs(expected).sum())}
     for name in names:
         placed = model.place(meshes()[name])
         assert placed.mesh is not None
@@ -106,11 +106,11 @@ def compare(model: gnb.GemmaTransformer, *names: str) -> dict[str, Any]:
 
 
 def loaded(folder: Path) -> dict[str, Any]:
-    """A GGUF file by way of `gnb.load`."""
-    from tests.checkpoints import tiny
+    """A checkpoint by way of `gnb.load`."""
+    from tests.checkpoints import written
 
     os.environ["GEMMA_NB_CACHE"] = str(folder / "cache")
-    path = tiny.write(folder / "tiny.gguf")
+    path = written.hugging_face(folder / "hf", written.params())
     one, tokenizer = gnb.load(path, dtype="float32", progress=False)
     eight, _ = gnb.load(path, dtype="float32", mesh="auto", progress=False)
     assert eight.mesh is not None
@@ -121,6 +121,7 @@ def loaded(folder: Path) -> dict[str, Any]:
     return {
         "mesh": dict(eight.mesh.shape),
         "largest part": max(s.data.nbytes for s in table.addressable_shards) / table.nbytes,
+        "logits": float(np.abs(logits(one)).sum()),
         "logits error": error(logits(eight), logits(one)),
         "trace error": error(traces[1], traces[0]),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import gemma_nb as gnb
 from gemma_nb import placement
+from tests.checkpoints import written
 
 REPO = Path(__file__).parents[1]
 
@@ -161,3 +163,50 @@ def test_a_checkpoint_is_read_onto_the_mesh(eight_devices):
     assert result["largest part"] <= 1 / 8
     assert result["logits error"] < 1e-5
     assert result["trace error"] < 1e-5
+
+
+# two processes with four devices each, as on two hosts
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    """What both processes of tests/on_two_hosts.py report."""
+    folder = tmp_path_factory.mktemp("hosts")
+    written.hugging_face(folder / "hf", written.params())
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "GEMMA_NB_CACHE": str(folder / "cache"),
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, "-m", "tests.on_two_hosts"]
+    hosts = [
+        subprocess.Popen(
+            [*program, str(process), str(port), str(folder)],
+            cwd=REPO,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        printed = [host.communicate(timeout=600)[0] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(printed)
+    # The transport between the processes reports on the same stream.
+    return [json.loads(next(x for x in out.splitlines() if x[:1] == "{")) for out in printed]
+
+
+def test_two_hosts_share_a_model_and_both_get_the_whole_reply(two_hosts, eight_devices):
+    for host in two_hosts:
+        assert host["devices"] == [8, 4]
+        assert host["rows here"] == host["rows"] / 2
+        assert host["reply"] == eight_devices["many heads"]["one device"]
+        assert host["logits"] == pytest.approx(eight_devices["many heads"]["logits"], rel=1e-5)
+        assert host["loaded"] == pytest.approx(eight_devices["loaded"]["logits"], rel=1e-5)
