@@ -200,6 +200,18 @@ def stream_sharding(config: TransformerConfig, mesh: Mesh | None) -> NamedShardi
     return NamedSharding(mesh, PartitionSpec(None, name if even else None))
 
 
+def vocabulary_sharding(config: TransformerConfig, mesh: Mesh | None) -> NamedSharding | None:
+    """For (V,) arrays, which are split as the logits come."""
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, partition(("V",), (config.num_embed,), mesh))
+
+
+def everywhere(mesh: Mesh | None) -> NamedSharding | None:
+    """The whole array on every device of `mesh`."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
 def fetch(x: Any) -> Any:
     """A tree of arrays on this host as numpy arrays, also where other hosts hold parts of them."""
     if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(x)):

@@ -101,19 +101,31 @@ def test_activations_are_in_the_params_dtype_or_in_float32(tiny_model):
     assert near < far / 20
 
 
-def test_saved_and_loaded_it_is_the_same(tiny_model, tmp_path):
-    model, _ = tiny_model
+def test_saved_and_loaded_it_is_the_same(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("gemma_nb.checkpoints.load.use_compilation_cache", lambda: None)
+    model, tokenizer = tiny_model
     folder = model.save(tmp_path / "saved")
     assert folder == tmp_path / "saved"
-    from gemma_nb.checkpoints.orbax import OrbaxFolder
-
-    stored = OrbaxFolder(folder)
-    params = layout.nest(stored.params(np.dtype(np.float32)))
-    again = gnb.GemmaTransformer.from_pretrained(params, config=stored.config)
+    tokenizer.save_model(folder / "tokenizer.model")
+    again, _ = gnb.load(folder, dtype="float32", progress=False)
     assert again.config == model.config
     assert jax.tree.all(jax.tree.map(np.array_equal, dict(model.params), dict(again.params)))
     with pytest.raises(gnb.CheckpointError, match="exists already"):
         model.save(folder)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_read_unless_forced(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gemma_nb.checkpoints.load.use_compilation_cache", lambda: None)
+    model, tokenizer = tiny_model
+    folder = model.save(tmp_path / "saved")
+    tokenizer.save_model(folder / "tokenizer.model")
+    monkeypatch.setattr("gemma_nb.checkpoints.memory.available", lambda: 100_000)
+    with pytest.raises(gnb.CheckpointError, match=r"takes about 190 kB, and .* 100 kB free"):
+        gnb.load(folder, dtype="float32", progress=False)
+    forced, _ = gnb.load(folder, dtype="float32", force=True, progress=False)
+    assert forced.config == model.config
 
 
 class Foreign:

@@ -108,7 +108,7 @@ class Decoder:
         self.limit = limit
         self.ids: list[int] = []
         self._transformer = model.transformer
-        self._sharding = placement.stream_sharding(model.config, model.mesh)
+        self._mesh = model.mesh
         self._weights = decoding_weights(model)
         self._top_k = top_k
         self._cache: StreamCache | None = None
@@ -151,13 +151,14 @@ class Decoder:
         config = self._transformer.config
         size = size_for(len(ids) + 1, self.limit)
         if self._cache is None:
-            self._cache = StreamCache.empty(config, size, self._sharding)
+            self._cache = StreamCache.empty(config, size, self._mesh)
         elif self._cache.size < size:
             self._cache = grow(self._cache, size)
         self._controls = Controls.of(sampling, config.num_embed)
         seen = np.zeros(config.num_embed, bool)
         seen[self.ids] = True
-        self._seen = jnp.asarray(seen)
+        where = placement.vocabulary_sharding(config, self._mesh)
+        self._seen = placement.put(jnp.asarray(seen), where)
         return list(ids[len(self.ids) :])
 
     def prefill(
