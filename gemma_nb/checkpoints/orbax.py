@@ -195,15 +195,24 @@ def save_params(
       path: a folder that does not exist yet; it appears whole or not at all.
 
     Raises:
-      CheckpointError: `path` exists or cannot be written, or `params` do not belong to `config`.
+      CheckpointError: `path` exists or cannot be written, or `params` do not belong to `config`,
+        or are shapes without weights.
     """
+    import jax
     import orbax.checkpoint as ocp
 
     path = Path(path).expanduser().absolute()
     if path.exists():
         raise CheckpointError(f"{path} exists already; choose another path, or remove it")
     infer.check(infer.shapes_of(params), config)
-    tree = layout.released(layout.nest(layout.official(params)))
+    flat = layout.official(params)
+    for name, leaf in flat.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise CheckpointError(
+                f"parameter {'/'.join(name)} has a shape but no weights; load them, or initialise "
+                "the model with a key, before it is saved"
+            )
+    tree = layout.released(layout.nest(flat))
     about = {_OURS: {"config": infer.to_json(config)}}
     try:
         # Orbax would find out in a thread, whose traceback comes minutes later.

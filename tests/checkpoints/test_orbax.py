@@ -39,6 +39,9 @@ def test_saving_refuses_what_it_could_not_read_back(tmp_path):
         orbax.save_params(params, tiny.CONFIG, tmp_path / "there")
     with pytest.raises(CheckpointError, match=r"embedder/input_embedding: expected shape"):
         orbax.save_params(params, presets.GEMMA3_270M, tmp_path / "new")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    with pytest.raises(CheckpointError, match="input_embedding has a shape but no weights"):
+        orbax.save_params(shapes, tiny.CONFIG, tmp_path / "new")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write .*; make room there"):
         orbax.save_params(params, tiny.CONFIG, tmp_path / "file" / "new")
