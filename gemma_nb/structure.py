@@ -104,9 +104,9 @@ class ParamTree:
             if isinstance(value, Mapping):
                 below = ParamTree(value, self.config, (*self.path, name))
                 note = below.note()
-                comment = parts.comment_color(parts.text(f"  # {note}")) if note else ""
+                comment = parts.comment_color(parts.text(f" ({note})")) if note else ""
                 tree = subtree_renderer(below, path=where)
-                return parts.siblings_with_annotations(f"{name}: ", tree, comment)
+                return parts.siblings_with_annotations(name, comment, ": ", tree)
             text = parts.text(describe(value, self._dims(name)))
             leaf = parts.siblings_with_annotations(f"{name}: ", parts.abbreviation_color(text))
             return parts.build_one_line_tree_node(leaf, path=where)

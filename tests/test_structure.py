@@ -79,19 +79,19 @@ def test_the_tree_names_axes_and_layer_kinds_in_the_order_of_the_computation(tin
         "36,608 parameters",
         "float32 (head:2, embedding:32, head_dim:16)",
         "float32 (vocabulary:264, embedding:32)",
-        "# sliding 8, 9,376 parameters",
-        "# global, 9,376 parameters",
+        "layer_0 (sliding 8, 9,376 parameters): {",
+        "layer_2 (global, 9,376 parameters): {",
         "query_pre_attn_scalar=16",
     ):
         assert part in tree
-    order = ["embedder:", "layer_0:", "layer_1:", "layer_2:", "final_norm:", "config="]
+    order = ["embedder (", "layer_0 (", "layer_1 (", "layer_2 (", "final_norm (", "config="]
     assert sorted(order, key=tree.index) == order
 
 
 def test_layers_are_in_the_order_of_their_numbers():
     model = gnb.GemmaTransformer.from_config(gnb.presets.GEMMA3_270M)
     tree = treescope.render_to_text(model)
-    assert tree.index("layer_2:") < tree.index("layer_10:")
+    assert tree.index("layer_2 (") < tree.index("layer_10 (")
     assert "not initialised" in tree
 
 
