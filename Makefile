@@ -13,15 +13,16 @@ INSTALL = PYTHON='$(PYTHON)' VENV='$(VENV)' sh .ci/venv.sh
 # The recorded references and the benchmark's rivals were made with these versions.
 INSTALL_REFERENCES = CONSTRAINTS=tests/parity/constraints.txt $(INSTALL)
 
-.PHONY: help run test parity bench lint clean chromium
+.PHONY: help run test parity contract bench lint clean chromium
 
 help:
-	@echo "make run     chat with Gemma in JupyterLab (PORT=..., NO_BROWSER=1)"
-	@echo "make test    linters, type checker and all tests, browser tests included (TESTS=...)"
-	@echo "make parity  compare with Hugging Face transformers, computed now"
-	@echo "make bench   speed beside Hugging Face transformers and llama.cpp"
-	@echo "make lint    linters and type checker"
-	@echo "make clean   remove what make made here (not the converted weights in your cache folder)"
+	@echo "make run      chat with Gemma in JupyterLab (PORT=..., NO_BROWSER=1)"
+	@echo "make test     linters, type checker and all tests, browser tests included (TESTS=...)"
+	@echo "make parity   compare with Hugging Face transformers, computed now"
+	@echo "make contract run google-deepmind/gemma's samplers on our modules, ours on its"
+	@echo "make bench    speed beside Hugging Face transformers and llama.cpp"
+	@echo "make lint     linters and type checker"
+	@echo "make clean    remove what make made here (not the converted weights in your cache folder)"
 
 run:
 	@$(INSTALL) app model
@@ -43,7 +44,12 @@ chromium:
 parity:
 	@$(INSTALL) app model dev
 	@$(INSTALL_REFERENCES) parity
-	$(BIN)/python -m pytest tests/parity -m live
+	$(BIN)/python -m pytest tests/parity tests/checkpoints -m live
+
+# google-deepmind/gemma holds back libraries and needs Python 3.12: an environment of its own.
+contract:
+	@PYTHON='$(PYTHON)' sh .ci/contract.sh
+	.venv-contract/bin/python -m pytest tests/contract
 
 # llama.cpp 0.3.36 built for AMX crashes in its first token on virtual machines.
 NO_AMX = -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
 
+from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
-from gemma_nb.nn import Output, Transformer
+from gemma_nb.inputs import GemmaInputs
+from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
+from gemma_nb.structure import ArrayStructure, ParamTree, draw
 from gemma_nb.typing import Params
 
 if TYPE_CHECKING:
     import xarray
-
-
-@flax.struct.dataclass
-class GemmaInputs:
-    """What a model is given to score.
-
-    Attributes:
-      tokens: (T,) or (B, T) int32 token ids.
-      positions: like tokens; counted from 0 where absent.
-      attention_mask: (B, T, T) bool, replaces the causal rule where given.
-    """
-
-    tokens: Int[Array, "*B T"]
-    positions: Int[Array, "*B T"] | None = None
-    attention_mask: Bool[Array, "*B T T"] | None = None
-
-    @classmethod
-    def from_basic_segments(cls, tokens: Any) -> GemmaInputs:
-        """Inputs in which each row of `tokens` is one text, from its first position on."""
-        return cls(tokens=jnp.asarray(tokens, jnp.int32))
+    from jax.sharding import Mesh
+    from treescope import renderers, rendering_parts
 
 
 @flax.struct.dataclass
@@ -46,13 +34,14 @@ class GemmaTransformer:
     Attributes:
       params: the official parameter tree.
       config: the model's numbers.
-      transformer: the linen module that computes with `params`.
+      transformer: what computes with `params`: our linen module, or another one behind its
+        interface (see `wrap`).
       info: what is known about the checkpoint; None for a model made by hand.
     """
 
     params: Params
     config: TransformerConfig = flax.struct.field(pytree_node=False)
-    transformer: Transformer = flax.struct.field(pytree_node=False)
+    transformer: Transformer | Wrapped = flax.struct.field(pytree_node=False)
     info: ModelInfo | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
@@ -71,17 +60,169 @@ class GemmaTransformer:
         params = jax.eval_shape(init, jax.random.key(0)) if key is None else jax.jit(init)(key)
         return cls(params=params, config=config, transformer=transformer)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        ckpt_params: Mapping[str, Any],
+        upcast_activations_to_float32: bool = False,
+        *,
+        config: TransformerConfig | None = None,
+    ) -> GemmaTransformer:
+        """A model of official parameters that are in memory already; they are not copied.
+
+        Args:
+          ckpt_params: as Orbax restores them: nested, or flat
+            (`{"transformer/layer_0/attn/q_einsum": {"w": ...}}`), with old or new names, below
+            "transformer", "params" or neither; the text part of a multimodal checkpoint is taken.
+          upcast_activations_to_float32: compute activations in float32 whatever the parameters'
+            dtype; otherwise in the embedding's own dtype.
+          config: the model's numbers; None reads them from the names and shapes.
+
+        Raises:
+          CheckpointError: a parameter is missing, unknown or of another shape, or the names and
+            shapes leave the configuration open; the message names the choices.
+        """
+        from gemma_nb.checkpoints import infer, layout
+
+        params = layout.nest(layout.official(ckpt_params))
+        if config is None:
+            config = infer.config_of(params)
+        else:
+            infer.check(infer.shapes_of(params), config)
+        params = jax.tree.map(_as_jax, params)
+        own = params["embedder"]["input_embedding"].dtype
+        dtype = jnp.float32 if upcast_activations_to_float32 else own
+        return cls(params=params, config=config, transformer=Transformer(config, dtype=dtype))
+
+    @classmethod
+    def wrap(
+        cls,
+        transformer_like: Any,
+        params: Mapping[str, Any],
+        *,
+        config: TransformerConfig | None = None,
+    ) -> GemmaTransformer:
+        """A model that computes with another implementation of Gemma.
+
+        Args:
+          transformer_like: a `gm.nn.TransformerLike` (google-deepmind/gemma), such as
+            `gm.nn.Gemma3_1B()`, or our own `gnb.nn.Transformer`.
+          params: what it takes: its variables, or their "params".
+          config: its numbers; None reads them from its own `config`.
+
+        Raises:
+          ValueError: its configuration is not one of Gemma 1, 2 or 3.
+        """
+        transformer = adapt(transformer_like, config)
+        params = params["params"] if set(params) == {"params"} else params
+        return cls(params=params, config=transformer.config, transformer=transformer)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that the parameters are spread over; None for a single one."""
+        return placement.mesh_of(self.params)
+
+    def place(self, mesh: placement.MeshLike) -> GemmaTransformer:
+        """A copy whose parameters are split over `mesh`, see `gemma_nb.placement`."""
+        return self.replace(params=placement.place(self.params, self.config, mesh))
+
+    def edit(self, path_glob: str, fn: Callable[[Any], Any]) -> GemmaTransformer:
+        """A copy with `fn` applied to some parameters; all others are shared with this model.
+
+            model.edit("layer_*/attn/q_einsum/w", lambda w: 0.5 * w)
+
+        Args:
+          path_glob: path from the root, names joined by "/"; "*" stands for any part of one name,
+            "**" for any number of names, "?" and "[0-3]" as in a shell.
+          fn: takes an array and returns one of the same shape.
+
+        Raises:
+          ValueError: no parameter matches, or `fn` changed a shape.
+        """
+        flat = flax.traverse_util.flatten_dict(dict(self.params))
+        pattern = tuple(path_glob.strip("/").split("/"))
+        matching = [path for path in flat if _matches(path, pattern)]
+        if not matching:
+            known = sorted({"/".join(_any_layer(path)) for path in flat})
+            raise ValueError(
+                f"no parameter matches {path_glob!r}; the parameters are {', '.join(known)}"
+            )
+        for path in matching:
+            new = jnp.asarray(fn(flat[path]))
+            if new.shape != flat[path].shape:
+                raise ValueError(
+                    f"{'/'.join(path)}: expected an array of shape {flat[path].shape} from fn, "
+                    f"got {new.shape}"
+                )
+            flat[path] = new
+        return self.replace(params=flax.traverse_util.unflatten_dict(flat))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes an Orbax checkpoint in the official layout, which `gnb.load(path)` reads back.
+
+        Returns:
+          The folder written.
+
+        Raises:
+          CheckpointError: the folder exists already or cannot be written, or the model has no
+            weights.
+        """
+        from gemma_nb.checkpoints import orbax
+
+        return orbax.save_params(self.params, self.config, path)
+
+    def input_structure(self) -> dict[str, ArrayStructure]:
+        """What `GemmaInputs` takes: field -> axes, sizes and type.  "batch" may be left out."""
+        sizes = {"batch": None, "seq": None}
+        last = self.config.num_embed - 1
+        return {
+            "tokens": ArrayStructure(sizes, "int32", f"token ids from 0 to {last}"),
+            "positions": ArrayStructure(sizes, "int32", "from 0 on; -1 is padding", True),
+            "attention_mask": ArrayStructure(
+                {**sizes, "key": None}, "bool", "True where a token may see a key", True
+            ),
+        }
+
+    def output_structure(self) -> ArrayStructure:
+        """What calling the model gives.  There is a "batch" where the tokens have one."""
+        sizes = {"batch": None, "seq": None, "vocabulary": self.config.num_embed}
+        return ArrayStructure(sizes, "float32", "logits of the next token")
+
     def __call__(self, inputs: GemmaInputs) -> xarray.DataArray:
         """float32 logits ("seq", "vocabulary"), led by "batch" where the tokens are.
 
         The logits at position t are for the token at position t + 1.
 
         Raises:
-          ValueError: tokens outside the vocabulary, or not of one or two axes.
+          ValueError: tokens outside the vocabulary, or not of one or two axes; positions or a mask
+            of another shape; a model without weights.
         """
         import xarray
 
         tokens = jnp.asarray(inputs.tokens, jnp.int32)
+        self._check(tokens, inputs)
+
+        def batched(x: jax.Array | None) -> jax.Array | None:
+            x = x if x is None or tokens.ndim == 2 else jnp.asarray(x)[None]
+            return placement.place_batch(x, self.mesh)
+
+        logits = _score(
+            self.transformer,
+            self.params,
+            batched(tokens),
+            batched(inputs.positions),
+            batched(inputs.attention_mask),
+        )
+        dims = ("batch", "seq", "vocabulary")
+        array = xarray.DataArray(placement.fetch(logits), dims=dims, name="logits")
+        return array if tokens.ndim == 2 else array[0]
+
+    def _check(self, tokens: jax.Array, inputs: GemmaInputs) -> None:
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.params)):
+            raise ValueError(
+                "this model has shapes in place of weights and cannot compute: give from_config a "
+                "key=jax.random.key(0), or load a checkpoint"
+            )
         if tokens.ndim not in (1, 2) or tokens.size == 0:
             raise ValueError(f"tokens must be (T,) or (B, T) and not empty, got {tokens.shape}")
         low, high = int(tokens.min()), int(tokens.max())
@@ -89,39 +230,72 @@ class GemmaTransformer:
             raise ValueError(
                 f"token ids must lie in 0 to {self.config.num_embed - 1}, got {low} to {high}"
             )
-
-        def with_batch(x: jax.Array | None) -> jax.Array | None:
-            return x if x is None or tokens.ndim == 2 else jnp.asarray(x)[None]
-
-        logits = _score(
-            self.transformer,
-            self.params,
-            tokens.reshape(-1, tokens.shape[-1]),
-            with_batch(inputs.positions),
-            with_batch(inputs.attention_mask),
-        )
-        dims = ("batch", "seq", "vocabulary")
-        array = xarray.DataArray(jax.device_get(logits), dims=dims, name="logits")
-        return array if tokens.ndim == 2 else array[0]
+        expected = {"positions": tokens.shape, "attention_mask": (*tokens.shape, tokens.shape[-1])}
+        for name, shape in expected.items():
+            given = getattr(inputs, name)
+            if given is not None and jnp.shape(given) != shape:
+                raise ValueError(
+                    f"{name} must be {shape} for tokens {tokens.shape}, got {jnp.shape(given)}"
+                )
 
     def __repr__(self) -> str:
         c = self.config
-        title = self.info.title if self.info else "Gemma"
         dtypes = {str(x.dtype) for x in jax.tree.leaves(self.params)}
         return (
-            f"<GemmaTransformer {title}: {c.num_params():,} parameters, {c.num_layers} layers, "
-            f"{c.num_heads} heads on {c.num_kv_heads} key-value heads, {'/'.join(sorted(dtypes))}>"
+            f"<GemmaTransformer {self._title}: {c.num_params():,} parameters, {c.num_layers} "
+            f"layers, {c.num_heads} heads on {c.num_kv_heads} key-value heads, "
+            f"{'/'.join(sorted(dtypes))}>"
         )
+
+    @property
+    def _title(self) -> str:
+        return self.info.title if self.info else "Gemma"
+
+    def __treescope_repr__(
+        self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
+    ) -> rendering_parts.Rendering:
+        shown = {
+            "params": ParamTree(self.params, self.config),
+            "config": self.config,
+            "info": self.info,
+        }
+        return draw(shown, repr(self), path, subtree_renderer)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        # Not `_repr_html_`: treescope would put that into the tree that it draws.
+        import treescope
+
+        return {"text/plain": repr(self), "text/html": treescope.render_to_html(self)}
 
     def replace(self, **changes: Any) -> GemmaTransformer:
         """A copy with some fields changed; everything else is shared."""
         return dataclasses.replace(self, **changes)
 
 
+def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether names match the parts of a glob, "**" standing for any number of names."""
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_matches(path[i:], pattern[1:]) for i in range(len(path) + 1))
+    return (
+        bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
+    )
+
+
+def _as_jax(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+
+
+def _any_layer(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The path with the number of its layer left open."""
+    return ("layer_*", *path[1:]) if path[0].startswith("layer_") else path
+
+
 # Static: the module (a frozen dataclass of numbers).  A new text length recompiles.
 @jax.jit(static_argnums=0)
 def _score(
-    transformer: Transformer,
+    transformer: Transformer | Wrapped,
     params: Params,
     tokens: jax.Array,
     positions: jax.Array | None,
@@ -130,4 +304,4 @@ def _score(
     output = transformer.apply(
         {"params": params}, tokens, positions=positions, attention_mask=attention_mask
     )
-    return cast(Output, output).logits
+    return cast(Output, output).logits.astype(jnp.float32)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 # The official Gemma parameter tree: nested dicts with arrays at the leaves.
 Params: TypeAlias = Mapping[str, Any]
@@ -26,3 +27,27 @@ KVCache: TypeAlias = dict[str, LayerCache]
 
 # The position stored in a cache slot that holds no token, and given to padding tokens.
 EMPTY = -1
+
+
+def empty_cache(
+    num_layers: int, shape: tuple[int, int, int, int], dtype: Any, sharding: Any = None
+) -> KVCache:
+    """A cache that holds nothing yet.
+
+    Args:
+      num_layers: L.
+      shape: (B, S, K, H) of keys and of values.
+      dtype: of keys and values.
+      sharding: where the arrays are placed; None leaves it to JAX.
+    """
+
+    def layer() -> LayerCache:
+        return {
+            "k": jnp.zeros(shape, dtype),
+            "v": jnp.zeros(shape, dtype),
+            "positions": jnp.full(shape[:2], EMPTY, jnp.int32),
+            "end_index": jnp.zeros(shape[0], jnp.int32),
+        }
+
+    cache = {f"layer_{i}": layer() for i in range(num_layers)}
+    return cache if sharding is None else jax.device_put(cache, sharding)

@@ -15,7 +15,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gemma_nb"
 ROOMS = [
-    *("errors", "typing", "sites", "config", "presets", "nn", "checkpoints", "text", "model"),
+    *("errors", "typing", "sites", "config", "presets", "axes", "nn", "placement", "checkpoints"),
+    *("text", "structure", "inputs", "model"),
     *("sampling", "chat", "interp", "plots", "widgets", "app", "cli", "__main__"),
 ]
 # Imports inside a function, from rooms further down: who may, and from where.

@@ -6,23 +6,17 @@ import dataclasses
 import html
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import overload
 
 from gemma_nb import presets
-from gemma_nb.errors import CheckpointError, ModelNotInstalledError
+from gemma_nb.checkpoints import memory
+from gemma_nb.errors import ModelNotInstalledError
 from gemma_nb.presets import ModelInfo, Tuning
 
-TERMS = "Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
-
-# A small base model wanders at the temperature recommended for instruction-tuned ones.
-BASE_SAMPLING: tuple[tuple[str, float | int], ...] = (
-    ("temperature", 0.4),
-    ("top_k", 40),
-    ("top_p", 0.95),
-)
+TERMS = presets.GEMMA_TERMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,21 +70,14 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
 )
 
 
-def _released() -> Iterator[ModelInfo]:
-    for preset in presets.PRESETS:
-        family, size = preset.split("-")
-        title = f"Gemma {family.removeprefix('gemma')} {size.upper()}"
-        yield describe(preset, title, "base")
-        yield describe(f"{preset}-it", f"{title} instruction-tuned", "instruction")
+# Every name that `load` accepts.
+MODELS: Mapping[str, ModelInfo] = presets.RELEASES
 
 
 def describe(name: str, title: str, tuning: Tuning, source: str = "") -> ModelInfo:
     """A `ModelInfo` with the sampling recommended for its tuning."""
-    sampling = BASE_SAMPLING if tuning == "base" else tuple(presets.GEMMA3_SAMPLING.items())
-    return ModelInfo(name, title, tuning, sampling, source, TERMS)
-
-
-MODELS: Mapping[str, ModelInfo] = MappingProxyType({info.name: info for info in _released()})
+    sampling = presets.BASE_SAMPLING if tuning == "base" else presets.GEMMA3_SAMPLING
+    return ModelInfo(name, title, tuning, tuple(sampling.items()), source, TERMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,25 +89,38 @@ class ModelRow:
       title: for people.
       params: number of parameters of the text model.
       tuning: "base" or "instruction".
-      installed: `gnb.load(name)` works here.
-      how_to_get: what to do where it does not.
+      memory: dtype -> bytes of its parameters.
+      fits: the dtypes in which it can be loaded here now.
+      installed: `gnb.load(name)` works here without a download.
+      how_to_get: where it is, or what to run where it is not.
     """
 
     name: str
     title: str
     params: int
     tuning: Tuning
+    memory: Mapping[str, int]
+    fits: tuple[str, ...]
     installed: bool
     how_to_get: str
 
 
 class ModelTable(Sequence[ModelRow]):
-    """Rows of `list_models`, shown as a table."""
+    """Rows of `list_models`, shown as a table.
 
-    _HEADINGS = ("name", "parameters", "tuning", "installed", "how to get it")
+    Attributes:
+      total: bytes of this machine's memory, 0 if unknown.
+      available: bytes of it that are free.
+    """
 
-    def __init__(self, rows: Sequence[ModelRow]) -> None:
+    _HEADINGS = (
+        *("name", "parameters", *memory.ITEM_BYTES, "fits here"),
+        *("tuning", "installed", "how to get it"),
+    )
+
+    def __init__(self, rows: Sequence[ModelRow], total: int = 0, available: int = 0) -> None:
         self._rows = tuple(rows)
+        self.total, self.available = total, available
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -134,66 +134,87 @@ class ModelTable(Sequence[ModelRow]):
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
-            (r.name, _short(r.params), r.tuning, "yes" if r.installed else "no", r.how_to_get)
+            (
+                r.name,
+                _short(r.params),
+                *(memory.bytes_text(r.memory[dtype]) for dtype in memory.ITEM_BYTES),
+                _fits(r),
+                r.tuning,
+                "yes" if r.installed else "no",
+                r.how_to_get,
+            )
             for r in self._rows
+        ]
+
+    def _notes(self) -> list[str]:
+        here = "This machine does not tell how much memory it has."
+        if self.total:
+            here = (
+                f"This machine has {memory.bytes_text(self.total)} of memory, "
+                f"{memory.bytes_text(self.available)} of it free."
+            )
+        return [
+            f"{here} A model fits where {memory.LOADING:g} times its parameters do.",
+            "gnb.load(name) downloads what is not installed, where gemma_nb[huggingface] or "
+            "gemma_nb[kaggle] is and the model's terms have been accepted on its page there.",
         ]
 
     def __repr__(self) -> str:
         lines = [self._HEADINGS, *self._cells()]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self._HEADINGS))]
-        return "\n".join(
+        table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
-        )
+        ]
+        return "\n".join([*table, "", *self._notes()])
 
     def _repr_html_(self) -> str:
         def row(tag: str, cells: Sequence[str]) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
         body = "".join(row("td", cells) for cells in self._cells())
-        return f"<table><thead>{row('th', self._HEADINGS)}</thead><tbody>{body}</tbody></table>"
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        table = f"<thead>{row('th', self._HEADINGS)}</thead><tbody>{body}</tbody>"
+        return f"<table>{table}</table>{notes}"
 
 
 def list_models() -> ModelTable:
-    """The released models: which are installed here, and how to get the others."""
-    rows = []
-    for name, info in MODELS.items():
-        package = PACKAGES.get(name)
-        config = presets.by_name(name.removesuffix("-it"))
-        rows.append(
-            ModelRow(
-                name=name,
-                title=info.title,
-                params=config.num_params(),
-                tuning=info.tuning,
-                installed=package is not None and package.installed,
-                how_to_get=package.install_command if package else _by_path(name),
-            )
-        )
-    return ModelTable(rows)
+    """The released models: their memory, whether they fit and are installed, how to get them."""
+    total, available = memory.total(), memory.available()
+    rows = [_row(info, available) for info in MODELS.values()]
+    return ModelTable(rows, total, available)
 
 
-def find_package(name: str) -> Package:
-    """Where `load` finds the model called `name`.
+def _row(info: ModelInfo, available: int) -> ModelRow:
+    from gemma_nb.checkpoints import hub
 
-    Raises:
-      ModelNotInstalledError: a released model that no package ships.
-      CheckpointError: no released model.
-    """
-    if name in PACKAGES:
-        return PACKAGES[name]
-    if name in MODELS:
-        raise ModelNotInstalledError(f"{name!r} cannot be loaded by name: {_by_path(name)}")
-    raise CheckpointError(
-        f"{name!r} is neither a file nor a known model; pass the path of a GGUF file or one of "
-        f"{', '.join(MODELS)}"
+    config = presets.by_name(info.preset)
+    package = PACKAGES.get(info.name)
+    cached = hub.find(info)
+    if package is not None and package.installed:
+        where = f"package {package.pip_name}"
+    elif cached is not None:
+        where = str(cached)
+    else:
+        where = package.install_command if package else f"hf download {info.hugging_face}"
+    return ModelRow(
+        name=info.name,
+        title=info.title,
+        params=config.num_params(),
+        tuning=info.tuning,
+        memory={dtype: memory.param_bytes(config, dtype) for dtype in memory.ITEM_BYTES},
+        fits=tuple(
+            dtype
+            for dtype in memory.ITEM_BYTES
+            if not available or memory.loading_bytes(config, dtype) <= available
+        ),
+        installed=cached is not None or (package is not None and package.installed),
+        how_to_get=where,
     )
 
 
-def _by_path(name: str) -> str:
-    family, size, *it = name.split("-")
-    released = "-".join([f"gemma-{family.removeprefix('gemma')}", size, *(it or ["pt"])])
-    return f"get a GGUF file of {released} and pass its path to gnb.load"
+def _fits(row: ModelRow) -> str:
+    return "yes" if len(row.fits) == len(row.memory) else ", ".join(row.fits) or "no"
 
 
 def _short(count: int) -> str:

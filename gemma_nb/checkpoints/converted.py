@@ -198,7 +198,7 @@ def _write_file(
         append("/".join(path), array)
     append(_TOKENIZER, np.frombuffer(tokenizer, np.uint8))
     file.flush()
-    sums = _checksums(np.memmap(file.name, np.uint8, "r", offset=_HEADER_SIZE))
+    sums = _written_checksums(file.name)
     scalars = {k: v for k, v in metadata.items() if isinstance(v, str | int | float | bool)}
     blank = "0" * 8 * (1 + len(sums))
     # The checksums stand before anything that a source can choose, so the first match is theirs.
@@ -212,6 +212,22 @@ def _write_file(
     digits = "".join(f"{crc:08x}" for crc in (zlib.crc32(raw), *sums))
     file.seek(0)
     file.write(struct.pack("<Q", len(raw)) + raw.replace(blank.encode(), digits.encode(), 1))
+
+
+def _written_checksums(name: str) -> list[int]:
+    """`_checksums` of what stands behind the header of a file.
+
+    Read, not mapped: mapped pages would count as this process's memory beside the source's.
+    """
+
+    def checksum(start: int) -> int:
+        with open(name, "rb") as file:
+            file.seek(start)
+            return zlib.crc32(file.read(_BLOCK))
+
+    starts = range(_HEADER_SIZE, os.path.getsize(name), _BLOCK)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(checksum, starts))
 
 
 # --- files ----------------------------------------------------------------------------------------

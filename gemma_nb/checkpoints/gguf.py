@@ -15,16 +15,20 @@ import numpy as np
 
 from gemma_nb.checkpoints import layout
 from gemma_nb.checkpoints.gguf_header import REDOWNLOAD, Header, Span, TensorInfo
-from gemma_nb.config import TransformerConfig, interleave
+from gemma_nb.config import Global, LayerSpec, TransformerConfig, interleave
 from gemma_nb.errors import CheckpointError
 
 _ROWS_AT_ONCE = 8_192  # dequantised together: bounds the temporaries of a large embedding
 
 _MAX_LAYERS = 256  # the largest Gemma has 62
 
-# llama.cpp does not store it: this one size scales queries by D / N instead of H.
-# Source: Gemma 3 technical report (arXiv:2503.19786) and google-deepmind/gemma, Gemma3_27B.
-_EMBED_DIM_27B, _LAYERS_27B = 5376, 62
+# llama.cpp does not store it: these sizes scale queries by D / N instead of H.  (D, L) of Gemma 2
+# 27B and of Gemma 3 27B.  Sources: the Gemma 2 and 3 reports and google-deepmind/gemma.
+_SCALED_BY_WIDTH = {(4608, 46), (5376, 62)}
+# Gemma 2 2B: as in the official tree; only how the gating matrices are kept.
+_NOT_TRANSPOSED = (2304, 26)
+
+ARCHITECTURES = ("gemma", "gemma2", "gemma3")
 
 
 class GGUFFile:
@@ -104,24 +108,27 @@ def config_from_gguf(metadata: Mapping[str, Any], name: str = "GGUF file") -> Tr
     """The model's numbers from the metadata (and its vocabulary size from the token list).
 
     Raises:
-      CheckpointError: the architecture is not gemma3, or a field is missing or cannot be right.
+      CheckpointError: the architecture is none of `ARCHITECTURES`, or a field is missing or cannot
+        be right.
     """
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture != "gemma3":
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{name}: expected architecture 'gemma3', got {architecture!r}; gemma_nb reads GGUF "
-            "files of Gemma 3 (270M, 1B, and the text part of 4B, 12B and 27B)"
+            f"{name}: expected architecture 'gemma', 'gemma2' or 'gemma3', got {architecture!r}; "
+            "gemma_nb reads GGUF files of Gemma 1, 2 and 3 (text, and the text part of others); "
+            "Gemma 3n and Gemma 4 are not supported yet"
         )
-    fields = _Fields(metadata, "gemma3.", name)
+    fields = _Fields(metadata, f"{architecture}.", name)
     fields.expect("attention.layer_norm_rms_epsilon", 1e-6, tolerance=1e-8)
     head_dim = fields.count("attention.key_length")
     fields.expect("attention.value_length", head_dim)
-    embed_dim, layers = (
-        fields.count("embedding_length"),
-        fields.count("block_count", most=_MAX_LAYERS),
-    )
+    embed_dim = fields.count("embedding_length")
+    num_layers = fields.count("block_count", most=_MAX_LAYERS)
     heads = fields.count("attention.head_count")
-    is_27b = (embed_dim, layers) == (_EMBED_DIM_27B, _LAYERS_27B)
+    by_width = (embed_dim, num_layers) in _SCALED_BY_WIDTH
+    first, third = architecture == "gemma", architecture == "gemma3"
+    # What llama.cpp takes where a file of Gemma 2 says nothing.
+    caps = {"attn": 50.0, "final": 30.0} if architecture == "gemma2" else {"attn": 0, "final": 0}
     try:
         return TransformerConfig(
             num_embed=vocabulary_size(metadata, name),
@@ -130,21 +137,41 @@ def config_from_gguf(metadata: Mapping[str, Any], name: str = "GGUF file") -> Tr
             num_heads=heads,
             num_kv_heads=fields.count("attention.head_count_kv"),
             head_dim=head_dim,
-            layers=interleave(
-                layers,
-                window=fields.count("attention.sliding_window"),
-                pattern=fields.pattern("attention.sliding_window_pattern"),
-                local_base=fields.positive("rope.freq_base_swa", 10_000.0),
-                global_base=fields.positive("rope.freq_base", 1_000_000.0),
-                global_scale=fields.rope_scale(),
-            ),
-            query_pre_attn_scalar=embed_dim / heads if is_27b else float(head_dim),
-            attn_logits_soft_cap=fields.number("attn_logit_softcapping", 0.0) or None,
-            final_logit_soft_cap=fields.number("final_logit_softcapping", 0.0) or None,
+            layers=_layers(fields, architecture, num_layers),
+            query_pre_attn_scalar=embed_dim / heads if by_width else float(head_dim),
+            use_qk_norm=third,
+            use_post_attn_norm=not first,
+            use_post_ffw_norm=not first,
+            attn_logits_soft_cap=fields.cap("attn_logit_softcapping", caps["attn"]),
+            final_logit_soft_cap=fields.cap("final_logit_softcapping", caps["final"]),
+            transpose_gating_einsum=not (first or (embed_dim, num_layers) == _NOT_TRANSPOSED),
             max_context=fields.count("context_length"),
         )
     except ValueError as error:
         raise CheckpointError(f"{name}: metadata describe no possible model: {error}") from error
+
+
+def _layers(fields: _Fields, architecture: str, count: int) -> tuple[LayerSpec, ...]:
+    if architecture == "gemma":
+        base = fields.positive("rope.freq_base", 10_000.0)
+        return (LayerSpec(Global(), base, fields.rope_scale()),) * count
+    if architecture == "gemma2":  # every other layer is global, and all rotate alike
+        base = fields.positive("rope.freq_base", 10_000.0)
+        return interleave(
+            count,
+            window=fields.count("attention.sliding_window", default=4096),
+            pattern=fields.pattern("attention.sliding_window_pattern", 2),
+            local_base=base,
+            global_base=base,
+        )
+    return interleave(
+        count,
+        window=fields.count("attention.sliding_window"),
+        pattern=fields.pattern("attention.sliding_window_pattern", 6),
+        local_base=fields.positive("rope.freq_base_swa", 10_000.0),
+        global_base=fields.positive("rope.freq_base", 1_000_000.0),
+        global_scale=fields.rope_scale(),
+    )
 
 
 def vocabulary_size(metadata: Mapping[str, Any], name: str = "GGUF file") -> int:
@@ -180,8 +207,8 @@ class _Fields:
             self._fail(key, f"expected a number, got {value!r}")
         return value
 
-    def count(self, key: str, most: int = (1 << 31) - 1) -> int:
-        value = self.number(key)
+    def count(self, key: str, most: int = (1 << 31) - 1, default: int | None = None) -> int:
+        value = self.number(key, default)
         if not isinstance(value, int) or not 1 <= value <= most:
             self._fail(key, f"expected a whole number from 1 to {most:,}, got {value!r}")
         return value
@@ -196,9 +223,13 @@ class _Fields:
             self._fail(key, f"expected a positive number, got {value:g}")
         return value
 
-    def pattern(self, key: str) -> tuple[bool, ...]:
-        """Which layers are global: every 6th by default, every nth, or listed one by one."""
-        value = self._metadata.get(self._prefix + key, 6)
+    def cap(self, key: str, default: float) -> float | None:
+        """A soft-cap; 0 stands for none."""
+        return self.positive(key, default) if self.number(key, default) else None
+
+    def pattern(self, key: str, default: int) -> tuple[bool, ...]:
+        """Which layers are global: every nth, or listed one by one."""
+        value = self._metadata.get(self._prefix + key, default)
         if isinstance(value, np.ndarray) and value.size:  # true: the layer slides
             return tuple(not sliding for sliding in value.tolist())
         if not isinstance(value, int) or not 1 <= value <= _MAX_LAYERS:
@@ -225,8 +256,8 @@ def official_params(
     leaves = list(layout.leaves(config))
     if "output.weight" in file.tensors:
         raise CheckpointError(
-            f"{file.name}: tensor 'output.weight': a head of its own; Gemma 3's is the embedding. "
-            "This is not a Gemma 3 file as released"
+            f"{file.name}: tensor 'output.weight': a head of its own; Gemma's is the embedding. "
+            "This is not a Gemma file as released"
         )
     for leaf in leaves:
         for name, shape in zip(leaf.gguf, leaf.shapes, strict=True):

@@ -3,6 +3,10 @@
 Official leaves keep heads as axes (`q_einsum/w (N, D, H)`); GGUF and Hugging Face files hold one
 matrix (out, in) per projection.  `leaves` says, for every official leaf, which matrices it is made
 of; everything else here follows from that table.
+
+Official checkpoints themselves come in two spellings: nested as the linen module has it, and flat,
+two levels deep, as most were released (`"transformer/layer_0/mlp/linear": {"w": ...}`).  `official`
+reads either, `released` writes the second.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gemma_nb.config import TransformerConfig
+from gemma_nb.errors import CheckpointError
 
 Path = tuple[str, ...]
 _Arrays = Sequence[np.ndarray]
@@ -25,6 +30,7 @@ class Leaf:
 
     Attributes:
       path: names down the official tree, for example ("layer_0", "attn", "q_einsum", "w").
+      shape: of the official array.
       gguf: names of its tensors in a GGUF file.
       hf: names of the same tensors in a Hugging Face checkpoint.
       shapes: their shapes, row-major, (out, in) for projections.
@@ -34,6 +40,7 @@ class Leaf:
     """
 
     path: Path
+    shape: tuple[int, ...]
     gguf: tuple[str, ...]
     hf: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -62,6 +69,7 @@ def _plain(
 ) -> Leaf:
     return Leaf(
         path,
+        shape,
         (f"{gguf}.weight",),
         (f"{hf}.weight",),
         (shape,),
@@ -96,6 +104,7 @@ def _attention(config: TransformerConfig, i: int) -> Iterator[Leaf]:
         yield _projections((*attn, "kv_einsum", "w"), i, kv, k, h, d)
     yield Leaf(
         (*attn, "attn_vec_einsum", "w"),
+        (n, h, d),
         *_names(i, ["attn_output"], ["self_attn.o_proj"]),
         ((d, n * h),),
         join=lambda arrays: arrays[0].reshape(d, n, h).transpose(1, 2, 0),
@@ -124,7 +133,9 @@ def _projections(
         return [a.transpose(0, 2, 1).reshape(heads * h, d) for a in each]
 
     gguf, hf = _names(i, (g for g, _ in names), (f for _, f in names))
-    return Leaf(path, gguf, hf, ((heads * h, d),) * len(names), join, split)
+    stack = () if len(names) == 1 else (len(names),)
+    shapes = ((heads * h, d),) * len(names)
+    return Leaf(path, (*stack, heads, d, h), gguf, hf, shapes, join, split)
 
 
 def _feed_forward(config: TransformerConfig, i: int) -> Iterator[Leaf]:
@@ -140,6 +151,7 @@ def _feed_forward(config: TransformerConfig, i: int) -> Iterator[Leaf]:
 
     yield Leaf(
         (f"layer_{i}", "mlp", "gating_einsum"),
+        (2, f, d) if transposed else (2, d, f),
         *_names(i, ["ffn_gate", "ffn_up"], ["mlp.gate_proj", "mlp.up_proj"]),
         ((f, d), (f, d)),
         join_gating,
@@ -147,6 +159,7 @@ def _feed_forward(config: TransformerConfig, i: int) -> Iterator[Leaf]:
     )
     yield Leaf(
         (f"layer_{i}", "mlp", "linear"),
+        (f, d),
         *_names(i, ["ffn_down"], ["mlp.down_proj"]),
         ((d, f),),
         join=lambda arrays: arrays[0].T,
@@ -190,6 +203,75 @@ def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> dict[Path, Any]:
             flat.update(flatten(value, (*prefix, name)))
         else:
             flat[(*prefix, name)] = value
+    return flat
+
+
+# Parts of official checkpoints that are no text model: the vision encoder and its way into the
+# embedding, and what a Kauldron trainer keeps beside the parameters.
+_NOT_TEXT = frozenset(
+    {
+        ("vision_encoder",),
+        ("SigLiPFromPatches_0",),
+        ("embedder", "mm_input_projection"),
+        ("embedder", "mm_soft_embedding_norm"),
+        ("opt_state",),
+        ("step",),
+        ("collections",),
+    }
+)
+_WRAPPERS = ("params", "transformer")
+
+
+def official_path(keys: Sequence[str]) -> Path | None:
+    """The official path of a stored parameter; None where it belongs to no text model.
+
+    Takes nested and flat keys, with or without `params` and `transformer` around them, and the
+    older names of the feed-forward weights (`mlp/gating_einsum/w` for `mlp/gating_einsum`).
+    """
+    path = tuple(name for key in keys for name in key.split("/"))
+    while len(path) > 1 and path[0] in _WRAPPERS:
+        path = path[1:]
+    if path[:1] in _NOT_TEXT or path[:2] in _NOT_TEXT:
+        return None
+    if path[1:2] == ("mlp",) and path[3:] == ("w",):
+        return path[:3]
+    return path
+
+
+def official(params: Mapping[str, Any], name: str = "params") -> dict[Path, Any]:
+    """The text parameters of an official tree, in either spelling, by official path.
+
+    Args:
+      params: nested or flat; leaves are whatever they are.
+      name: of the checkpoint, for messages.
+
+    Raises:
+      CheckpointError: two entries are the same parameter, or a name is no text.
+    """
+    found: dict[Path, Any] = {}
+    for keys, value in flatten(params).items():
+        if not all(isinstance(key, str) for key in keys):
+            raise CheckpointError(
+                f"{name}: {keys!r} is not a name of a parameter; pass the tree of an official "
+                'checkpoint, for example {"embedder": {"input_embedding": ...}, "layer_0": ...}'
+            )
+        path = official_path(keys)
+        if path in found:
+            raise CheckpointError(
+                f"{name}: {'/'.join(path)} is there twice, the second time as {'/'.join(keys)}; "
+                "pass the parameters of one model"
+            )
+        if path is not None:
+            found[path] = value
+    return found
+
+
+def released(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The flat spelling of official params: {"transformer/layer_0/attn/q_einsum": {"w": ...}}."""
+    flat: dict[str, dict[str, Any]] = {}
+    for path, value in flatten(params).items():
+        *above, leaf = (*path, "w") if path[1:2] == ("mlp",) else path
+        flat.setdefault("/".join(("transformer", *above)), {})[leaf] = value
     return flat
 
 

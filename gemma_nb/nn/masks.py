@@ -17,7 +17,8 @@ def visible(
 
     Positions decide, not slots: s <= p, and p - window < s on a sliding layer.  Slots that hold no
     token have position -1 and are seen by nobody.  A caller's own mask replaces the causal rule,
-    not the window (that is how google-deepmind/gemma treats `attention_mask`).
+    not the window, which then reaches as far ahead: |p - s| < window (that is how
+    google-deepmind/gemma treats `attention_mask`).
 
     Args:
       queries: positions of the query tokens.
@@ -35,4 +36,6 @@ def visible(
             "(the cache length where a cache is given, the number of tokens otherwise)"
         )
     mask = (s >= 0) & (s <= p) if given is None else given
-    return mask & (s > p - kind.window) if isinstance(kind, Sliding) else mask
+    if not isinstance(kind, Sliding):
+        return mask
+    return mask & (s > p - kind.window) & (s < p + kind.window)

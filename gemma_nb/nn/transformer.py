@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any, cast
 
 import flax
@@ -10,10 +12,26 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from gemma_nb import presets
 from gemma_nb.config import TransformerConfig
 from gemma_nb.nn.block import Block
 from gemma_nb.nn.layers import Embedder, RMSNorm
-from gemma_nb.typing import EMPTY, KVCache, Params
+from gemma_nb.typing import KVCache, Params
+
+_PADDING_ID = 0  # <pad> of every Gemma vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What google-deepmind/gemma's samplers look up: the tokenizer that goes with a model.
+
+    Attributes:
+      tokenizer_version: 2 or 3; None where the sampler must be given a tokenizer.
+      default_ckpt: where the official checkpoint of this size is, None where there is none.
+    """
+
+    tokenizer_version: int | None = None
+    default_ckpt: str | None = None
 
 
 @flax.struct.dataclass
@@ -34,6 +52,8 @@ class Output:
 class Transformer(nn.Module):
     """A Gemma text model whose parameter tree is that of the official Flax checkpoints.
 
+    It satisfies `gm.nn.TransformerLike`: google-deepmind/gemma's samplers run on it.
+
     Scoring, prefill, decoding and tracing all run this module.  What makes decoding fast is a
     different storage of the same parameters, the collection `prepared` (see `prepare`), which its
     linear maps use in place of a parameter where it is there.
@@ -53,27 +73,66 @@ class Transformer(nn.Module):
         self.blocks = [Block(c, spec, name=f"layer_{i}") for i, spec in enumerate(c.layers)]
         self.final_norm = RMSNorm()
 
+    @property
+    def INFO(self) -> Info:
+        """Tokenizer and checkpoint of the released size that this is."""
+        size = presets.name_of(self.config)
+        if size is None:
+            return Info()
+        # gm publishes Gemma 2 and later.
+        folder = None if size.startswith("gemma1") else f"gs://gemma-data/checkpoints/{size}-it"
+        return Info(presets.tokenizer_version(self.config), folder)
+
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array, "*B T"],
         *,
+        images: Any = None,
         cache: KVCache | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        attention_mask: Bool[Array, "B T S"] | None = None,
+        positions: Int[Array, "*B T"] | None = None,
+        attention_mask: Bool[Array, "*B T S"] | None = None,
         return_last_only: bool | None = None,
         return_hidden_states: bool | None = None,
     ) -> Output:
-        """One forward pass.
+        """One forward pass, over any number of batch axes.
 
         Args:
           tokens: token ids.
+          images: must be None, this is a text model.
           cache: keys and values of earlier tokens; None for a pass over the whole text.
           positions: of the tokens; by default they continue the cache, or count from 0.  -1 marks
             padding, which is neither seen nor stored.
           attention_mask: replaces the causal rule; over cache slots where a cache is given.
-          return_last_only: logits and hidden states of the last token only.
+          return_last_only: logits and hidden states of the last token only that is not padding
+            (position -1, or token id 0 as google-deepmind/gemma pads).
           return_hidden_states: return the states that the logits were computed from.
+
+        Raises:
+          ValueError: images are given.
         """
+        if images is not None:
+            raise ValueError("images were given, but this is a text model: it takes tokens only")
+        batch = tokens.shape[:-1]
+        if len(batch) != 1:
+            inputs = (tokens, cache, positions, attention_mask)
+            tokens, cache, positions, attention_mask = jax.tree.map(
+                lambda x: x.reshape(math.prod(batch), *x.shape[len(batch) :]), inputs
+            )
+        output = self._forward(tokens, cache, positions, attention_mask, bool(return_last_only))
+        if not return_hidden_states:
+            output = output.replace(hidden_states=None)  # type: ignore[attr-defined]
+        if len(batch) != 1:
+            output = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), output)
+        return output
+
+    def _forward(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: KVCache | None,
+        positions: Int[Array, "B T"] | None,
+        attention_mask: Bool[Array, "B T S"] | None,
+        last_only: bool,
+    ) -> Output:
         if positions is None:
             start = 0 if cache is None else cache["layer_0"]["end_index"][:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
@@ -87,13 +146,13 @@ class Transformer(nn.Module):
                 new_cache[f"layer_{i}"] = layer_cache
         x = self.final_norm(x)
         self.sow("intermediates", "final", x)
-        if return_last_only:
-            x = x[:, -1]
+        if last_only:
+            real = (tokens != _PADDING_ID) & (positions >= 0)
+            index = jnp.max(jnp.where(real, jnp.arange(tokens.shape[1]), 0), axis=-1)
+            x = x[jnp.arange(len(x)), index]
+        # A caller under jit that ignores the logits does not pay for them.
         return Output(
-            # A caller under jit that ignores the logits does not pay for them.
-            logits=self.unembed(x),
-            cache=None if cache is None else new_cache,
-            hidden_states=x if return_hidden_states else None,
+            logits=self.unembed(x), cache=None if cache is None else new_cache, hidden_states=x
         )
 
     def unembed(self, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
@@ -113,19 +172,9 @@ class Transformer(nn.Module):
           cache_length: S.
           sharding: where the arrays are placed; None leaves it to JAX.
         """
-        c = self.config
-
-        def layer() -> dict[str, jax.Array]:
-            shape = (batch_size, cache_length, c.num_kv_heads, c.head_dim)
-            return {
-                "k": jnp.zeros(shape, dtype),
-                "v": jnp.zeros(shape, dtype),
-                "positions": jnp.full(shape[:2], EMPTY, jnp.int32),
-                "end_index": jnp.zeros(batch_size, jnp.int32),
-            }
-
-        cache = {f"layer_{i}": layer() for i in range(c.num_layers)}
-        return cache if sharding is None else jax.device_put(cache, sharding)
+        return self.config.init_cache(
+            batch_size=batch_size, dtype=dtype, cache_length=cache_length, sharding=sharding
+        )
 
     def prepare(self, params: Params) -> Params:
         """The collection `prepared` for `params`: its matrices as rows, in their own dtype.

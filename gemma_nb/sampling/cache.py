@@ -5,7 +5,9 @@ from __future__ import annotations
 import flax
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
 from gemma_nb.typing import EMPTY, KVCache
 
@@ -35,16 +37,18 @@ class StreamCache:
     end_index: jax.Array
 
     @classmethod
-    def empty(cls, config: TransformerConfig, size: int) -> StreamCache:
+    def empty(cls, config: TransformerConfig, size: int, mesh: Mesh | None = None) -> StreamCache:
         """A float32 cache of `size` slots (float32: converting bfloat16 keys costs more than
-        reading twice the bytes)."""
+        reading twice the bytes), split over the devices of `mesh` as the parameters are."""
         shape = (size, config.num_kv_heads * config.head_dim)
+        split, whole = placement.stream_sharding(config, mesh), placement.everywhere(mesh)
 
         def zeros() -> tuple[jax.Array, ...]:
             # One array each: a donated buffer must not be passed twice.
-            return tuple(jnp.zeros(shape, jnp.float32) for _ in config.layers)
+            return tuple(jnp.zeros(shape, jnp.float32, device=split) for _ in config.layers)
 
-        return cls(zeros(), zeros(), jnp.full(size, EMPTY, jnp.int32), jnp.int32(0))
+        positions = jnp.full(size, EMPTY, jnp.int32, device=whole)
+        return cls(zeros(), zeros(), positions, jnp.zeros((), jnp.int32, device=whole))
 
     @property
     def size(self) -> int:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb import placement
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
 from gemma_nb.sampling.cache import StreamCache, grow, rewind, size_for
@@ -34,6 +35,9 @@ def decoding_weights(model: GemmaTransformer) -> Params:
 
 
 def _prepare(model: GemmaTransformer) -> Params:
+    if model.mesh is not None:
+        # Rows join axes that a mesh splits, which would put all of them on every device.
+        return {"params": model.params}
     prepared = model.transformer.prepare(model.params)
     replaced = flax.traverse_util.flatten_dict(prepared)
     flat = flax.traverse_util.flatten_dict(dict(model.params))
@@ -104,6 +108,7 @@ class Decoder:
         self.limit = limit
         self.ids: list[int] = []
         self._transformer = model.transformer
+        self._mesh = model.mesh
         self._weights = decoding_weights(model)
         self._top_k = top_k
         self._cache: StreamCache | None = None
@@ -146,13 +151,14 @@ class Decoder:
         config = self._transformer.config
         size = size_for(len(ids) + 1, self.limit)
         if self._cache is None:
-            self._cache = StreamCache.empty(config, size)
+            self._cache = StreamCache.empty(config, size, self._mesh)
         elif self._cache.size < size:
             self._cache = grow(self._cache, size)
         self._controls = Controls.of(sampling, config.num_embed)
         seen = np.zeros(config.num_embed, bool)
         seen[self.ids] = True
-        self._seen = jnp.asarray(seen)
+        where = placement.vocabulary_sharding(config, self._mesh)
+        self._seen = placement.put(jnp.asarray(seen), where)
         return list(ids[len(self.ids) :])
 
     def prefill(

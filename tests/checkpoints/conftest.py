@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma_nb.checkpoints import load as front_door
 from tests.checkpoints import tiny
 
 
@@ -25,3 +26,9 @@ def cache(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("GEMMA_NB_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def no_compilation_cache(monkeypatch) -> None:
+    """The tests' own setting of JAX's compilation cache stays as it is."""
+    monkeypatch.setattr(front_door, "use_compilation_cache", lambda: None)

@@ -6,10 +6,10 @@ import sys
 
 CODE = """
 import jax
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: x * 2)(1.0)  # JAX has decided by now that there is no cache
 from gemma_nb.checkpoints.load import use_compilation_cache
 use_compilation_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: x * 3)(1.0)
 print(jax.config.jax_compilation_cache_dir)
 """

@@ -153,8 +153,12 @@ def test_the_27b_scales_queries_by_embed_dim_over_heads():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("general.architecture", "llama", "expected architecture 'gemma3', got 'llama'"),
-        ("general.architecture", None, "expected architecture 'gemma3', got None"),
+        (
+            "general.architecture",
+            "llama",
+            "expected architecture 'gemma', 'gemma2' or 'gemma3', got 'llama'",
+        ),
+        ("general.architecture", None, "or 'gemma3', got None"),
         ("gemma3.embedding_length", None, "'gemma3.embedding_length': is missing"),
         ("gemma3.embedding_length", "wide", "expected a number, got 'wide'"),
         ("gemma3.embedding_length", 0, "expected a whole number from 1"),
@@ -173,7 +177,7 @@ def test_the_27b_scales_queries_by_embed_dim_over_heads():
         ),
         ("gemma3.rope.freq_base", -1.0, "expected a positive number, got -1"),
         ("gemma3.rope.scaling.type", np.zeros(2), "expected 'linear', got array"),
-        ("general.architecture", np.zeros(2), "expected architecture 'gemma3', got array"),
+        ("general.architecture", np.zeros(2), "or 'gemma3', got array"),
         ("tokenizer.ggml.tokens", None, "'tokenizer.ggml.tokens' is missing"),
     ],
 )

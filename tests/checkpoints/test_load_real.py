@@ -10,8 +10,7 @@ import pytest
 
 import gemma_nb as gnb
 from gemma_nb import presets
-from gemma_nb.checkpoints import catalog, converted
-from gemma_nb.checkpoints import load as front_door
+from gemma_nb.checkpoints import catalog, converted, gguf_split
 from gemma_nb.checkpoints.gguf import GGUFFile
 
 pytestmark = pytest.mark.real
@@ -21,7 +20,7 @@ def test_the_default_model_loads_from_its_conversion_alone(real_model, monkeypat
     def refuse(*args, **kwargs):
         raise AssertionError("the source was read")
 
-    monkeypatch.setattr(front_door, "GGUFFile", refuse)
+    monkeypatch.setattr(gguf_split, "GGUFFile", refuse)
     monkeypatch.setattr(converted, "sha256_of", refuse)
     model, tokenizer = gnb.load(progress=False)
     assert model.config == presets.GEMMA3_270M

@@ -1,4 +1,4 @@
-"""What is compared: the default model on a long text, and five small random models.
+"""What is compared: the default model on a long text, and small random models of each family.
 
 Random numbers come from raw PCG64 output, whose stream NumPy guarantees, through exact integer
 arithmetic: weights and tokens are the same bits on every machine and with every NumPy.
@@ -15,7 +15,7 @@ from typing import Any
 import flax
 import numpy as np
 
-from gemma_nb.config import TransformerConfig, interleave
+from gemma_nb.config import Global, LayerSpec, TransformerConfig, interleave
 from gemma_nb.model import GemmaTransformer
 
 DATA = Path(__file__).parent / "data"
@@ -90,6 +90,29 @@ def _small(num_heads: int, num_kv_heads: int, **changes: Any) -> TransformerConf
     )
 
 
+def _gemma1(num_heads: int, num_kv_heads: int) -> TransformerConfig:
+    return _small(
+        num_heads,
+        num_kv_heads,
+        layers=(LayerSpec(Global()),) * 4,
+        use_qk_norm=False,
+        use_post_attn_norm=False,
+        use_post_ffw_norm=False,
+        transpose_gating_einsum=False,
+    )
+
+
+def _gemma2(num_heads: int, num_kv_heads: int, **changes: Any) -> TransformerConfig:
+    """Soft-caps so low that they bend attention scores and logits strongly."""
+    numbers: dict[str, Any] = {
+        "layers": interleave(4, window=40, pattern=(False, True), global_base=10_000.0),
+        "use_qk_norm": False,
+        "attn_logits_soft_cap": 2.0,
+        "final_logit_soft_cap": 3.0,
+    }
+    return _small(num_heads, num_kv_heads, **{**numbers, **changes})
+
+
 RANDOM: Mapping[str, RandomCase] = {
     "multi-query": RandomCase(_small(4, 1), seed=11),
     "grouped-query": RandomCase(_small(4, 2), seed=12),
@@ -101,6 +124,11 @@ RANDOM: Mapping[str, RandomCase] = {
         _small(4, 2, layers=interleave(6, window=40, pattern=(False, False, True), global_scale=8)),
         seed=15,
     ),
+    "Gemma 1 multi-query": RandomCase(_gemma1(4, 1), seed=16),
+    "Gemma 1 multi-head": RandomCase(_gemma1(4, 4), seed=17),
+    "Gemma 2": RandomCase(_gemma2(4, 2, transpose_gating_einsum=False), seed=18),
+    # As in Gemma 2 27B: embed_dim / num_heads = 16, where head_dim is 32.
+    "Gemma 2 27B query scale": RandomCase(_gemma2(4, 2, query_pre_attn_scalar=64 / 4), seed=19),
 }
 
 

@@ -1,4 +1,6 @@
-"""Records what the reference computes: `python -m tests.parity.record`.
+"""Records what the reference computes: `python -m tests.parity.record [CASE ...]`.
+
+Without names, all cases are recorded; with names, these only, and the rest is kept.
 
 Needs torch and transformers in the versions of constraints.txt, 8 GB of memory and about two
 minutes.  Record again only when a case, the text or `measure.sketch` changes; never to make a test
@@ -7,6 +9,9 @@ pass.
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -37,23 +42,32 @@ def record(params: Any, config: TransformerConfig, tokens: np.ndarray) -> Record
     return Recorded(tokens, kept, noise)
 
 
-def main() -> None:
-    """Records every case."""
+def record_case(name: str) -> Recorded:
+    """Records one case by name."""
+    if name == REAL:
+        model, tokenizer = gnb.load(REAL, dtype="float32")
+        tokens = np.array(tokenizer.encode(text(), bos=True), np.int32)
+        return record(model.params, model.config, tokens)
+    params = RANDOM[name].params()
+    recorded = record(params, RANDOM[name].config, RANDOM[name].tokens())
+    return dataclasses.replace(recorded, fingerprint=recording.fingerprint(params))
+
+
+def main(names: Sequence[str]) -> None:
+    """Records the cases `names`, or all where there are none."""
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    if names and versions != recording.versions():
+        raise SystemExit(f"the other cases were recorded with {recording.versions()}: record all")
     cases: dict[str, Recorded] = {}
-    for name, case in RANDOM.items():
-        print(name)
-        params = case.params()
-        recorded = record(params, case.config, case.tokens())
-        mark = recording.fingerprint(params)
-        cases[name] = Recorded(recorded.tokens, recorded.sketch, recorded.noise, mark)
-    print(REAL)
-    model, tokenizer = gnb.load(REAL, dtype="float32")
-    tokens = np.array(tokenizer.encode(text(), bos=True), np.int32)
-    cases[REAL] = record(model.params, model.config, tokens)
-    libraries = ("torch", "transformers", "numpy")
-    recording.save(cases, {name: version(name) for name in libraries})
+    for name in (*RANDOM, REAL):
+        if names and name not in names:
+            cases[name] = recording.load(name)
+        else:
+            print(name)
+            cases[name] = record_case(name)
+    recording.save(cases, versions)
     print(f"{recording.PATH.name}: {recording.PATH.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import gemma_nb as gnb
+from gemma_nb.config import TransformerConfig
 from tests.parity import ours, recording
 from tests.parity.cases import RANDOM, REAL, model_of, text
 from tests.parity.measure import (
@@ -35,6 +36,7 @@ class Runs:
     """One text, computed three times."""
 
     name: str
+    config: TransformerConfig
     tokens: np.ndarray
     ours: Result
     single: Result  # the reference in float32
@@ -55,7 +57,7 @@ def _compute(name: str) -> Runs:
     result = ours.run(model, tokens)
     theirs = reference.build(model.params, model.config)
     single = reference.run(theirs, tokens)
-    return Runs(name, tokens, result, single, reference.run(theirs.double(), tokens))
+    return Runs(name, model.config, tokens, result, single, reference.run(theirs.double(), tokens))
 
 
 @pytest.fixture(scope="module", params=[*RANDOM, REAL])
@@ -96,6 +98,16 @@ def test_attention_of_all_layers_and_heads(runs: Runs, precision: str) -> None:
     print(f"in root mean square {(error_rms / noise_rms).max():.2f} times")
     assert (error_rms <= NOISE_FACTOR * noise_rms).all()
     assert (error <= NOISE_FACTOR * noise.max(axis=1, keepdims=True)).all()
+
+
+def test_configuration_survives_the_reference(runs: Runs) -> None:
+    """What the reference writes as config.json is read back as what it was made from."""
+    from tests.parity import reference
+
+    config = TransformerConfig.from_hf(reference.hf_config(runs.config).to_dict())
+    # How the official tree keeps the gating matrices is none of its business.
+    transposed = runs.config.transpose_gating_einsum
+    assert dataclasses.replace(config, transpose_gating_einsum=transposed) == runs.config
 
 
 def test_recording_is_what_the_reference_computes(runs: Runs) -> None:

@@ -42,7 +42,7 @@ def exceeded(model: GemmaTransformer, recorded: recording.Recorded) -> dict[str,
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_models_agree_with_the_reference(name: str) -> None:
     case, recorded = RANDOM[name], recording.load(name)
-    assert len(recorded.tokens) > 2 * max(_windows(case.config))
+    assert len(recorded.tokens) > 2 * max(_windows(case.config), default=0)
     np.testing.assert_array_equal(case.tokens(), recorded.tokens)
     assert recording.fingerprint(case.params()) == recorded.fingerprint
     assert exceeded(model_of(case), recorded) == {}
@@ -70,23 +70,49 @@ def _respecify(config: TransformerConfig, of: type, **changes: Any) -> Transform
     return dataclasses.replace(config, layers=tuple(map(changed, config.layers)))
 
 
-_BASE = RANDOM["RoPE scale 8"].config
-_MISTAKES = {
-    "window one longer": _respecify(_BASE, Sliding, kind=Sliding(41)),
-    "window one shorter": _respecify(_BASE, Sliding, kind=Sliding(39)),
-    "no window in one layer": dataclasses.replace(
-        _BASE,
-        layers=(dataclasses.replace(_BASE.layers[0], kind=Global()), *_BASE.layers[1:]),
-    ),
-    "RoPE scale left out": _respecify(_BASE, Global, rope_scale=1.0),
-    "RoPE scale in local layers too": _respecify(_BASE, Sliding, rope_scale=8.0),
-    "RoPE base off by one in a thousand": _respecify(_BASE, Global, rope_base=1.001e6),
-    "other query scale": dataclasses.replace(_BASE, query_pre_attn_scalar=32.01),
-}
+def _mistakes() -> dict[str, tuple[str, TransformerConfig]]:
+    """What was changed -> the case, and its configuration with that one mistake."""
+    three, two, one = (
+        RANDOM[name].config for name in ("RoPE scale 8", "Gemma 2", "Gemma 1 multi-query")
+    )
+    global_first = (dataclasses.replace(three.layers[0], kind=Global()), *three.layers[1:])
+    wrong = {
+        "RoPE scale 8": {
+            "window one longer": _respecify(three, Sliding, kind=Sliding(41)),
+            "window one shorter": _respecify(three, Sliding, kind=Sliding(39)),
+            "no window in one layer": dataclasses.replace(three, layers=global_first),
+            "RoPE scale left out": _respecify(three, Global, rope_scale=1.0),
+            "RoPE scale in local layers too": _respecify(three, Sliding, rope_scale=8.0),
+            "RoPE base off by one in a thousand": _respecify(three, Global, rope_base=1.001e6),
+            "other query scale": dataclasses.replace(three, query_pre_attn_scalar=32.01),
+        },
+        "Gemma 2": {
+            "windows in the other layers": dataclasses.replace(two, layers=two.layers[::-1]),
+            "other attention soft-cap": dataclasses.replace(two, attn_logits_soft_cap=2.001),
+            "global RoPE base of Gemma 3": _respecify(two, Global, rope_base=1e6),
+        },
+        "Gemma 1 multi-query": {
+            "window in one layer": dataclasses.replace(
+                one, layers=(LayerSpec(Sliding(100)), *one.layers[1:])
+            ),
+            "soft-cap of Gemma 2": dataclasses.replace(one, attn_logits_soft_cap=50.0),
+        },
+    }
+    return {what: (name, c) for name, changes in wrong.items() for what, c in changes.items()}
+
+
+_MISTAKES = _mistakes()
 
 
 @pytest.mark.parametrize("mistake", _MISTAKES)
 def test_small_mistakes_are_noticed(mistake: str) -> None:
-    name = "RoPE scale 8"
-    wrong = GemmaTransformer.from_config(_MISTAKES[mistake]).replace(params=RANDOM[name].params())
+    name, config = _MISTAKES[mistake]
+    wrong = GemmaTransformer.from_config(config).replace(params=RANDOM[name].params())
     assert "attention" in exceeded(wrong, recording.load(name))
+
+
+def test_another_final_soft_cap_is_noticed() -> None:
+    case = RANDOM["Gemma 2"]
+    config = dataclasses.replace(case.config, final_logit_soft_cap=3.001)
+    wrong = GemmaTransformer.from_config(config).replace(params=case.params())
+    assert "logits_whole" in exceeded(wrong, recording.load("Gemma 2"))

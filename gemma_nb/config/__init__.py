@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_nb.typing import KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,23 @@ class LayerSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class InputConfig:
+    """What google-deepmind/gemma's samplers ask a model about its inputs: text only.
+
+    Attributes:
+      support_images: whether the model sees images.
+      num_tokens_per_image: how many positions an image takes.
+      special_tokens: names of the image tokens; none are needed.
+      already_expanded: whether tokens hold the image positions already.
+    """
+
+    support_images: bool = False
+    num_tokens_per_image: int = 0
+    special_tokens: Any = None
+    already_expanded: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """A Gemma 1, 2 or 3 text model.
 
@@ -74,7 +95,8 @@ class TransformerConfig:
       use_post_ffw_norm: RMS-normalise the feed-forward's output before adding it (Gemma 2, 3).
       attn_logits_soft_cap: attention scores become cap * tanh(score / cap) (Gemma 2: 50).
       final_logit_soft_cap: the same for the vocabulary logits (Gemma 2: 30).
-      transpose_gating_einsum: `gating_einsum` is (2, F, D) as in Gemma 2 and 3; (2, D, F) if False.
+      transpose_gating_einsum: `gating_einsum` is (2, F, D) as in Gemma 3 and the larger Gemma 2;
+        (2, D, F) if False, as in Gemma 1 and Gemma 2 2B.
       max_context: positions the model was trained for.
     """
 
@@ -124,6 +146,52 @@ class TransformerConfig:
     def query_scale(self) -> float:
         """What queries are multiplied by before they meet the keys."""
         return 1.0 / math.sqrt(self.query_pre_attn_scalar)
+
+    @property
+    def input_config(self) -> InputConfig:
+        """What the model takes: text."""
+        return InputConfig()
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> TransformerConfig:
+        """The numbers in a Hugging Face `config.json` of Gemma 1, 2 or 3.
+
+        Args:
+          config: the parsed file; of `Gemma3ForConditionalGeneration`, its text part is read.
+
+        Raises:
+          ValueError: another architecture, or a field that is missing or cannot be right.
+        """
+        from gemma_nb.config.hf import read
+
+        return read(config)
+
+    @classmethod
+    def from_gm(cls, config: Any) -> TransformerConfig:
+        """The text part of a `gm.nn.config.TransformerConfig` (google-deepmind/gemma).
+
+        Raises:
+          ValueError: a configuration of another kind (Gemma 3n, Gemma 4).
+        """
+        from gemma_nb.config.gm import read
+
+        return read(config)
+
+    def init_cache(
+        self, *, batch_size: int, dtype: Any, cache_length: int, sharding: Any = None
+    ) -> KVCache:
+        """An empty cache for `cache_length` positions.
+
+        Args:
+          batch_size: B.
+          dtype: of keys and values.
+          cache_length: S.
+          sharding: where the arrays are placed; None leaves it to JAX.
+        """
+        from gemma_nb.typing import empty_cache
+
+        shape = (batch_size, cache_length, self.num_kv_heads, self.head_dim)
+        return empty_cache(self.num_layers, shape, dtype, sharding)
 
     def num_params(self) -> int:
         """Total number of parameters, embedding included (the head is tied to it)."""

@@ -1,0 +1,56 @@
+"""What a model is given to score: tokens, and where needed their positions and mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from gemma_nb.typing import EMPTY
+
+
+@flax.struct.dataclass
+class GemmaInputs:
+    """What a model is given to score.
+
+    Attributes:
+      tokens: (T,) or (B, T) int32 token ids.
+      positions: like tokens; counted from 0 where absent.
+      attention_mask: (T, T) or (B, T, T) bool, query before key; replaces the causal rule where
+        given, not the sliding window.
+    """
+
+    tokens: Int[Array, "*B T"]
+    positions: Int[Array, "*B T"] | None = None
+    attention_mask: Bool[Array, "*B T T"] | None = None
+
+    @classmethod
+    def from_basic_segments(cls, tokens: Any) -> GemmaInputs:
+        """Inputs in which each row of `tokens` is one text, from its first position on."""
+        return cls(tokens=jnp.asarray(tokens, jnp.int32))
+
+    @classmethod
+    def from_packed_segments(cls, tokens: Any, segments: Any) -> GemmaInputs:
+        """Inputs in which rows hold several texts, one behind the other, that do not see another.
+
+        Args:
+          tokens: (T,) or (B, T) token ids.
+          segments: like tokens; equal numbers side by side are one text, 0 is padding.
+        """
+        tokens, segments = jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
+        if tokens.shape != segments.shape:
+            raise ValueError(
+                f"segments must have one number per token: expected {tokens.shape}, "
+                f"got {segments.shape}"
+            )
+        at = jnp.arange(tokens.shape[-1])
+        new = segments[..., 1:] != segments[..., :-1]
+        new = jnp.concatenate([jnp.ones_like(segments[..., :1], bool), new], axis=-1)
+        starts = jax.lax.cummax(jnp.where(new, at, 0), axis=segments.ndim - 1)
+        positions = jnp.where(segments == 0, EMPTY, at - starts)
+        same = starts[..., :, None] == starts[..., None, :]
+        mask = same & (at[None, :] <= at[:, None]) & (segments != 0)[..., None, :]
+        return cls(tokens=tokens, positions=positions, attention_mask=mask)
