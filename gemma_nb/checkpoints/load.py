@@ -183,7 +183,6 @@ class _Job:
         self, params: Iterable[tuple[layout.Path, np.ndarray]], config: TransformerConfig
     ) -> Params:
         """Each parameter on its devices, before the next one is read."""
-        import jax
 
         from gemma_nb import placement
 
