@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 
 from gemma_nb.chat.events import Alternative, FinishReason, Timing, TokenRecord, Turn
 from gemma_nb.chat.stops import StopMatcher
@@ -135,7 +134,7 @@ class Reply:
         return records
 
     def _record(self, evidence: Evidence, position: int) -> TokenRecord:
-        piece: Callable[[int], str] = self._tokenizer.token_text
+        piece = self._label
         token = int(evidence.token)
         columns = (evidence.ids, evidence.logprobs, evidence.probabilities)
         return TokenRecord(
@@ -153,3 +152,8 @@ class Reply:
                 for i, logprob, probability in zip(*columns, strict=True)
             ),
         )
+
+    def _label(self, token: int) -> str:
+        """What a lone token stands for; some embeddings have rows that stand for none."""
+        known = token < self._tokenizer.vocab_size
+        return self._tokenizer.token_text(token) if known else f"<row {token}>"

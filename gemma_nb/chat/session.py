@@ -389,7 +389,12 @@ class ChatSession:
         return dataclasses.replace(
             self._sampling,
             seed=chosen,
-            forbidden=(*self._sampling.forbidden, *self.template.forbidden_ids(self.tokenizer)),
+            forbidden=(
+                *self._sampling.forbidden,
+                *self.template.forbidden_ids(self.tokenizer),
+                # Some embeddings have rows that stand for no token.
+                *range(self.tokenizer.vocab_size, self.model.config.num_embed),
+            ),
         )
 
     def _context(self, turns: Sequence[Turn]) -> list[int]:

@@ -195,9 +195,9 @@ class _Job:
         """What the checkpoint says about itself, unless more is known."""
         if self.source.info is not None:
             return self.source.info
-        sizes = [name for name, preset in presets.PRESETS.items() if preset == config]
+        size = presets.name_of(config)
         suffix = "-it" if tuning == "instruction" else ""
-        name = f"{sizes[0]}{suffix}" if sizes else Path(self.source.files[0]).stem
+        name = f"{size}{suffix}" if size else Path(self.source.files[0]).stem
         return catalog.describe(name, title or name, tuning, source=self.source.name)
 
 

@@ -380,3 +380,23 @@ def test_traces_follow_the_positions_of_the_turn(make):
     assert len(chat.trace().tokens) > len(trace.tokens)
     with pytest.raises(ValueError, match="no reply yet"):
         make().trace()
+
+
+def test_rows_of_the_embedding_that_stand_for_no_token_are_never_drawn(tiny_model):
+    model, tokenizer = tiny_model
+    table = model.params["embedder"]["input_embedding"]
+    # More rows than the vocabulary has, and likelier than all of it.
+    wide = jnp.concatenate([table, 30 * table[:8]])
+    config = dataclasses.replace(model.config, num_embed=len(wide))
+    padded = gnb.GemmaTransformer(
+        params={**model.params, "embedder": {"input_embedding": wide}},
+        config=config,
+        transformer=gnb.nn.Transformer(config),
+    )
+    chat = gnb.ChatSession(padded, tokenizer, sampling=SAMPLING, cache_length=50, template="none")
+    turn = chat.chat("Hello")
+    assert all(record.token_id < tokenizer.vocab_size for record in turn.tokens)
+    considered = [a for record in turn.tokens for a in record.alternatives]
+    unspoken = [a for a in considered if a.token_id >= tokenizer.vocab_size]
+    assert unspoken
+    assert {(a.probability, a.text.startswith("<row ")) for a in unspoken} == {(0.0, True)}
