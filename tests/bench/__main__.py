@@ -103,7 +103,7 @@ def floor() -> str:
     """What memory bandwidth allows, beside what each contestant's weights weigh."""
     from gemma_nb.checkpoints import catalog
 
-    parts, _ = catalog.find_package("gemma3-270m").locate()
+    parts, _ = catalog.PACKAGES["gemma3-270m"].locate()
     weights = gnb.presets.by_name("gemma3-270m").num_params()
     sizes = {"bf16": 2 * weights, "f32": 4 * weights, LLAMA: sum(p.stat().st_size for p in parts)}
     bandwidth = read_bandwidth()

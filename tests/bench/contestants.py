@@ -156,7 +156,7 @@ def joined_gguf(folder: Path) -> Path:
     """The default model's package joined into one GGUF file, which llama.cpp wants."""
     from gemma_nb.checkpoints import catalog
 
-    parts, _ = catalog.find_package("gemma3-270m").locate()
+    parts, _ = catalog.PACKAGES["gemma3-270m"].locate()
     path = folder / "model.gguf"
     with path.open("wb") as whole:
         for part in parts:
