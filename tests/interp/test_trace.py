@@ -40,7 +40,9 @@ def test_every_site_holds_what_the_module_computed(trace, sown, tiny_model):
             expected = np.swapaxes(expected, 1, 2)
         actual = trace.data[site.name]
         assert actual.shape == expected.shape, site.name
-        np.testing.assert_allclose(actual.values, expected, atol=2e-6, err_msg=site.name)
+        # Float32 noise, relative to the largest value: residuals reach beyond one.
+        noise = 2e-6 * max(1.0, float(np.abs(expected).max()))
+        np.testing.assert_allclose(actual.values, expected, rtol=0, atol=noise, err_msg=site.name)
 
 
 def test_attention_is_a_labelled_map(trace):
