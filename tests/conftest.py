@@ -7,10 +7,12 @@ GEMMA_NB_CACHE says, as they do outside the tests: a second run of the tests doe
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -87,3 +89,21 @@ def tiny_model(tiny_tokenizer: Tokenizer) -> tuple[GemmaTransformer, Tokenizer]:
         max_context=4096,
     )
     return gnb.GemmaTransformer.from_config(config, key=jax.random.key(0)), tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def score(
+    tiny_model: tuple[GemmaTransformer, Tokenizer],
+) -> Callable[[Sequence[int]], np.ndarray]:
+    """Log-probabilities of all tokens at each position, by one pass over the whole text."""
+    model, _ = tiny_model
+    run = jax.jit(model.transformer.apply)
+
+    def log_probabilities(ids: Sequence[int]) -> np.ndarray:
+        # Later tokens change nothing, so one length, and one compilation, serves all.
+        padded = jnp.asarray([[*ids, *[0] * (400 - len(ids))]])
+        # Float64 from here on: only the model itself is under test.
+        logits = np.asarray(run({"params": model.params}, padded).logits[0, : len(ids)], float)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    return log_probabilities

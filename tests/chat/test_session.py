@@ -25,22 +25,6 @@ def make(tiny_model):
     return make
 
 
-@pytest.fixture(scope="module")
-def score(tiny_model):
-    """Log-probabilities of all tokens at each position, by one pass over the whole text."""
-    model, _ = tiny_model
-    run = jax.jit(model.transformer.apply)
-
-    def log_probabilities(ids):
-        # Later tokens change nothing, so one length, and one compilation, serves all.
-        padded = jnp.asarray([[*ids, *[0] * (400 - len(ids))]])
-        # Float64 from here on: only the model itself is under test.
-        logits = np.asarray(run({"params": model.params}, padded).logits[0, : len(ids)], float)
-        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-    return log_probabilities
-
-
 def assert_parity(chat, turn, score):
     """Every token of the turn was chosen from what a pass over the whole context computes."""
     ids = chat.tokens(turn)

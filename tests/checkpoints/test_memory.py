@@ -80,8 +80,12 @@ def test_what_cannot_fit_is_refused_with_the_numbers(machine):
 
 
 def test_a_machine_that_says_nothing_is_tried(machine):
+    request = (presets.GEMMA3_27B, "float32")
+    machine(total=GB, free=GB)
+    with pytest.raises(CheckpointError, match="gemma3-27b"):
+        memory.refuse_what_cannot_fit(*request, name="gemma3-27b")
     machine()
-    memory.refuse_what_cannot_fit(presets.GEMMA3_27B, "float32", name="gemma3-27b")
+    assert memory.refuse_what_cannot_fit(*request, name="gemma3-27b") is None
 
 
 def accelerator(free: int) -> SimpleNamespace:

@@ -116,7 +116,9 @@ def test_any_script_renders_without_warnings(trace, text):
     import dataclasses
 
     labelled = dataclasses.replace(trace, labels=(text, *trace.labels[1:]))
-    render(gnb.plots.attention(labelled, 0, 0))
+    figure = gnb.plots.attention(labelled, 0, 0)
+    render(figure)
+    assert figure.axes[0].get_yticklabels()[0].get_text() == drawable(text)
 
 
 def test_long_texts_label_some_of_their_tokens():

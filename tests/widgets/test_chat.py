@@ -312,8 +312,12 @@ def test_closing_stops_the_reply_and_ends_the_thread() -> None:
     panel = ChatPanel(session)
     panel.send_message("go on")
     wait_until(lambda: session.partial is not None)
+    thread = panel._runner._thread
     panel.close()
     wait_until(lambda: not session.busy, timeout=2)
+    thread.join(2)
+    assert not thread.is_alive()
+    assert session.turns[-1].finish_reason == "cancelled"
 
 
 # -- from a name
