@@ -3,7 +3,9 @@
 A file holds the official parameters, the SentencePiece model and the scalar metadata of its source,
 so a second load reads nothing else.  It is memory-mapped; its tensors are handed to JAX without a
 copy.  Every block of 16 MiB has a CRC-32 that is checked before any of it is used (0.2 s for the
-default model): a file that was cut off or changed is noticed and written again.
+default model): a file that was cut off or changed is noticed and written again.  The check reads
+the file and leaves the mapping alone, so a load touches no parameter: each becomes part of this
+process's memory when it is first computed with, and is the only copy there.
 
 Format: https://huggingface.co/docs/safetensors (readable by the library; written here as a stream,
 which the library cannot do, so that a conversion never holds the whole model in memory).
@@ -44,6 +46,7 @@ _NAMES = {dtype: code for code, dtype in _CODES.items()}
 
 _TOKENIZER = "tokenizer_model"  # the one entry that is no parameter
 _BLOCK = 1 << 24  # bytes under one checksum
+_PIECE = 1 << 17  # bytes read together: stays in the processor's cache
 _HEADER_SIZE = 1 << 20  # written last, so room is kept; a file's data start here
 _STALE_SECONDS = 24 * 3600
 
@@ -98,7 +101,7 @@ def read(path: Path) -> Converted | None:
         return None
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise DamagedError(str(error)) from error
-    header = _verified_header(data)
+    header = _verified_header(path, data)
     extra = header.pop("__metadata__")
     tensors = {name: _tensor(data, entry) for name, entry in header.items()}
     return Converted(
@@ -108,7 +111,7 @@ def read(path: Path) -> Converted | None:
     )
 
 
-def _verified_header(data: np.ndarray) -> dict[str, Any]:
+def _verified_header(path: Path, data: np.ndarray) -> dict[str, Any]:
     if len(data) < _HEADER_SIZE:
         raise DamagedError(f"{len(data):,} bytes, too short for its header")
     raw = data[8:_HEADER_SIZE].tobytes()
@@ -121,7 +124,10 @@ def _verified_header(data: np.ndarray) -> dict[str, Any]:
     blank = raw.replace(sums.encode(), b"0" * len(sums), 1)
     if data[:8].tobytes() != struct.pack("<Q", _HEADER_SIZE - 8):
         raise DamagedError("its first bytes have changed")
-    actual = [zlib.crc32(blank), *_checksums(data[_HEADER_SIZE:])]
+    try:
+        actual = [zlib.crc32(blank), *_checksums(path)]
+    except OSError as error:
+        raise DamagedError(f"it cannot be read: {error.strerror or error}") from error
     if len(actual) != len(expected):
         raise DamagedError(f"{len(data):,} bytes are not as many as were written")
     if actual != expected:
@@ -135,11 +141,23 @@ def _tensor(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
     return data[start:stop].view(_CODES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def _checksums(data: np.ndarray) -> list[int]:
-    """CRC-32 of every block; zlib lets go of the GIL, so threads share the work."""
-    blocks = [data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK)]
+def _checksums(path: str | Path) -> list[int]:
+    """CRC-32 of every block behind the header; zlib lets go of the GIL, so threads share the work.
+
+    Read, not mapped: mapped pages would count as this process's memory.
+    """
+
+    def checksum(start: int) -> int:
+        crc, left, piece = 0, _BLOCK, memoryview(bytearray(_PIECE))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while left and (count := file.readinto(piece[:left])):
+                crc, left = zlib.crc32(piece[:count], crc), left - count
+        return crc
+
+    starts = range(_HEADER_SIZE, os.path.getsize(path), _BLOCK)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(zlib.crc32, blocks))
+        return list(pool.map(checksum, starts))
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -198,7 +216,7 @@ def _write_file(
         append("/".join(path), array)
     append(_TOKENIZER, np.frombuffer(tokenizer, np.uint8))
     file.flush()
-    sums = _written_checksums(file.name)
+    sums = _checksums(file.name)
     scalars = {k: v for k, v in metadata.items() if isinstance(v, str | int | float | bool)}
     blank = "0" * 8 * (1 + len(sums))
     # The checksums stand before anything that a source can choose, so the first match is theirs.
@@ -212,22 +230,6 @@ def _write_file(
     digits = "".join(f"{crc:08x}" for crc in (zlib.crc32(raw), *sums))
     file.seek(0)
     file.write(struct.pack("<Q", len(raw)) + raw.replace(blank.encode(), digits.encode(), 1))
-
-
-def _written_checksums(name: str) -> list[int]:
-    """`_checksums` of what stands behind the header of a file.
-
-    Read, not mapped: mapped pages would count as this process's memory beside the source's.
-    """
-
-    def checksum(start: int) -> int:
-        with open(name, "rb") as file:
-            file.seek(start)
-            return zlib.crc32(file.read(_BLOCK))
-
-    starts = range(_HEADER_SIZE, os.path.getsize(name), _BLOCK)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(checksum, starts))
 
 
 # --- files ----------------------------------------------------------------------------------------

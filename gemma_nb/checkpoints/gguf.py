@@ -81,8 +81,10 @@ class GGUFFile:
         stride = info.nbytes // len(rows)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             stop = min(start + _ROWS_AT_ONCE, len(rows))
-            raw = self._bytes.view(info.offset + start * stride, info.offset + stop * stride)
-            rows[start:stop] = self._dequantize(info, raw.reshape(stop - start, stride))
+            first, last = info.offset + start * stride, info.offset + stop * stride
+            raw = self._bytes.view(first, last).reshape(stop - start, stride)
+            rows[start:stop] = self._dequantize(info, raw)
+            self._bytes.release(first, last)
         return out
 
     def _dequantize(self, info: TensorInfo, raw: np.ndarray) -> np.ndarray:

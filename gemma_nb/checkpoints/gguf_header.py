@@ -84,6 +84,19 @@ class Span:
                 pieces.append(np.frombuffer(mapped, np.uint8, high - low, low))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def release(self, start: int, stop: int) -> None:
+        """Lets go of the memory behind bytes start..stop; a later view reads them anew.
+
+        Pages that a mapping has touched count as this process's memory until then.
+        """
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows: they stay until `close`
+            return
+        for first, mapped in zip(self._starts, self._maps, strict=True):
+            low, high = max(start - first, 0), min(stop - first, len(mapped))
+            if low < high:
+                low -= low % mmap.PAGESIZE
+                mapped.madvise(mmap.MADV_DONTNEED, low, high - low)
+
     def close(self) -> None:
         """Unmaps what no array views any more; the rest goes with its last view."""
         for mapped in self._maps:
