@@ -14,7 +14,12 @@ Role = Literal["user", "model"]
 
 # stop: the model ended its turn, or a stop string came.  length: max_new_tokens, or the context is
 # full.  cancelled: chat.stop().  interrupted: the kernel's interrupt.  error: an exception.
-FinishReason = Literal["stop", "length", "cancelled", "interrupted", "error"]
+# edited: the user wrote it.
+FinishReason = Literal["stop", "length", "cancelled", "interrupted", "error", "edited"]
+# How a turn came to stand beside another one.
+Branching = Literal["fork", "resume", "edit", "regenerate"]
+# From this share of the context on, the user is warned.
+WARN_FROM = 0.8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +55,9 @@ class TokenRecord:
       entropy: of the model's distribution, in nats.
       rank: how many tokens the model found more likely (0: its first choice).
       alternatives: the model's most likely tokens, in order.
+      key: (seed, fold) of the random key that drew it: `jax.random.fold_in(key(seed), fold)`.  None
+        for a token that was given, not drawn; `probability` is then what the sampler would have
+        drawn it with.
     """
 
     index: int
@@ -62,6 +70,7 @@ class TokenRecord:
     entropy: float
     rank: int
     alternatives: tuple[Alternative, ...]
+    key: tuple[int, int] | None = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +110,61 @@ class Timing:
         return (self.new_tokens - 1) / self.decode_seconds
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a turn branched off another one.
+
+    A reply's tokens before `index` are those of the turn it came from, with their evidence; the
+    `given` tokens from there on were put there by the user; the rest was drawn.
+
+    Attributes:
+      kind: what the user did.
+      turn: id of the turn it came from, a sibling.
+      index: the reply's first token of its own; 0 for the user's messages.
+      given: how many tokens were given, from `index` on.
+    """
+
+    kind: Branching
+    turn: int
+    index: int = 0
+    given: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Context:
+    """What a reply was made in.
+
+    Attributes:
+      system: what the model was told before the conversation.
+      dropped: how many turns of the path, from the oldest on, were left out to make room.
+      used: positions in use when the reply ended.
+      length: positions that there were.
+    """
+
+    system: str | None = None
+    dropped: int = 0
+    used: int = 0
+    length: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """Share of the context in use."""
+        return self.used / self.length if self.length else 0.0
+
+    @property
+    def nearly_full(self) -> bool:
+        """Whether at least 80% of the context is in use."""
+        return self.length > 0 and self.used >= WARN_FROM * self.length
+
+    @property
+    def warning(self) -> str:
+        """What to tell the user about the room that is left; empty while there is plenty."""
+        if not self.nearly_full:
+            return ""
+        state = "full" if self.used >= self.length else f"{self.fraction:.0%} full"
+        return f"The context is {state}: {self.used} of {self.length} positions are in use."
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """One message of a conversation.
@@ -115,6 +179,8 @@ class Turn:
       finish_detail: the same in a sentence.
       timing: of a reply.
       sampling: the settings of a reply, its seed included.
+      origin: where it branched off; None for what was simply said next.
+      context: what a reply was made in; None for the user's messages.
     """
 
     id: int
@@ -126,6 +192,8 @@ class Turn:
     finish_detail: str = ""
     timing: Timing = Timing()
     sampling: Sampling | None = None
+    origin: Origin | None = None
+    context: Context | None = None
 
     def __repr__(self) -> str:
         end = f", {len(self.tokens)} tokens, {self.finish_reason}" if self.role == "model" else ""

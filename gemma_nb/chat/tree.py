@@ -1,4 +1,4 @@
-"""The conversation as a tree: regenerating or starting anew hides a branch, and loses none."""
+"""The conversation as a tree: every operation adds a branch or hides one, and loses none."""
 
 from __future__ import annotations
 
@@ -15,14 +15,37 @@ class Node:
     Attributes:
       turn: None for the root only.
       parent: None for the root only.
-      children: the turns that were tried after this one, in order.
+      children: the turns that were tried after this one, in the order in which they were made.
       active: index into `children` of the branch that is shown; None shows none of them.
+      undone: index of the child that `undo` hid and `redo` shows again; None where there is none.
     """
 
     turn: Turn | None = None
     parent: Node | None = None
     children: list[Node] = dataclasses.field(default_factory=list)
     active: int | None = None
+    undone: int | None = None
+
+    @property
+    def id(self) -> int:
+        """The turn's id; 0 for the root."""
+        return 0 if self.turn is None else self.turn.id
+
+    @property
+    def index(self) -> int:
+        """Its place among its siblings."""
+        return 0 if self.parent is None else self.parent.children.index(self)
+
+    def path(self) -> list[Node]:
+        """The nodes from the first turn to this one, without the root."""
+        nodes, node = [], self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+    def __repr__(self) -> str:
+        return f"<Node {self.id}: {len(self.children)} children, active {self.active}>"
 
 
 class ConversationTree:
@@ -30,6 +53,9 @@ class ConversationTree:
 
     def __init__(self) -> None:
         self.root = Node()
+        self._by_id: dict[int, Node] = {}
+
+    # --- looking --------------------------------------------------------------------------------
 
     def path(self) -> list[Node]:
         """The active nodes from the first turn to the last."""
@@ -38,21 +64,6 @@ class ConversationTree:
             node = node.children[node.active]
             nodes.append(node)
         return nodes
-
-    def path_to(self, turn: Turn) -> list[Turn]:
-        """The turns from the first to `turn`, on whichever branch it is.
-
-        Raises:
-          ValueError: the turn is not in this conversation.
-        """
-        node = next((n for n in self._nodes() if n.turn is not None and n.turn.id == turn.id), None)
-        if node is None:
-            raise ValueError(f"{turn!r} is not a turn of this conversation")
-        turns: list[Turn] = []
-        while node is not None and node.turn is not None:
-            turns.append(node.turn)
-            node = node.parent
-        return turns[::-1]
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -64,20 +75,113 @@ class ConversationTree:
         """The last active node (the root in an empty conversation)."""
         return (self.path() or [self.root])[-1]
 
-    def add(self, parent: Node, turn: Turn) -> Node:
-        """Appends `turn` after `parent` and makes it active."""
-        node = Node(turn, parent)
-        parent.children.append(node)
-        parent.active = len(parent.children) - 1
+    def find(self, turn: Turn | int) -> Node:
+        """The node of a turn, or of its id, on whichever branch it is.
+
+        Raises:
+          ValueError: the turn is not in this conversation.
+        """
+        node = self._by_id.get(turn if isinstance(turn, int) else turn.id)
+        if node is None:
+            raise ValueError(f"{turn!r} is not a turn of this conversation")
         return node
 
-    def __iter__(self) -> Iterator[Turn]:
-        """Every turn of every branch, parents before children."""
-        return (node.turn for node in self._nodes() if node.turn is not None)
+    def path_to(self, turn: Turn | int) -> list[Turn]:
+        """The turns from the first to `turn`, on whichever branch it is.
 
-    def _nodes(self) -> Iterator[Node]:
+        Raises:
+          ValueError: the turn is not in this conversation.
+        """
+        return [node.turn for node in self.find(turn).path() if node.turn is not None]
+
+    def siblings(self, turn: Turn | int) -> tuple[Turn, ...]:
+        """The turns tried in the same place, `turn` included, in the order they were made.
+
+        Raises:
+          ValueError: the turn is not in this conversation.
+        """
+        parent = self.find(turn).parent
+        assert parent is not None
+        return tuple(node.turn for node in parent.children if node.turn is not None)
+
+    @property
+    def branches(self) -> tuple[Turn, ...]:
+        """The last turn of every branch, hidden ones included."""
+        return tuple(n.turn for n in self.nodes() if n.turn is not None and not n.children)
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node of every branch, the root first, parents before children."""
         stack = [self.root]
         while stack:
             node = stack.pop()
             yield node
             stack.extend(reversed(node.children))
+
+    def __iter__(self) -> Iterator[Turn]:
+        """Every turn of every branch, parents before children."""
+        return (node.turn for node in self.nodes() if node.turn is not None)
+
+    def __len__(self) -> int:
+        """Number of turns, of all branches."""
+        return len(self._by_id)
+
+    @property
+    def last_id(self) -> int:
+        """The largest id given to a turn so far; 0 in an empty tree."""
+        return max(self._by_id, default=0)
+
+    # --- changing -------------------------------------------------------------------------------
+
+    def add(self, parent: Node, turn: Turn) -> Node:
+        """Appends `turn` after `parent` and shows it.
+
+        Raises:
+          ValueError: its id is taken.
+        """
+        if turn.id in self._by_id or turn.id < 1:
+            raise ValueError(f"a turn's id must be new and at least 1, got {turn.id}")
+        node = Node(turn, parent)
+        parent.children.append(node)
+        self._by_id[turn.id] = node
+        self.select(node)
+        return node
+
+    def select(self, node: Node) -> None:
+        """Shows `node`, and what was last shown after it."""
+        while node.parent is not None:
+            parent = node.parent
+            parent.active, parent.undone = node.index, None
+            node = parent
+
+    def hide_after(self, node: Node) -> None:
+        """Shows nothing after `node`; `redo` takes that back."""
+        if node.active is not None:
+            node.active, node.undone = None, node.active
+
+    def undo(self) -> tuple[Turn, ...]:
+        """Hides the last message and what was replied; returns the turns that were hidden.
+
+        Raises:
+          ValueError: nothing is shown.
+        """
+        path = self.path()
+        asked = [node for node in path if node.turn is not None and node.turn.role == "user"]
+        if not asked:
+            raise ValueError("there is nothing to undo: the conversation is empty")
+        parent = asked[-1].parent
+        assert parent is not None
+        self.hide_after(parent)
+        return tuple(n.turn for n in path[path.index(asked[-1]) :] if n.turn is not None)
+
+    def redo(self) -> tuple[Turn, ...]:
+        """Shows what the last `undo` hid; returns the turns that are shown again.
+
+        Raises:
+          ValueError: nothing was undone, or something else was said since.
+        """
+        tip = self.tip
+        if tip.undone is None:
+            raise ValueError("there is nothing to redo: use select() to show another branch")
+        before = len(self.path())
+        self.select(tip.children[tip.undone])
+        return self.turns[before:]
