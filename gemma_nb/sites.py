@@ -1,18 +1,22 @@
 """Where a forward pass can be observed: capture-site names, their axes, and what they hold.
 
-Every site is sown into the linen collection `intermediates` on each forward pass.  That is free
-unless the caller makes the collection mutable.
+Every site that a module computes is sown into the linen collection `intermediates` on each forward
+pass.  That is free unless the caller makes the collection mutable.  A few sites are derived from
+others where they are asked for, since the forward pass itself never has them as arrays.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
     from gemma_nb.model import GemmaTransformer
+
+# The layer index of sites that the model has once.
+EVERYWHERE = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,34 +26,105 @@ class Site:
     Attributes:
       name: what to ask for.
       dims: axes of one layer's value, in the letters of `gemma_nb.typing`.
-      scope: "attn", "mlp" and "block" sites exist once per layer, "model" sites once.
       holds: what the value is.
+      per_layer: whether every layer has one; otherwise the model has it once.
+      home: the modules below the layer (or the model) that sow it; None where it is derived.
+      sown: the name that it is sown under.
+      only_with: the switch of `TransformerConfig` that a model must have on; None for all models.
     """
 
     name: str
     dims: tuple[str, ...]
-    scope: Literal["attn", "mlp", "block", "model"]
     holds: str
+    per_layer: bool = True
+    home: tuple[str, ...] | None = ()
+    sown: str = ""
+    only_with: str | None = None
 
     @property
-    def per_layer(self) -> bool:
-        """Whether every layer has one."""
-        return self.scope != "model"
+    def is_map(self) -> bool:
+        """Whether it has both query and key positions."""
+        return "S" in self.dims
+
+    def value(self, sown: Mapping[str, Any], layer: int | None = None) -> Any:
+        """Its array in `intermediates`: of a block, or with `layer` of the whole model."""
+        place: Any = sown if layer is None else sown[f"layer_{layer}"]
+        for name in self.home or ():
+            place = place[name]
+        return place[self.sown or self.name][0]
 
 
+_BTD = ("B", "T", "D")
+_BTNH = ("B", "T", "N", "H")
+_BTKH = ("B", "T", "K", "H")
+_BTF = ("B", "T", "F")
+
+
+def _rms(name: str, of: str, home: tuple[str, ...], *axes: str, **options: Any) -> Site:
+    holds = f"what the norm divides {of} by: sqrt(mean square + epsilon)"
+    return Site(f"{name}_rms", ("B", "T", *axes), holds, home=home, sown="rms", **options)
+
+
+# In the order of the computation.
 _ALL = (
-    Site("embed", ("B", "T", "D"), "model", "token embeddings times sqrt(D), the first residual"),
-    Site("q", ("B", "T", "N", "H"), "attn", "queries, normalised, rotated and scaled"),
-    Site("k", ("B", "T", "K", "H"), "attn", "new keys, normalised and rotated"),
-    Site("v", ("B", "T", "K", "H"), "attn", "new values"),
-    Site("attention", ("B", "T", "N", "S"), "attn", "attention weights after the softmax"),
-    Site("z", ("B", "T", "N", "H"), "attn", "attention-weighted values, per head"),
-    Site("attn_out", ("B", "T", "D"), "block", "what attention adds to the residual stream"),
-    Site("residual_mid", ("B", "T", "D"), "block", "the residual stream after attention"),
-    Site("mlp_hidden", ("B", "T", "F"), "mlp", "feed-forward activations, gelu(gate) * up"),
-    Site("mlp_out", ("B", "T", "D"), "block", "what the feed-forward adds to the residual stream"),
-    Site("residual", ("B", "T", "D"), "block", "the residual stream after the layer"),
-    Site("final", ("B", "T", "D"), "model", "the last residual after the final norm"),
+    Site("embed", _BTD, "token embeddings times sqrt(D), the first residual", per_layer=False),
+    Site("residual_pre", _BTD, "the residual stream before the layer"),
+    _rms("pre_attention", "attention's input", ("pre_attention_norm",)),
+    Site("attn_in", _BTD, "what attention reads: the normalised residual stream"),
+    _rms("query", "each query", ("attn", "_query_norm"), "N", only_with="use_qk_norm"),
+    _rms("key", "each key", ("attn", "_key_norm"), "K", only_with="use_qk_norm"),
+    Site(
+        "q_pre", _BTNH, "queries before rotation, normalised where the model does", home=("attn",)
+    ),
+    Site(
+        "k_pre", _BTKH, "new keys before rotation, normalised where the model does", home=("attn",)
+    ),
+    Site("q", _BTNH, "queries, normalised, rotated and scaled", home=("attn",)),
+    Site("k", _BTKH, "new keys, normalised and rotated", home=("attn",)),
+    Site("v", _BTKH, "new values", home=("attn",)),
+    Site(
+        "scores",
+        ("B", "T", "N", "S"),
+        "attention scores, soft-capped where the model does, -inf where a key is never seen",
+        home=None,
+    ),
+    Site("attention", ("B", "T", "N", "S"), "attention weights after the softmax", home=("attn",)),
+    Site("z", _BTNH, "attention-weighted values, per head", home=("attn",)),
+    Site(
+        "head_out",
+        ("B", "T", "N", "D"),
+        "what each head adds to attn_raw, before any post-norm",
+        home=None,
+    ),
+    Site("attn_raw", _BTD, "attention's output before any post-norm", home=("attn",)),
+    _rms(
+        "post_attention",
+        "attention's output",
+        ("post_attention_norm",),
+        only_with="use_post_attn_norm",
+    ),
+    Site("attn_out", _BTD, "what attention adds to the residual stream"),
+    Site("residual_mid", _BTD, "the residual stream after attention"),
+    _rms("pre_ffw", "the feed-forward's input", ("pre_ffw_norm",)),
+    Site("mlp_in", _BTD, "what the feed-forward reads: the normalised residual stream"),
+    Site("mlp_gate", _BTF, "the gate before its gelu", home=("mlp",)),
+    Site("mlp_up", _BTF, "what the gate multiplies", home=("mlp",)),
+    Site("mlp_hidden", _BTF, "feed-forward activations, gelu(gate) * up", home=("mlp",)),
+    Site("mlp_raw", _BTD, "the feed-forward's output before any post-norm", home=("mlp",)),
+    _rms(
+        "post_ffw", "the feed-forward's output", ("post_ffw_norm",), only_with="use_post_ffw_norm"
+    ),
+    Site("mlp_out", _BTD, "what the feed-forward adds to the residual stream"),
+    Site("residual", _BTD, "the residual stream after the layer"),
+    _rms("final", "the last residual", ("final_norm",), per_layer=False),
+    Site("final", _BTD, "the last residual after the final norm", per_layer=False),
+    Site(
+        "logits",
+        ("B", "T", "V"),
+        "logits of the next token, soft-capped where the model does",
+        per_layer=False,
+        home=None,
+    ),
 )
 SITES: dict[str, Site] = {site.name: site for site in _ALL}
 
@@ -65,6 +140,26 @@ def site(name: str) -> Site:
     return SITES[name]
 
 
+def site_of(model: GemmaTransformer | TransformerConfig, name: str) -> Site:
+    """The site called `name`, which `model` has.
+
+    Raises:
+      ValueError: no such site, or not in this model; the message lists those that there are.
+    """
+    found, known = site(name), [s.name for s in list_sites(model)]
+    if name in known:
+        return found
+    if _shown(model) is not None:
+        raise ValueError(
+            f"a wrapped transformer does not show the site {name!r}; it shows {', '.join(known)}.  "
+            "To see all sites, compute with gnb.nn.Transformer on the same parameters"
+        )
+    raise ValueError(
+        f"this model has no site {name!r} ({found.only_with} is off); "
+        f"its sites are {', '.join(known)}"
+    )
+
+
 def check_layers(layers: Iterable[int] | int | None, num_layers: int) -> tuple[int, ...]:
     """`layers` as ascending indices into a model of `num_layers`; None means all.
 
@@ -75,24 +170,47 @@ def check_layers(layers: Iterable[int] | int | None, num_layers: int) -> tuple[i
     """
     if layers is None:
         return tuple(range(num_layers))
-    wanted = [layers] if isinstance(layers, int) else list(layers)
+    return _indices("layer", layers, num_layers, owner="the model has layers")
+
+
+def check_heads(heads: Iterable[int] | int | None, num_heads: int) -> tuple[int, ...]:
+    """`heads` as ascending indices of query heads; None means all.
+
+    Raises:
+      ValueError: an index out of range; the message gives the range.
+    """
+    if heads is None:
+        return tuple(range(num_heads))
+    return _indices("head", heads, num_heads, owner="each layer has heads")
+
+
+def _indices(what: str, given: Iterable[int] | int, count: int, owner: str) -> tuple[int, ...]:
+    wanted = list(given) if isinstance(given, Iterable) else [given]
     resolved = set()
-    for index in wanted:
-        if not -num_layers <= index < num_layers:
-            raise ValueError(
-                f"layer {index} does not exist: the model has layers 0 to {num_layers - 1}"
-            )
-        resolved.add(index % num_layers)
+    for index in map(int, wanted):
+        if not -count <= index < count:
+            raise ValueError(f"{what} {index} does not exist: {owner} 0 to {count - 1}")
+        resolved.add(index % count)
     if not resolved:
-        raise ValueError("layers is empty: name at least one layer, or pass None for all")
+        raise ValueError(f"{what}s is empty: name at least one {what}, or pass None for all")
     return tuple(sorted(resolved))
 
 
 def list_sites(model: GemmaTransformer | TransformerConfig) -> list[Site]:
-    """Every capture site that `model` has.
+    """Every capture site that `model` has, in the order of the computation.
 
-    Gemma 1, 2 and 3 have the same sites, so this depends on the model only once other
-    architectures join; pass it anyway, so that code keeps working then.
+    Models without query-key norms or post-norms lack the sites of these; a transformer of another
+    library (`GemmaTransformer.wrap`) shows what can be read from outside.
     """
-    del model
-    return list(_ALL)
+    config, shown = getattr(model, "config", model), _shown(model)
+    return [
+        s
+        for s in _ALL
+        if (s.only_with is None or getattr(config, s.only_with))
+        and (shown is None or s.name in shown)
+    ]
+
+
+def _shown(model: Any) -> tuple[str, ...] | None:
+    """The names that a wrapped transformer is restricted to; None for our own."""
+    return getattr(getattr(model, "transformer", None), "shown_sites", None)

@@ -136,14 +136,13 @@ def _capture(
     sown: Any = state["intermediates"]
 
     def value(s: Site, layer: int) -> jax.Array:
-        home = sown[f"layer_{layer}"]
-        array = (home if s.scope == "block" else home[s.scope])[s.name][0][0]
+        array = s.value(sown, layer)[0]
         # The model keeps queries in front; a map is read head by head.
         return array.transpose(1, 0, 2) if s.name == "attention" else array
 
     def stacked(s: Site) -> jax.Array:
         if not s.per_layer:
-            return sown[s.name][0][0]
+            return s.value(sown)[0]
         return jnp.stack([value(s, layer) for layer in layers])
 
     return {s.name: stacked(s).astype(jnp.float32) for s in wanted}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gemma_nb.config import LayerSpec, TransformerConfig
 from gemma_nb.nn.layers import Einsum, RMSNorm
 from gemma_nb.nn.masks import visible
+from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import apply_rope
 from gemma_nb.typing import LayerCache
 
@@ -90,6 +93,48 @@ def attend(
     return weights.reshape(batch, length, heads, -1), gathered.reshape(q.shape)
 
 
+def attend_edited(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    edit: Any,
+    keys: Int[Array, "B S"],
+    *,
+    soft_cap: float | None = None,
+) -> tuple[Float[Array, "B T N S"], Float[Array, "B T N H"]]:
+    """`attend` with interventions on its edges and weights.
+
+    A query that is left without any key gathers nothing, rather than an average of everything.
+
+    Args:
+      q: queries, already scaled.
+      k: keys.
+      v: values.
+      mask: which keys each query may see.
+      edit: `Interventions.at(...)` of this layer.
+      keys: positions stored in the key slots.
+      soft_cap: bound on the scores.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k.astype(q.dtype))
+    scores = scores.reshape(batch, length, heads, -1).astype(jnp.float32)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    allowed = edit.edges(jnp.broadcast_to(mask[:, :, None], scores.shape), keys)
+    weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
+    weights = jnp.where(allowed.any(axis=-1, keepdims=True), weights, 0.0).astype(q.dtype)
+    weights = edit("attention", weights, keys)
+    gathered = jnp.einsum(
+        "BTKGS,BSKH->BTKGH",
+        weights.reshape(batch, length, kv_heads, heads // kv_heads, -1),
+        v.astype(q.dtype),
+    )
+    return weights, gathered.reshape(q.shape)
+
+
 class Attention(nn.Module):
     """One layer's attention.
 
@@ -130,23 +175,32 @@ class Attention(nn.Module):
         positions: Int[Array, "B T"],
         cache: LayerCache | None,
         attention_mask: Bool[Array, "B T S"] | None,
+        edit: Any = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Attention's output before any post-norm, and the extended cache."""
         c, spec = self.config, self.spec
         q, k, v = self._project(x)
         if c.use_qk_norm:
             q, k = self._query_norm(q), self._key_norm(k)
+        q, k = observe(self, "q_pre", q, edit), observe(self, "k_pre", k, edit)
         q = apply_rope(q, positions, base=spec.rope_base, scale=spec.rope_scale)
         q = q * jnp.asarray(c.query_scale, q.dtype)
         k = apply_rope(k, positions, base=spec.rope_base, scale=spec.rope_scale)
+        q, k, v = (observe(self, s, x, edit) for s, x in (("q", q), ("k", k), ("v", v)))
 
         seen: LayerCache = {"k": k, "v": v, "positions": positions}
         new_cache = None
         if cache is not None:
             seen = new_cache = extend_cache(cache, seen)
         mask = visible(positions, seen["positions"], spec.kind, attention_mask)
-        weights, z = attend(q, seen["k"], seen["v"], mask, soft_cap=c.attn_logits_soft_cap)
+        cap = c.attn_logits_soft_cap
+        if edit is not None and edit.edits_attention:
+            weights, z = attend_edited(
+                q, seen["k"], seen["v"], mask, edit, seen["positions"], soft_cap=cap
+            )
+        else:
+            weights, z = attend(q, seen["k"], seen["v"], mask, soft_cap=cap)
 
-        for site, value in {"q": q, "k": k, "v": v, "attention": weights, "z": z}.items():
-            self.sow("intermediates", site, value)
-        return self.attn_vec_einsum(z), new_cache
+        self.sow("intermediates", "attention", weights)
+        z = observe(self, "z", z, edit)
+        return observe(self, "attn_raw", self.attn_vec_einsum(z), edit), new_cache

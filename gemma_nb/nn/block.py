@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -9,6 +11,7 @@ from gemma_nb.config import LayerSpec, TransformerConfig
 from gemma_nb.nn.attention import Attention
 from gemma_nb.nn.feed_forward import FeedForward
 from gemma_nb.nn.layers import RMSNorm
+from gemma_nb.nn.observe import observe
 from gemma_nb.typing import LayerCache
 
 
@@ -40,19 +43,19 @@ class Block(nn.Module):
         positions: Int[Array, "B T"],
         cache: LayerCache | None,
         attention_mask: Bool[Array, "B T S"] | None,
+        edit: Any = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """The residual stream after this layer, and the layer's extended cache."""
-        y, cache = self.attn(self.pre_attention_norm(x), positions, cache, attention_mask)
+        x = observe(self, "residual_pre", x, edit)
+        y = observe(self, "attn_in", self.pre_attention_norm(x), edit)
+        y, cache = self.attn(y, positions, cache, attention_mask, edit)
         if self.config.use_post_attn_norm:
             y = self.post_attention_norm(y)
-        self.sow("intermediates", "attn_out", y)
-        x = x + y
-        self.sow("intermediates", "residual_mid", x)
+        y = observe(self, "attn_out", y, edit)
+        x = observe(self, "residual_mid", x + y, edit)
 
-        y = self.mlp(self.pre_ffw_norm(x))
+        y = self.mlp(observe(self, "mlp_in", self.pre_ffw_norm(x), edit), edit)
         if self.config.use_post_ffw_norm:
             y = self.post_ffw_norm(y)
-        self.sow("intermediates", "mlp_out", y)
-        x = x + y
-        self.sow("intermediates", "residual", x)
-        return x, cache
+        y = observe(self, "mlp_out", y, edit)
+        return observe(self, "residual", x + y, edit), cache

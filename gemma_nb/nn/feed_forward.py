@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from gemma_nb.config import TransformerConfig
 from gemma_nb.nn.layers import Einsum
+from gemma_nb.nn.observe import observe
 
 
 class FeedForward(nn.Module):
@@ -19,7 +22,7 @@ class FeedForward(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], edit: Any = None) -> Float[Array, "B T D"]:
         """The layer's output before any post-norm."""
         c = self.config
         if c.transpose_gating_einsum:
@@ -31,6 +34,7 @@ class FeedForward(nn.Module):
         nn.share_scope(self, gating)
         nn.share_scope(self, linear)
         gate = gating(x)
-        hidden = nn.gelu(gate[..., 0, :]) * gate[..., 1, :]
-        self.sow("intermediates", "mlp_hidden", hidden)
-        return linear(hidden)
+        up = observe(self, "mlp_up", gate[..., 1, :], edit)
+        hidden = nn.gelu(observe(self, "mlp_gate", gate[..., 0, :], edit)) * up
+        hidden = observe(self, "mlp_hidden", hidden, edit)
+        return observe(self, "mlp_raw", linear(hidden), edit)

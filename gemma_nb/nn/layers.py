@@ -98,7 +98,9 @@ class RMSNorm(nn.Module):
         """x / sqrt(mean(x^2) + epsilon) * (1 + scale) over the last axis."""
         scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
         y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        square = jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon
+        self.sow("intermediates", "rms", jnp.sqrt(square[..., 0]))
+        y = y * lax.rsqrt(square)
         return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
 
 

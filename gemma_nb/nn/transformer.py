@@ -16,6 +16,8 @@ from gemma_nb import presets
 from gemma_nb.config import TransformerConfig
 from gemma_nb.nn.block import Block
 from gemma_nb.nn.layers import Embedder, RMSNorm
+from gemma_nb.nn.observe import observe
+from gemma_nb.sites import EVERYWHERE
 from gemma_nb.typing import KVCache, Params
 
 _PADDING_ID = 0  # <pad> of every Gemma vocabulary
@@ -93,6 +95,7 @@ class Transformer(nn.Module):
         attention_mask: Bool[Array, "*B T S"] | None = None,
         return_last_only: bool | None = None,
         return_hidden_states: bool | None = None,
+        interventions: Any = None,
     ) -> Output:
         """One forward pass, over any number of batch axes.
 
@@ -106,6 +109,8 @@ class Transformer(nn.Module):
           return_last_only: logits and hidden states of the last token only that is not padding
             (position -1, or token id 0 as google-deepmind/gemma pads).
           return_hidden_states: return the states that the logits were computed from.
+          interventions: a `gemma_nb.interventions.Interventions`, which change what is computed at
+            capture sites; None compiles to the program without them.
 
         Raises:
           ValueError: images are given.
@@ -118,7 +123,9 @@ class Transformer(nn.Module):
             tokens, cache, positions, attention_mask = jax.tree.map(
                 lambda x: x.reshape(math.prod(batch), *x.shape[len(batch) :]), inputs
             )
-        output = self._forward(tokens, cache, positions, attention_mask, bool(return_last_only))
+        output = self._forward(
+            tokens, cache, positions, attention_mask, bool(return_last_only), interventions
+        )
         if not return_hidden_states:
             output = output.replace(hidden_states=None)  # type: ignore[attr-defined]
         if len(batch) != 1:
@@ -132,20 +139,23 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"] | None,
         attention_mask: Bool[Array, "B T S"] | None,
         last_only: bool,
+        interventions: Any = None,
     ) -> Output:
         if positions is None:
             start = 0 if cache is None else cache["layer_0"]["end_index"][:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self.embedder.encode(tokens)
-        self.sow("intermediates", "embed", x)
+        edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
+        x = self.embedder.encode(tokens if edit is None else edit("tokens", tokens))
+        x = observe(self, "embed", x, edit)
         new_cache: KVCache = {}
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[f"layer_{i}"]
-            x, layer_cache = block(x, positions, layer_cache, attention_mask)
+            edit = None if interventions is None else interventions.at(i, positions)
+            x, layer_cache = block(x, positions, layer_cache, attention_mask, edit)
             if layer_cache is not None:
                 new_cache[f"layer_{i}"] = layer_cache
-        x = self.final_norm(x)
-        self.sow("intermediates", "final", x)
+        edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
+        x = observe(self, "final", self.final_norm(x), edit)
         if last_only:
             real = (tokens != _PADDING_ID) & (positions >= 0)
             index = jnp.max(jnp.where(real, jnp.arange(tokens.shape[1]), 0), axis=-1)

@@ -21,7 +21,6 @@ from gemma_nb.config import Global, TransformerConfig
 from gemma_nb.nn.layers import Rows
 from gemma_nb.nn.masks import visible
 from gemma_nb.nn.transformer import Info, Output, Transformer
-from gemma_nb.sites import SITES
 from gemma_nb.typing import EMPTY, KVCache, Params
 
 
@@ -51,6 +50,11 @@ class Wrapped:
 
     inner: Any
     config: TransformerConfig
+
+    @property
+    def shown_sites(self) -> tuple[str, ...]:
+        """The capture sites that can be read from outside of the module."""
+        return _SHOWN
 
     @property
     def INFO(self) -> Info:
@@ -84,7 +88,7 @@ class Wrapped:
         mutable: Any = False,
         **kwargs: Any,
     ) -> Any:
-        """What `Transformer.apply` does with the same arguments.
+        """What `Transformer.apply` does with the same arguments, but for interventions.
 
         Args:
           variables: the official tree under "params"; `prepared` is not used.
@@ -94,8 +98,13 @@ class Wrapped:
           **kwargs: as of `Transformer.__call__`.
 
         Raises:
-          ValueError: several rows with a cache, or another method.
+          ValueError: several rows with a cache, another method, or interventions.
         """
+        if kwargs.pop("interventions", None) is not None:
+            raise ValueError(
+                "a wrapped transformer takes no interventions: they happen inside our modules.  "
+                "Compute with gnb.nn.Transformer on the same parameters"
+            )
         params = variables["params"]
         if method == "unembed":
             return self._unembed(params, tokens)
@@ -201,9 +210,12 @@ def _settle(old: KVCache, new: KVCache, positions: jax.Array) -> KVCache:
 # --- capture --------------------------------------------------------------------------------------
 
 _CAPTURED = {"embedder", "final_norm", "attention_weights", "attn", "mlp"}
-_CAPTURED |= {"post_attention_norm", "post_ffw_norm"}
-# What happens inside gm's methods, and so is not to be had from outside.
-_HIDDEN = ("q", "k", "v", "z", "mlp_hidden")
+_CAPTURED |= {f"{side}_{norm}_norm" for side in ("pre", "post") for norm in ("attention", "ffw")}
+# What gm's modules return to each other; the rest happens inside their methods.
+_SHOWN = (
+    *("embed", "residual_pre", "attn_in", "attention", "attn_raw", "attn_out", "residual_mid"),
+    *("mlp_in", "mlp_raw", "mlp_out", "residual", "final", "logits"),
+)
 
 
 def _is_site(module: nn.Module, method: str) -> bool:
@@ -211,17 +223,6 @@ def _is_site(module: nn.Module, method: str) -> bool:
     called = "encode" if module.name == "embedder" else "__call__"
     is_layer = (module.name or "").startswith("layer_")
     return method == called and (is_layer or module.name in _CAPTURED)
-
-
-class _Sites(dict[str, Any]):
-    """Sites of one layer; says so where gm's modules do not show what is asked for."""
-
-    def __missing__(self, name: str) -> Any:
-        shown = ", ".join(site for site in SITES if site not in _HIDDEN)
-        raise ValueError(
-            f"a wrapped transformer does not show the site {name!r}; it shows {shown}.  To see all "
-            "sites, compute with gnb.nn.Transformer on the same parameters"
-        )
 
 
 def _sites(raw: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
@@ -237,21 +238,23 @@ def _sites(raw: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
     residual = embed
     for i in range(config.num_layers):
         home = raw[f"layer_{i}"]
-        attn_out = (
-            result(home, "post_attention_norm")
-            if config.use_post_attn_norm
-            else result(home, "attn")[1]
-        )
-        mlp_out = result(home, "post_ffw_norm" if config.use_post_ffw_norm else "mlp")
-        middle = residual + attn_out
-        residual = result(home)[1]
+        before, residual = residual, result(home)[1]
+        attn_raw, mlp_raw = result(home, "attn")[1], result(home, "mlp")
+        post_attn, post_ffw = config.use_post_attn_norm, config.use_post_ffw_norm
+        attn_out = result(home, "post_attention_norm") if post_attn else attn_raw
+        block = {
+            "residual_pre": before,
+            "attn_in": result(home, "pre_attention_norm"),
+            "attn_out": attn_out,
+            "residual_mid": before + attn_out,
+            "mlp_in": result(home, "pre_ffw_norm"),
+            "mlp_out": result(home, "post_ffw_norm") if post_ffw else mlp_raw,
+            "residual": residual,
+        }
         attention = result(home, "attn", "attention_weights")
-        sites[f"layer_{i}"] = _Sites(
-            attn=_Sites(attention=(attention,)),
-            mlp=_Sites(),
-            attn_out=(attn_out,),
-            residual_mid=(middle,),
-            mlp_out=(mlp_out,),
-            residual=(residual,),
-        )
+        sites[f"layer_{i}"] = {
+            **{name: (value,) for name, value in block.items()},
+            "attn": {"attention": (attention,), "attn_raw": (attn_raw,)},
+            "mlp": {"mlp_raw": (mlp_raw,)},
+        }
     return sites

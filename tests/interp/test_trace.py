@@ -31,11 +31,9 @@ def test_every_site_holds_what_the_module_computed(trace, sown, tiny_model):
     _, state = sown
     for site in gnb.list_sites(tiny_model[0]):
         if not site.per_layer:
-            expected = state[site.name][0][0]
+            expected = site.value(state)[0]
         else:
-            homes = [state[f"layer_{i}"] for i in range(3)]
-            homes = homes if site.scope == "block" else [home[site.scope] for home in homes]
-            expected = np.stack([home[site.name][0][0] for home in homes])
+            expected = np.stack([site.value(state, i)[0] for i in range(3)])
         if site.name == "attention":
             expected = np.swapaxes(expected, 1, 2)
         actual = trace.data[site.name]
