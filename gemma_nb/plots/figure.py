@@ -1,10 +1,25 @@
-"""Figures that show themselves in a notebook."""
+"""Figures that show themselves in a notebook, and what all plots have in common."""
 
 from __future__ import annotations
 
 import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
 
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gemma_nb.plots.colors import GLOBAL, INK, LOCAL
+
+SMALL, NORMAL = 7.0, 8.0  # points
+_CHARACTER = 0.052  # inches, of an average character of small print
+_LINE = 0.165  # inches, from one line of the footer to the next
 
 
 class NotebookFigure(Figure):
@@ -18,3 +33,123 @@ class NotebookFigure(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
         return buffer.getvalue()
+
+    def savefig(self, *args: Any, **kwargs: Any) -> None:
+        """As matplotlib's, with fonts in PDF that printers take (TrueType rather than Type 3)."""
+        with matplotlib.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
+            super().savefig(*args, **kwargs)
+
+    def grow_below(self, extra: float) -> None:
+        """Adds `extra` inches at the bottom; axes stay as large as they are."""
+        width, height = self.get_size_inches()
+        places = [(ax, ax.get_position(original=True)) for ax in self.axes]
+        self.set_size_inches(width, height + extra)
+        for ax, box in places:
+            low, tall = box.y0 * height + extra, box.height * height
+            ax.set_position((box.x0, low / (height + extra), box.width, tall / (height + extra)))
+
+
+def canvas(
+    ax: Axes | None,
+    width: float,
+    height: float,
+    *,
+    left: float = 0.8,
+    right: float = 0.8,
+    top: float = 0.5,
+    bottom: float = 0.1,
+) -> tuple[Figure, Axes]:
+    """`ax` and its figure; or a new figure with axes of `width` by `height` inches and margins."""
+    if ax is None:
+        size = (left + width + right, bottom + height + top)
+        figure = NotebookFigure(figsize=size)
+        place = (left / size[0], bottom / size[1], width / size[0], height / size[1])
+        return figure, figure.add_axes(place)
+    root = ax.get_figure(root=True)
+    assert root is not None
+    return root, ax
+
+
+def inches(ax: Axes) -> tuple[float, float]:
+    """Width and height of the axes before anything is laid out around them."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    box = ax.get_position()
+    width, height = figure.get_size_inches()
+    return float(box.width * width), float(box.height * height)
+
+
+def bare(ax: Axes) -> None:
+    """Takes away the frame and the tick marks."""
+    ax.tick_params(length=0, labelsize=SMALL)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def headline(ax: Axes, text: str, badge: str = "", pad: float | None = None) -> None:
+    """A title at the left; at the right, in a box of its colour, the kind of the layer."""
+    ax.set_title(text, loc="left", fontsize=NORMAL + 1, color=INK, pad=pad)
+    if badge:
+        color = GLOBAL if badge.startswith("global") else LOCAL
+        box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "none"}
+        ax.set_title(badge, loc="right", fontsize=SMALL, color="white", weight="bold", bbox=box)
+
+
+def footer(
+    ax: Axes, handles: Sequence[Artist], notes: Sequence[str] = (), *, below: float = 0.0
+) -> None:
+    """Below the axes: what the marks mean, and what a reader must know about the numbers.
+
+    Long entries are wrapped to the width of the axes.  A figure that a plot made grows by as much;
+    in another, the layout is yours.
+
+    Args:
+      ax: what stands above.
+      handles: artists with labels.
+      notes: sentences.
+      below: inches to keep free for tick labels.
+    """
+    remarks = [Line2D([], [], linestyle="none", label=note) for note in notes]
+    entries: list[Artist] = [*handles, *remarks]
+    if not entries:
+        return
+    width, height = inches(ax)
+    room = max(width, 1.6) - 0.35
+    longest = max(len(str(entry.get_label())) for entry in entries) * _CHARACTER
+    columns = max(1, min(len(entries), int(room / (longest + 0.35))))
+    lines = 0
+    for entry in entries:
+        text = textwrap.fill(str(entry.get_label()), max(12, int(room / _CHARACTER)))
+        entry.set_label(text)
+        lines = max(lines, text.count("\n") + 1) if columns > 1 else lines + text.count("\n") + 1
+    lines = lines * -(-len(entries) // columns) if columns > 1 else lines
+    figure = ax.get_figure()
+    if isinstance(figure, NotebookFigure):
+        figure.grow_below(lines * _LINE + 0.1 + below)
+    ax.legend(
+        handles=entries,
+        loc="upper left",
+        bbox_to_anchor=(0.0, -below / height),
+        borderaxespad=0.8,
+        borderpad=0.0,
+        ncols=columns,
+        fontsize=SMALL,
+        frameon=False,
+        handlelength=1.6,
+        columnspacing=1.2,
+        labelcolor=INK,
+    )
+
+
+def color_bar(mappable: ScalarMappable, ax: Axes, label: str, **kwargs: Any) -> Colorbar:
+    """A colour bar at the right of `ax`, which keeps its size."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    width, height = inches(ax)
+    long = min(height, max(0.6 * height, 1.4)) / height
+    inset = ax.inset_axes((1.0 + 0.12 / width, 1.0 - long, 0.11 / width, long))
+    bar = figure.colorbar(mappable, cax=inset, **kwargs)
+    bar.set_label(label, fontsize=SMALL)
+    inset.tick_params(labelsize=SMALL, length=2)
+    bar.outline.set_visible(False)
+    return bar

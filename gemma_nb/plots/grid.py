@@ -1,0 +1,224 @@
+"""All heads at a glance: layers down, heads across, a small map in each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, Normalize, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, PathPatch
+from matplotlib.path import Path
+
+from gemma_nb.plots.colors import FAINT, GLOBAL, INK, LOCAL, sequential
+from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline, inches
+from gemma_nb.plots.heatmap import blocks
+from gemma_nb.plots.maps import (
+    HATCH,
+    badge_of,
+    check,
+    computed_under,
+    layers_and_heads,
+    maps_of_layer,
+    window_of,
+)
+from gemma_nb.plots.tokens import MOST_LABELS
+
+if TYPE_CHECKING:
+    import xarray
+
+    from gemma_nb.interp.trace import Trace
+
+# Cells along the side of one small map.
+_SIDE = MOST_LABELS
+# Part of a grid cell that its map fills.
+_FILLED = 0.9
+
+
+def attention_grid(
+    source: Trace | xarray.DataArray,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    ax: Axes | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    scale: Literal["linear", "sqrt"] = "linear",
+    top: float | None = None,
+    hide_bos: bool = False,
+    cmap: str | Colormap | None = None,
+) -> Figure:
+    """The attention of many heads side by side, on one scale.
+
+    In each small map queries go down and keys across, as in `attention`.  Longer texts are drawn
+    in blocks of cells, each with its largest weight.  Brackets at the top join the heads that share
+    keys and values; the layers' names tell local from global ones.
+
+    Args:
+      source: a trace, or an array (layer, head, query, key).
+      layers: which, in this order; None for all.
+      heads: which, in this order; None for all.
+      ax: where to draw; None makes a figure.
+      start: first position shown, of both queries and keys.
+      stop: position after the last one shown; None shows all.
+      scale: "linear", or "sqrt" to see small weights as well (the colour bar shows it).
+      top: the weight with the darkest colour; None for the largest one shown in any map.
+      hide_bos: leave out position 0; the picture says so.  The other weights stay as they are.
+      cmap: a matplotlib colour map; None for one whose equal steps look equal.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: a layer or head that the source does not hold, or an empty range of positions.
+    """
+    known_layers, known_heads, groups = layers_and_heads(source)
+    layers = list(known_layers if layers is None else layers)
+    heads = list(known_heads if heads is None else heads)
+    for layer in layers:
+        check(layer, known_layers, "layer")
+    for head in heads:
+        check(head, known_heads, "head")
+    kinds, rows, block, remarks = [], [], 1, []
+    for layer in layers:  # one at a time: all maps of a long text are larger than the picture
+        maps = maps_of_layer(source, layer, heads, start, stop)
+        kinds.append(str(maps["layer_kind"].item()))
+        block = -(-maps.sizes["key"] // _SIDE)
+        rows.append([_small(m, kinds[-1], hide_bos, block) for m in maps.transpose("head", ...)])
+        remarks = computed_under(maps)
+    largest = max(float(np.ma.filled(m.max(), 0.0)) for row in rows for m in row)
+    norm_class: Any = PowerNorm if scale == "sqrt" else Normalize
+    exponent = (0.5,) if scale == "sqrt" else ()
+    norm = norm_class(*exponent, 0.0, (largest if top is None else top) or 1.0)
+
+    cell = float(np.clip(9.0 / len(layers), 0.3, 0.9))
+    figure, ax = canvas(
+        ax, cell * len(heads), cell * len(layers), left=1.45, top=0.8 if groups else 0.5
+    )
+    extent = (-0.5, len(heads) - 0.5, len(layers) - 0.5, -0.5)
+    sheet = np.ma.vstack([np.ma.hstack([_framed(m) for m in row]) for row in rows])
+    image = ax.imshow(
+        sheet,
+        extent=extent,
+        norm=norm,
+        cmap=cmap or sequential(),
+        interpolation="none",
+        aspect="auto",
+    )
+    query = maps["query"].values
+    ax.add_patch(_hatched(kinds, len(heads), int(query[0]), int(query[-1])))
+    bare(ax)
+    _label(ax, layers, kinds, heads, [groups.get(h) for h in heads])
+    headline(ax, f"Attention at positions {query[0]} to {query[-1]}", pad=31.0 if groups else None)
+    label = "can never be attended to"
+    hatch = Patch(facecolor="white", edgecolor=FAINT, hatch=HATCH, label=label)
+    if hide_bos and query[0] == 0:
+        remarks = ["position 0 is left out", *remarks]
+    footer(ax, [hatch], ["in each map: queries down, keys across", *remarks])
+    what = "attention weight" + (f"\n(the largest of each {block} × {block} cells)" * (block > 1))
+    color_bar(image, ax, what + (", square-root scale" if scale == "sqrt" else ""))
+    return figure
+
+
+def _small(weights: xarray.DataArray, kind: str, hide_bos: bool, block: int) -> np.ma.MaskedArray:
+    """(side, side) of one head's map, unreachable and hidden cells masked."""
+    query, key = weights["query"].values[:, None], weights["key"].values[None, :]
+    visible = key <= query
+    if (window := window_of(kind)) is not None:
+        visible &= key > query - window
+    if hide_bos:
+        visible &= key > 0
+    masked = np.ma.masked_array(weights.transpose("query", "key").values, ~visible)
+    return blocks(masked, block, block)
+
+
+def _framed(small: np.ma.MaskedArray) -> np.ma.MaskedArray:
+    """The map as a grid cell: enlarged in whole steps, with an empty margin on all sides."""
+    factor = -(-40 // len(small))
+    large = np.ma.masked_array(
+        np.kron(small.filled(0.0), np.ones((factor, factor))),
+        np.kron(np.ma.getmaskarray(small), np.ones((factor, factor))) > 0,
+    )
+    side = len(large)
+    margin = round(side * (1 / _FILLED - 1) / 2)
+    cell = np.ma.masked_all((side + 2 * margin, side + 2 * margin))
+    cell[margin : margin + side, margin : margin + side] = large
+    return cell
+
+
+def _hatched(kinds: Sequence[str], heads: int, first: int, last: int) -> PathPatch:
+    """The unreachable triangles of every cell, with straight sides."""
+    count, half = last - first + 1, _FILLED / 2
+    paths = []
+    for i, kind in enumerate(kinds):
+        shapes = [_beyond(count, 0)]
+        if (window := window_of(kind)) is not None and window < count:
+            # The other side of the diagonal: queries and keys change places.
+            shapes.append(_beyond(count, window - 1)[:, ::-1])
+        for j in range(heads):
+            for shape in shapes:
+                corners = np.vstack([shape, shape[:1]]) * _FILLED + (j - half, i - half)
+                paths.append(Path(corners, closed=True))
+    path = Path.make_compound_path(*paths)
+    return PathPatch(path, fill=False, hatch=HATCH, edgecolor=FAINT, linewidth=0.0)
+
+
+def _beyond(count: int, offset: int) -> np.ndarray:
+    """(corners, 2) in the unit square: the cells with x > y + offset, of `count` along a side.
+
+    A staircase; where its steps would be finer than the picture, their straight line.
+    """
+    if count > _SIDE:
+        part = offset / count
+        return np.array([(part, 0.0), (1.0, 0.0), (1.0, 1.0 - part)])
+    steps = np.arange(count - offset)
+    x = np.repeat(steps + offset + 1, 2)
+    y = np.repeat(np.arange(count - offset + 1), 2)[1:-1]
+    return np.vstack([np.column_stack([x, y]), [(count, y[-1]), (count, 0)]]) / count
+
+
+def _label(
+    ax: Axes,
+    layers: Sequence[int],
+    kinds: Sequence[str],
+    heads: Sequence[int],
+    groups: Sequence[int | None],
+) -> None:
+    names = [f"{layer}  {badge_of(kind)}" for layer, kind in zip(layers, kinds, strict=True)]
+    ax.set_yticks(range(len(layers)), names, fontsize=SMALL)
+    for tick, kind in zip(ax.get_yticklabels(), kinds, strict=True):
+        tick.set_color(LOCAL if window_of(kind) else GLOBAL)
+    ax.set_ylabel("layer", fontsize=SMALL)
+    ax.xaxis.tick_top()
+    ax.set_xticks(range(len(heads)), [f"head {h}" if len(heads) < 5 else str(h) for h in heads])
+    ax.tick_params(axis="x", labelsize=SMALL, pad=1)
+    above = 1.0 + 0.22 / inches(ax)[1]
+    runs = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
+    for begin, end in zip(runs, [*runs[1:], len(groups)], strict=True):
+        if groups[begin] is None:
+            continue
+        ends = [begin - 0.4, end - 0.6]
+        ax.plot(
+            ends,
+            [above, above],
+            color=INK,
+            linewidth=0.8,
+            transform=ax.get_xaxis_transform(),
+            clip_on=False,
+            scalex=False,
+            scaley=False,
+        )
+        wide = (end - begin) * inches(ax)[0] / len(heads) > 0.6
+        ax.annotate(
+            f"KV group {groups[begin]}" if wide else f"KV {groups[begin]}",
+            (sum(ends) / 2, above),
+            xytext=(0, 1.5),
+            textcoords="offset points",
+            xycoords=ax.get_xaxis_transform(),
+            ha="center",
+            fontsize=SMALL - 0.5,
+            color=INK,
+            annotation_clip=False,
+        )

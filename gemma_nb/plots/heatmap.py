@@ -1,0 +1,265 @@
+"""Attention heatmaps: one head, its queries down and its keys, or the turns, across."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import Colormap, Normalize, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from gemma_nb.plots.colors import FAINT, HIDDEN, VERMILION, role_color, sequential
+from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
+from gemma_nb.plots.maps import (
+    HATCH,
+    Pattern,
+    frame_handle,
+    hatch_unreachable,
+    pattern,
+)
+from gemma_nb.plots.tokens import (
+    MOST_LABELS,
+    PITCH,
+    Span,
+    Tokens,
+    label_axis,
+    label_inches,
+    role_handles,
+)
+
+if TYPE_CHECKING:
+    import xarray
+
+    from gemma_nb.interp.trace import Trace
+
+# A picture has about this many cells along an axis; more are drawn as blocks.
+MOST_CELLS = 640
+_CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
+
+
+def attention(
+    source: Trace | xarray.DataArray,
+    layer: int,
+    head: int | None = None,
+    *,
+    ax: Axes | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    columns: Literal["tokens", "turns"] = "tokens",
+    scale: Literal["linear", "sqrt"] = "linear",
+    top: float | None = None,
+    hide_bos: bool = False,
+    highlight: int | None = None,
+    cmap: str | Colormap | None = None,
+) -> Figure:
+    """One head's attention weights: queries down, keys across.
+
+    Weights are shown as the model computed them.  Cells that the layer can never attend to (later
+    positions, and positions that have left a sliding window) are hatched rather than zero, and the
+    edge of the window is drawn.  Up to 64 tokens are named; a longer text shows positions, and
+    turns where they are known.  Beyond 640 tokens a block of cells shows its largest weight; the
+    colour bar says so.
+
+    Args:
+      source: a trace, or an array (layer, head, query, key) or (layer, query, key), such as
+        value-weighted attention or attention rollout.
+      layer: index of the layer.
+      head: index of the query head; None only for an array without heads.
+      ax: where to draw; None makes a figure of a size that fits the labels.
+      start: first position shown, of both queries and keys.
+      stop: position after the last one shown; None shows all.
+      columns: "tokens", or "turns": one column for each turn of the conversation, with the sum of
+        the weights on its tokens.
+      scale: "linear", or "sqrt" to see small weights as well (the colour bar shows it).
+      top: the weight with the darkest colour; None for the largest one shown.
+      hide_bos: leave out position 0, where many heads park the weight that they have no use for
+        (arXiv:2309.17453, "attention sinks"); the picture says so, and how much it held.  The
+        other weights stay as they are.
+      highlight: a query position whose row is framed.  The row that chose the token at position p
+        is p - 1.
+      cmap: a matplotlib colour map; None for one whose equal steps look equal.
+
+    Returns:
+      The figure, not yet shown or saved.
+
+    Raises:
+      ValueError: a layer or head that the source does not hold, an empty range of positions, or
+        turns that are not known.
+    """
+    p = pattern(source, layer, head, start=start, stop=stop)
+    if columns not in ("tokens", "turns"):
+        raise ValueError(f"columns must be 'tokens' or 'turns', got {columns!r}")
+    what = _label(source)
+    visible = p.reachable & (p.keys.positions > 0) if hide_bos else p.reachable
+    spans = _spans_of(p.keys) if columns == "turns" else []
+    figure, ax = _canvas(ax, p, spans)
+    if spans:
+        shown, places, what = *_by_turn(p, visible, spans), f"{what}, summed over each turn"
+    else:
+        shown, places = np.ma.masked_array(p.weights, ~visible), p.keys.positions
+    largest = float(np.ma.filled(shown.max(), 0.0)) if top is None else top
+    norm: Normalize = (
+        PowerNorm(0.5, 0.0, largest or 1.0) if scale == "sqrt" else Normalize(0.0, largest or 1.0)
+    )
+    block = -(-len(p.queries) // MOST_CELLS)
+    drawn = blocks(shown, block, 1 if spans else block)
+    across = (places[0] - 0.5, places[-1] + 0.5)
+    down = (p.queries.positions[-1] + 0.5, p.queries.positions[0] - 0.5)
+    mesh = cells(ax, drawn, across, down, norm=norm, cmap=cmap or sequential())
+    handles = _marks(ax, p, spans, hide_bos, highlight)
+    _label_axes(ax, p, spans, highlight)
+    headline(ax, p.name, p.badge)
+    footer(ax, handles, _remarks(p))
+    if block > 1:
+        what += f"\n(the largest of each {block} × {1 if spans else block} cells)"
+    color_bar(mesh, ax, what + (", square-root scale" if scale == "sqrt" else ""))
+    return figure
+
+
+def cells(
+    ax: Axes,
+    values: np.ma.MaskedArray,
+    across: tuple[float, float],
+    down: tuple[float, float],
+    **kwargs: Any,
+) -> ScalarMappable:
+    """Draws (rows, columns) of values, masked ones left out: row 0 at down[1], the top.
+
+    Few cells are vector rectangles with seams between them; many are one image, embedded in vector
+    files cell by cell.
+    """
+    rows, columns = values.shape
+    if max(rows, columns) > MOST_LABELS:
+        extent = (*across, *down)
+        return ax.imshow(values, extent=extent, interpolation="none", aspect="auto", **kwargs)
+    x, y = np.linspace(*across, columns + 1), np.linspace(down[1], down[0], rows + 1)
+    row, column = np.nonzero(~np.ma.getmaskarray(values))
+    corners = np.stack([np.stack([x[column + i], y[row + j]], -1) for i, j in _CORNERS], 1)
+    squares = PolyCollection(list(corners), edgecolors="white", linewidths=0.4, **kwargs)
+    squares.set_array(values.compressed())
+    ax.add_collection(squares, autolim=False)
+    return squares
+
+
+def blocks(values: np.ma.MaskedArray, height: int, width: int) -> np.ma.MaskedArray:
+    """The largest visible value of each block of `height` by `width` cells."""
+    if height == width == 1:
+        return values
+    rows, columns = values.shape
+    filled = np.full((-(-rows // height) * height, -(-columns // width) * width), -np.inf)
+    filled[:rows, :columns] = values.filled(-np.inf)
+    largest = filled.reshape(filled.shape[0] // height, height, -1, width).max((1, 3))
+    empty = np.isneginf(largest)
+    return np.ma.masked_array(np.where(empty, 0.0, largest), empty)
+
+
+def _label(source: Trace | xarray.DataArray) -> str:
+    """What the numbers of a source are."""
+    name = getattr(source, "name", None)
+    return "attention weight" if name in (None, "attention") else str(name).replace("_", " ")
+
+
+def _canvas(ax: Axes | None, p: Pattern, spans: list[Span]) -> tuple[Figure, Axes]:
+    """Axes that fit the cells, with room for the labels around them."""
+    side = float(np.clip(PITCH * len(p.queries), 2.2, PITCH * MOST_LABELS))
+    above = 0.55 if spans else label_inches(p.keys)
+    return canvas(
+        ax,
+        max(2.2, 0.5 * len(spans)) if spans else side,
+        side,
+        left=label_inches(p.queries) + 0.25,
+        top=above + 0.5,
+    )
+
+
+def _spans_of(tokens: Tokens) -> list[Span]:
+    spans = tokens.spans()
+    if not spans:
+        raise ValueError(
+            "columns='turns' needs to know the turns: make the trace with chat.trace(...)"
+        )
+    return spans
+
+
+def _by_turn(
+    p: Pattern, visible: np.ndarray, spans: list[Span]
+) -> tuple[np.ma.MaskedArray, np.ndarray]:
+    """(queries, turns) sums, masked where no token of the turn can be seen; places 0, 1, ..."""
+    weights = np.where(visible, p.weights, 0.0)
+    sums = np.stack([weights[:, s.first : s.last].sum(1) for s in spans], 1)
+    seen = np.stack([visible[:, s.first : s.last].any(1) for s in spans], 1)
+    return np.ma.masked_array(sums, ~seen), np.arange(len(spans))
+
+
+def _marks(
+    ax: Axes, p: Pattern, spans: list[Span], hide_bos: bool, highlight: int | None
+) -> list[Artist]:
+    """Hatching, the window's edge, what is hidden, the framed row; their legend entries."""
+    rows = p.queries.positions
+    handles: list[Artist] = []
+    if spans:
+        _hatch_turns(ax, p, spans)
+        label = "no token of the turn can be attended to"
+        handles.append(Patch(facecolor="white", edgecolor=FAINT, hatch=HATCH, label=label))
+    else:
+        handles += hatch_unreachable(ax, p)
+    if hide_bos and p.keys.positions[0] == 0:
+        share = float(p.weights[p.reachable[:, 0], 0].mean())
+        label = f"position 0 left out: rows that reach it give it {share:.0%} of their weight"
+        handles.append(Patch(facecolor=HIDDEN, label=label))
+        if not spans:
+            seen = int(p.reachable[:, 0].sum())
+            ax.add_patch(Rectangle((-0.5, -0.5), 1, seen, facecolor=HIDDEN, edgecolor="none"))
+    if highlight is not None and rows[0] <= highlight <= rows[-1]:
+        left, right = (-0.5, len(spans) - 0.5) if spans else (rows[0] - 0.5, rows[-1] + 0.5)
+        frame = Rectangle(
+            (left, highlight - 0.5), right - left, 1, fill=False, ec=VERMILION, lw=1.2
+        )
+        ax.add_patch(frame)
+        handles.append(frame_handle(VERMILION, f"the row of position {highlight}"))
+    return handles + role_handles(p.queries)
+
+
+def _hatch_turns(ax: Axes, p: Pattern, spans: list[Span]) -> None:
+    top = p.queries.positions[0] - 0.5
+    for i, span in enumerate(spans):
+        seen = np.flatnonzero(p.reachable[:, span.first : span.last].any(1))
+        for first, last in ((0, seen[0]), (seen[-1] + 1, len(p.queries))):
+            if last > first:
+                box = Rectangle((i - 0.5, top + first), 1, last - first)
+                box.set(fill=False, hatch=HATCH, edgecolor=FAINT, linewidth=0.0)
+                ax.add_patch(box)
+
+
+def _remarks(p: Pattern) -> list[str]:
+    if p.window is not None and p.queries.positions[-1] < p.window:
+        return ["every position shown lies inside the window", *p.remarks]
+    return list(p.remarks)
+
+
+def _label_axes(ax: Axes, p: Pattern, spans: list[Span], highlight: int | None) -> None:
+    rows = p.queries.positions
+    ax.set_ylim(rows[-1] + 0.5, rows[0] - 0.5)
+    ax.xaxis.tick_top()
+    ax.xaxis.set_label_position("top")
+    bare(ax)
+    always = [] if highlight is None else [highlight]
+    if spans:
+        ax.set_aspect("auto")
+        ax.set_xlim(-0.5, len(spans) - 0.5)
+        ax.set_xticks(range(len(spans)), [s.name for s in spans], rotation=90, fontsize=SMALL)
+        for tick, span in zip(ax.get_xticklabels(), spans, strict=True):
+            tick.set_color(role_color(span.role))
+        ax.set_xlabel("turn attended to", fontsize=SMALL)
+    else:
+        ax.set_xlim(rows[0] - 0.5, rows[-1] + 0.5)
+        ax.set_aspect("equal")
+        label_axis(ax, "x", p.keys)
+        ax.set_xlabel("key: the position attended to", fontsize=SMALL)
+    label_axis(ax, "y", p.queries, always=always)
+    ax.set_ylabel("query: the position that attends", fontsize=SMALL)

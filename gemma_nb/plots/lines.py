@@ -1,0 +1,169 @@
+"""Attention as lines: from each query, at the left, to the keys that it attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from gemma_nb.plots.colors import INK, LOCAL
+from gemma_nb.plots.figure import SMALL, bare, canvas, footer, headline, inches
+from gemma_nb.plots.labels import families
+from gemma_nb.plots.maps import Pattern, pattern
+from gemma_nb.plots.tokens import (
+    LABEL,
+    MOST_LABELS,
+    PITCH,
+    draw_strip,
+    label_axis,
+    label_inches,
+    role_handles,
+    ticks,
+)
+
+if TYPE_CHECKING:
+    import xarray
+
+    from gemma_nb.interp.trace import Trace
+
+_WIDEST = 4.0  # points, of a line that stands for all of a row's weight
+_OPACITY = 0.6
+# More lines than this are one image in vector files.
+_MOST_VECTOR = 4000
+
+
+def attention_lines(
+    source: Trace | xarray.DataArray,
+    layer: int,
+    head: int | None = None,
+    *,
+    queries: int | Sequence[int] | None = None,
+    ax: Axes | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    least: float = 0.05,
+    hide_bos: bool = False,
+) -> Figure:
+    """One head's attention weights as lines between tokens.
+
+    The width of a line is proportional to its weight; the footer says what was left out.  Of a single query in a sliding layer, the keys that it can reach
+    are bracketed.
+
+    Args:
+      source: a trace, or an array (layer, head, query, key) or (layer, query, key).
+      layer: index of the layer.
+      head: index of the query head; None only for an array without heads.
+      queries: the positions whose lines are drawn; None for all.
+      ax: where to draw; None makes a figure of a size that fits the labels.
+      start: first position shown, of both queries and keys.
+      stop: position after the last one shown; None shows all.
+      least: weights below it are not drawn.
+      hide_bos: leave out position 0; the picture says so.  The other weights stay as they are.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: a layer, head or query that is not there, or an empty range of positions.
+    """
+    p = pattern(source, layer, head, start=start, stop=stop)
+    rows = p.queries.positions
+    chosen = [queries] if isinstance(queries, int) else list(rows if queries is None else queries)
+    if missing := [q for q in chosen if not rows[0] <= q <= rows[-1]]:
+        raise ValueError(f"queries {missing} are not among the positions {rows[0]} to {rows[-1]}")
+    drawn = p.reachable & (p.weights >= least) & np.isin(rows, chosen)[:, None]
+    if hide_bos:
+        drawn[:, p.keys.positions == 0] = False
+
+    height = float(np.clip(PITCH * 1.15 * len(rows), 2.0, PITCH * MOST_LABELS))
+    side = label_inches(p.queries) + 0.3
+    figure, ax = canvas(ax, 2.4, height, left=side, right=side)
+    ax.set_xlim(0.0, 1.0)
+    ax.set_ylim(rows[-1] + 0.5, rows[0] - 0.5)
+    bare(ax)
+    ax.set_xticks([])
+    ax.add_collection(_lines(p, drawn), autolim=False)
+    handles = _legend()
+    if len(chosen) == 1 and p.window is not None:
+        handles.append(_bracket(ax, p, chosen[0]))
+    label_axis(ax, "y", p.queries, always=chosen if len(chosen) < 8 else ())
+    _label_right(ax, p)
+    ax.set_ylabel("query: the position that attends", fontsize=SMALL)
+    headline(ax, p.name, p.badge)
+    footer(
+        ax, handles + role_handles(p.queries), [*_left_out(p, chosen, least, hide_bos), *p.remarks]
+    )
+    return figure
+
+
+def _lines(p: Pattern, drawn: np.ndarray) -> LineCollection:
+    row, column = np.nonzero(drawn)
+    weights = p.weights[row, column].astype(float)
+    order = np.argsort(weights)  # the strongest on top
+    row, column, weights = row[order], column[order], np.clip(weights[order], 0.0, 1.0)
+    ends = np.stack([p.queries.positions[row], p.keys.positions[column]], 1)
+    points = np.stack([np.broadcast_to([0.0, 1.0], ends.shape), ends], 2)
+    lines = LineCollection(
+        list(points), colors=INK, alpha=_OPACITY, linewidths=_WIDEST * weights, capstyle="butt"
+    )
+    lines.set_rasterized(len(row) > _MOST_VECTOR)
+    lines.set_gid("weights")
+    return lines
+
+
+def _legend() -> list[Artist]:
+    return [
+        Line2D([], [], color=INK, alpha=_OPACITY, linewidth=_WIDEST * w, label=f"weight {w:g}")
+        for w in (1.0, 0.5, 0.1)
+    ]
+
+
+def _bracket(ax: Axes, p: Pattern, query: int) -> Artist:
+    assert p.window is not None
+    low = max(query - p.window + 1, int(p.keys.positions[0])) - 0.5
+    box = Rectangle((0.985, low), 0.015, query + 0.5 - low, facecolor=LOCAL, edgecolor="none")
+    box.set_label(f"what position {query} can reach: {p.window} positions")
+    ax.add_patch(box)
+    return box
+
+
+def _left_out(p: Pattern, chosen: Sequence[int], least: float, hide_bos: bool) -> list[str]:
+    rows = p.weights[np.isin(p.queries.positions, chosen)]
+    notes = []
+    if hide_bos and p.keys.positions[0] == 0:
+        notes.append(
+            f"position 0 left out: these rows give it {rows[:, 0].mean():.0%} of their weight"
+        )
+        rows = rows[:, 1:]
+    below = float(np.where(rows < least, rows, 0.0).sum(1).mean())
+    notes.append(f"weights below {least:g} are not drawn: {below:.0%} of a row on average")
+    return notes
+
+
+def _label_right(ax: Axes, p: Pattern) -> None:
+    """The keys' labels, in the manner of the queries'."""
+    at, labels = ticks(p.keys, inches(ax)[1])
+    draw_strip(ax, p.keys, "right")
+    font: dict[str, Any] = {"fontfamily": families(labels), "fontsize": LABEL, "color": INK}
+    shift = 7.0 if p.keys.spans() else 2.0
+    for position, label in zip(at, labels, strict=True):
+        ax.annotate(
+            label,
+            (1.0, position),
+            xycoords=ax.get_yaxis_transform(),
+            xytext=(shift, 0),
+            textcoords="offset points",
+            va="center",
+            annotation_clip=False,
+            **font,
+        )
+    place = 1.0 + (label_inches(p.keys) + 0.12) / inches(ax)[0]
+    label = "key: the position attended to"
+    ax.text(place, 0.5, label, transform=ax.transAxes, rotation=90, va="center", fontsize=SMALL)

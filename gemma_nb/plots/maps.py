@@ -1,0 +1,209 @@
+"""Maps from queries to keys, and which of their cells a layer can reach."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Polygon
+
+from gemma_nb.plots.colors import FAINT, LOCAL
+from gemma_nb.plots.tokens import Tokens
+
+if TYPE_CHECKING:
+    import xarray
+
+    from gemma_nb.interp.trace import Trace
+
+HATCH = "/////"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """One map, its axes, and the layer's reach.
+
+    Attributes:
+      weights: (queries, keys) as computed.
+      queries: along the rows; their positions are consecutive.
+      keys: along the columns; their positions are consecutive.
+      kind: "global" or "sliding 512"; "" where the map is of no single layer.
+      name: "Layer 5, head 2".
+      remarks: its KV group, and the interventions that it was computed under.
+    """
+
+    weights: np.ndarray
+    queries: Tokens
+    keys: Tokens
+    kind: str
+    name: str
+    remarks: tuple[str, ...]
+
+    @property
+    def window(self) -> int | None:
+        """How many positions, itself included, a query can see; None: all that came before."""
+        return window_of(self.kind)
+
+    @property
+    def badge(self) -> str:
+        """The layer's kind in words."""
+        return badge_of(self.kind)
+
+    @property
+    def reachable(self) -> np.ndarray:
+        """(queries, keys) bool: cells that the layer can attend to."""
+        query, key = self.queries.positions[:, None], self.keys.positions[None, :]
+        within = key <= query
+        return within if self.window is None else within & (key > query - self.window)
+
+
+def window_of(kind: str) -> int | None:
+    """The window in a layer's label ("sliding 512"); None for "global" and ""."""
+    return int(kind.removeprefix("sliding ")) if kind.startswith("sliding ") else None
+
+
+def badge_of(kind: str) -> str:
+    """ "sliding 512" as "local, window 512"; "global" as it is."""
+    return kind.replace("sliding ", "local, window ")
+
+
+def pattern(
+    source: Trace | xarray.DataArray,
+    layer: int,
+    head: int | None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> Pattern:
+    """The map of one head, cut to positions `start` to `stop` of queries and keys.
+
+    Args:
+      source: a trace, or an array (layer[, head], query, key) such as value-weighted attention.
+      layer: index of the layer.
+      head: index of the head; None for an array without heads.
+      start: first position, negative from the end.
+      stop: position after the last; None for all.
+
+    Raises:
+      ValueError: a layer or head that the source does not have, or no position in the range.
+    """
+    layers, heads, groups = layers_and_heads(source)
+    check(layer, layers, "layer")
+    name, remarks = f"Layer {layer}", []
+    if heads:
+        check(head, heads, "head")
+        assert head is not None
+        name += f", head {head}"
+        sharing = [h for h in heads if groups[h] == groups[head]]
+        if len(sharing) > 1:
+            group = groups[head]
+            remarks.append(f"KV group {group}: heads {_listed(sharing)} share keys and values")
+    elif head is not None:
+        raise ValueError(f"this array has no heads: leave out head={head}")
+    maps = maps_of_layer(source, layer, [] if head is None else [head], start, stop)
+    return Pattern(
+        weights=maps.transpose(..., "query", "key").values.reshape(maps.sizes["query"], -1),
+        queries=Tokens.along(maps, "query"),
+        keys=Tokens.along(maps, "key"),
+        # Reaching through several layers, a map without heads is bounded by no one window.
+        kind=str(maps["layer_kind"].item()) if heads else "",
+        name=name,
+        remarks=(*remarks, *computed_under(maps)),
+    )
+
+
+def _listed(numbers: list[int]) -> str:
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return " and ".join(map(str, numbers))
+
+
+def computed_under(array: xarray.DataArray | xarray.Dataset) -> list[str]:
+    """The remark that tells the interventions an array was computed under; none without any."""
+    interventions = [str(i) for i in np.atleast_1d(array.attrs.get("interventions", ()))]
+    return [f"computed under {', '.join(interventions)}"] if interventions else []
+
+
+def layers_and_heads(source: Any) -> tuple[Sequence[int], Sequence[int], dict[int, int]]:
+    """Which layers and heads a trace or an array has, and the KV group of each head."""
+    if hasattr(source, "config"):
+        c = source.config
+        groups = {h: h * c.num_kv_heads // c.num_heads for h in range(c.num_heads)}
+        return range(c.num_layers), range(c.num_heads), groups
+    layers = [int(i) for i in source["layer"].values]
+    if "head" not in source.dims:
+        return layers, [], {}
+    heads = [int(i) for i in source["head"].values]
+    return layers, heads, dict(zip(heads, map(int, source["kv_group"].values), strict=True))
+
+
+def maps_of_layer(
+    source: Any, layer: int, heads: Sequence[int], start: int, stop: int | None
+) -> xarray.DataArray:
+    """([head,] query, key) of one layer, cut to positions `start` to `stop`.
+
+    A trace computes what it does not hold.
+
+    Raises:
+      ValueError: no position in the range.
+    """
+    maps = source
+    if hasattr(source, "config"):
+        maps = source.get("attention", layers=layer, heads=list(heads))
+    chosen = maps.sel(layer=layer)
+    if "head" in chosen.dims:
+        chosen = chosen.sel(head=list(heads))
+    length = int(maps["key"].values[-1]) + 1
+    first, last, _ = slice(start, stop).indices(length)
+    if last <= first:
+        raise ValueError(
+            f"no position lies in start={start} to stop={stop}; the positions are 0 to {length - 1}"
+        )
+    return chosen.sel(query=slice(first, last - 1), key=slice(first, last - 1))
+
+
+def check(index: int | None, known: Sequence[int], what: str) -> None:
+    """Raises ValueError unless `index` is one of the `known` layers or heads."""
+    if index not in known:
+        shown = f"{known[0]} to {known[-1]}" if isinstance(known, range) else list(known)
+        raise ValueError(f"{what} {index} is not here; the {what}s are {shown}")
+
+
+def hatch_unreachable(ax: Axes, p: Pattern) -> list[Any]:
+    """Hatches the cells that can never be attended to, and draws the edge of the window.
+
+    Returns:
+      Legend entries of what was drawn.
+    """
+    rows, columns = p.queries.positions, p.keys.positions
+    # Staircases: the boundary goes down one cell, then across one.
+    y = np.repeat(np.arange(rows[0], rows[-1] + 2), 2)[1:-1] - 0.5
+    later = np.repeat(rows, 2) + 0.5
+    low, high = columns[0] - 0.5, columns[-1] + 0.5
+    top, bottom = rows[0] - 0.5, rows[-1] + 0.5
+    _hatch(ax, np.clip(later, low, high), y, [(high, bottom), (high, top)])
+    handles: list[Any] = [
+        Patch(facecolor="white", edgecolor=FAINT, hatch=HATCH, label="can never be attended to")
+    ]
+    if p.window is not None and later[-1] - p.window > low:
+        edge = later - p.window
+        _hatch(ax, np.clip(edge, low, high), y, [(low, bottom), (low, top)])
+        begins = int(np.argmax(edge > low))
+        x, down = np.r_[low, edge[begins:]], np.r_[y[begins], y[begins:]]
+        (line,) = ax.plot(x, down, color=LOCAL, linewidth=1.2, scalex=False, scaley=False)
+        line.set_label(f"edge of the window: {p.window} positions")
+        handles.append(line)
+    return handles
+
+
+def _hatch(ax: Axes, x: np.ndarray, y: np.ndarray, rest: list[tuple[float, float]]) -> None:
+    corners = np.vstack([np.column_stack([x, y]), rest])
+    ax.add_patch(Polygon(corners, fill=False, hatch=HATCH, edgecolor=FAINT, linewidth=0.0))
+
+
+def frame_handle(color: str, label: str) -> Line2D:
+    """A legend entry of a framed row."""
+    return Line2D([], [], marker="s", markerfacecolor="none", color=color, label=label, ls="none")
