@@ -80,10 +80,12 @@ class TokenEvent(TokenRecord):
     Attributes:
       cache_used: positions of the context in use.
       finish_reason: set on the last event of a reply.
+      nearly_full: whether at least 80% of the context is in use.
     """
 
     cache_used: int
     finish_reason: FinishReason | None
+    nearly_full: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,11 +160,14 @@ class Context:
 
     @property
     def warning(self) -> str:
-        """What to tell the user about the room that is left; empty while there is plenty."""
-        if not self.nearly_full:
-            return ""
-        state = "full" if self.used >= self.length else f"{self.fraction:.0%} full"
-        return f"The context is {state}: {self.used} of {self.length} positions are in use."
+        """What to tell the user about the context; empty while there is nothing to tell."""
+        told = []
+        if self.nearly_full:
+            state = "full" if self.used >= self.length else f"{self.fraction:.0%} full"
+            told.append(f"The context is {state}: {self.used} of {self.length} positions in use.")
+        if self.dropped:
+            told.append(f"The oldest {self.dropped} messages are no longer in it.")
+        return "  ".join(told)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
+from collections.abc import Sequence
 
-from gemma_nb.chat.events import Alternative, FinishReason, Timing, TokenRecord, Turn
+from gemma_nb.chat.events import (
+    Alternative,
+    Context,
+    FinishReason,
+    Origin,
+    Timing,
+    TokenRecord,
+    Turn,
+)
 from gemma_nb.chat.stops import StopMatcher
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.methods import Sampling
@@ -21,17 +31,29 @@ class Reply:
       finish_reason: why it ended, None while it goes on.
       finish_detail: the same in a sentence.
       sampling: the settings it is made with.
+      context: what it is made in.
+      used: positions of the context in use.
     """
 
     def __init__(
-        self, turn_id: int, tokenizer: Tokenizer, template: Template, sampling: Sampling
+        self,
+        turn_id: int,
+        tokenizer: Tokenizer,
+        template: Template,
+        sampling: Sampling,
+        *,
+        origin: Origin | None = None,
+        context: Context | None = None,
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.finish_detail = ""
+        self.sampling = sampling
+        self.context = context or Context()
+        self.used = 0
         self._id = turn_id
         self._tokenizer = tokenizer
         self._template = template
-        self.sampling = sampling
+        self._origin = origin
         self._stop_ids = template.stop_ids(tokenizer)
         self._text = StreamingDetokenizer(tokenizer)
         self._stops = StopMatcher(
@@ -40,20 +62,44 @@ class Reply:
         self._uncertain: list[TokenRecord] = []
         self._records: list[TokenRecord] = []
         self._ended_by_token = False
-        self._count = 0
+        self._count = 0  # tokens, of which
+        self._drawn = 0
         self._prompt_tokens = 0
         self._started = self._first = self._last = time.perf_counter()
 
     def prompt(self, tokens: int) -> None:
         """Notes how many prompt tokens have to be computed."""
-        self._prompt_tokens = tokens
+        self._prompt_tokens += tokens
 
-    def add(self, evidence: Evidence, position: int) -> list[TokenRecord]:
+    def keep(self, records: Sequence[TokenRecord]) -> None:
+        """Takes over tokens that stand already, with their evidence; they do not end the reply."""
+        texts = [self._text.feed(record.token_id) for record in records]
+        self._uncertain += records
+        self._count += len(records)
+        self._certain(self._stops.resume(texts))
+
+    def give(self, record: TokenRecord) -> list[TokenRecord]:
+        """Takes a token that the user put there; returns what became certain."""
+        return self._take(record)
+
+    def add(
+        self, evidence: Evidence, position: int, key: tuple[int, int] | None = None
+    ) -> list[TokenRecord]:
         """Takes the next choice, of the token at `position`; returns what became certain."""
         self._last = time.perf_counter()
-        if self._count == 0:
+        if self._drawn == 0:
             self._first = self._last
-        record = self._record(evidence, position)
+        self._drawn += 1
+        certain = self._take(
+            token_record(self._tokenizer, evidence, index=self._count, position=position, key=key)
+        )
+        limit = self.sampling.max_new_tokens
+        if self.finish_reason is None and self._drawn >= limit:
+            self.finish("length", f"The reply reached max_new_tokens ({limit}).")
+            certain += self.flush()
+        return certain
+
+    def _take(self, record: TokenRecord) -> list[TokenRecord]:
         self._count += 1
         self._uncertain.append(record)
         if record.token_id in self._stop_ids:
@@ -63,10 +109,6 @@ class Reply:
         certain = self._certain(self._stops.feed(self._text.feed(record.token_id)))
         if self._stops.matched is not None:
             self.finish("stop", f"The stop string {self._stops.matched!r} came.")
-        elif self._count >= self.sampling.max_new_tokens:
-            limit = self.sampling.max_new_tokens
-            self.finish("length", f"The reply reached max_new_tokens ({limit}).")
-            certain += self.flush()
         return certain
 
     def finish(self, reason: FinishReason, detail: str) -> None:
@@ -92,10 +134,12 @@ class Reply:
             timing=Timing(
                 prompt_tokens=self._prompt_tokens,
                 prefill_seconds=self._first - self._started,
-                new_tokens=self._count,
+                new_tokens=self._drawn,
                 decode_seconds=self._last - self._first,
             ),
             sampling=self.sampling,
+            origin=self._origin,
+            context=dataclasses.replace(self.context, used=self.used),
         )
 
     def _context_ids(self) -> tuple[int, ...]:
@@ -126,34 +170,46 @@ class Reply:
     def _certain(self, texts: list[str]) -> list[TokenRecord]:
         """The next uncertain records with their `texts`."""
         records = [
-            dataclasses.replace(record, text=text)
+            # Siblings share the records of what they have in common.
+            record if record.text == text else dataclasses.replace(record, text=text)
             for record, text in zip(self._uncertain, texts, strict=False)
         ]
         del self._uncertain[: len(records)]
         self._records += records
         return records
 
-    def _record(self, evidence: Evidence, position: int) -> TokenRecord:
-        piece = self._label
-        token = int(evidence.token)
-        columns = (evidence.ids, evidence.logprobs, evidence.probabilities)
-        return TokenRecord(
-            index=self._count,
-            token_id=token,
-            text="",
-            piece=piece(token),
-            position=position,
-            logprob=float(evidence.logprob),
-            probability=float(evidence.probability),
-            entropy=float(evidence.entropy),
-            rank=int(evidence.rank),
-            alternatives=tuple(
-                Alternative(int(i), piece(int(i)), float(logprob), float(probability))
-                for i, logprob, probability in zip(*columns, strict=True)
-            ),
-        )
 
-    def _label(self, token: int) -> str:
-        """What a lone token stands for; some embeddings have rows that stand for none."""
-        known = token < self._tokenizer.vocab_size
-        return self._tokenizer.token_text(token) if known else f"<row {token}>"
+def token_record(
+    tokenizer: Tokenizer,
+    evidence: Evidence,
+    *,
+    index: int,
+    position: int,
+    key: tuple[int, int] | None = None,
+) -> TokenRecord:
+    """The record of a choice, its text still to come."""
+    token = int(evidence.token)
+    columns = (evidence.ids, evidence.logprobs, evidence.probabilities)
+    return TokenRecord(
+        index=index,
+        token_id=token,
+        text="",
+        piece=token_label(tokenizer, token),
+        position=position,
+        logprob=float(evidence.logprob),
+        probability=float(evidence.probability),
+        entropy=float(evidence.entropy),
+        rank=int(evidence.rank),
+        alternatives=tuple(
+            Alternative(int(i), token_label(tokenizer, int(i)), float(logprob), float(probability))
+            for i, logprob, probability in zip(*columns, strict=True)
+        ),
+        key=key,
+    )
+
+
+def token_label(tokenizer: Tokenizer, token: int) -> str:
+    """What a lone token stands for; some embeddings have rows that stand for none."""
+    known = token < tokenizer.vocab_size
+    # A conversation repeats few tokens many times.
+    return sys.intern(tokenizer.token_text(token)) if known else f"<row {token}>"

@@ -1,156 +1,44 @@
-"""A conversation with a model: what was said, what is in the cache, and the next reply."""
+"""A conversation with a model: say something, and branch off anywhere."""
 
 from __future__ import annotations
 
 import dataclasses
-import secrets
-import threading
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gemma_nb.chat.events import TokenEvent, TokenRecord, Turn
-from gemma_nb.chat.interrupts import between_steps
-from gemma_nb.chat.reply import Reply
-from gemma_nb.chat.tree import ConversationTree, Node
-from gemma_nb.errors import BusyError, NonFiniteLogitsError
-from gemma_nb.model import GemmaTransformer
-from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.evidence import Capture, Evidence
+from gemma_nb.chat import diff as diffs
+from gemma_nb.chat.branches import Plan, locate
+from gemma_nb.chat.conversation import Conversation
+from gemma_nb.chat.events import Origin, TokenEvent, TokenRecord, Turn
+from gemma_nb.chat.tree import Node
 from gemma_nb.sampling.methods import Sampling
-from gemma_nb.text.template import Message, Template, resolve_template
-from gemma_nb.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gemma_nb.interp.trace import Trace
 
-_STOPPED = "The reply was stopped."
-_DROPPED = "Nobody waited for the rest of the reply."
 
-
-class ChatSession:
+class ChatSession(Conversation):
     """Chats with a model, and keeps the evidence of every token of its replies.
 
         chat = gnb.ChatSession(model, tokenizer)
         turn = chat.chat("What is the capital of France?")
+        chat.fork(turn.tokens[3], with_token=" Rome")
 
     One session generates one reply at a time.  What is still in the key-value cache is never
-    computed again.
+    computed again.  Every operation adds a branch to `tree` or hides one; nothing is ever lost.
 
-    Attributes:
-      model: what computes.
-      tokenizer: what reads and writes text.
-      template: how turns become tokens.
-      capture: what evidence each token keeps.
-      tree: all branches of the conversation.
+    Methods that make a reply raise BusyError while another one is being made, TextError for text
+    that cannot be tokenized, NonFiniteLogitsError when the model computes NaN or infinity, and
+    ContextFullError where there is no room and `when_full` does not provide for it.  Each has a
+    streaming variant, `stream` or `stream_...`, which yields the new tokens as they are made and
+    raises the same.
     """
 
-    def __init__(
-        self,
-        model: GemmaTransformer,
-        tokenizer: Tokenizer,
-        *,
-        system: str | None = None,
-        sampling: Sampling | None = None,
-        cache_length: int = 4096,
-        capture: Capture | None = None,
-        template: str | Template = "auto",
-    ) -> None:
-        """Starts an empty conversation.
-
-        Args:
-          model: from `gnb.load`.
-          tokenizer: from `gnb.load`.
-          system: what the model is told before the conversation; None takes the template's own.
-          sampling: None takes what is recommended for the model.
-          cache_length: most positions (tokens) of context.
-          capture: evidence to keep; by default ten alternatives per token.
-          template: "gemma" for instruction-tuned models, "transcript" for base models, "none" for
-            raw text, "auto" to choose by the model, or your own `Template`.
-
-        Raises:
-          ValueError: a cache longer than the model's context, or an unknown template.
-        """
-        longest = model.config.max_context
-        if not 2 <= cache_length <= longest:
-            raise ValueError(
-                f"cache_length must lie in 2 to {longest} (the model's context), got {cache_length}"
-            )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.template = resolve_template(template, model.info.tuning if model.info else "base")
-        self.capture = capture or Capture()
-        self.tree = ConversationTree()
-        self._sampling = sampling or Sampling.recommended(model)
-        self._system = self.template.default_system if system is None else system
-        self._decoder = Decoder(model, limit=cache_length, top_k=self.capture.top_k)
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._reply: Reply | None = None
-        self._stream: weakref.ref[Generator[TokenEvent, None, None]] | None = None
-        self._reader: int | None = None  # the thread that read the last token
-        self._ids_given = 0
-        self.tokenizer.encode(self._system or "")  # refuses what cannot be tokenized, now
-
-    # --- state ----------------------------------------------------------------------------------
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The conversation so far, on the active branch."""
-        return self.tree.turns
-
-    @property
-    def partial(self) -> Turn | None:
-        """The reply being made right now, as far as it has come."""
-        reply = self._reply
-        return None if reply is None else reply.turn()
-
-    @property
-    def busy(self) -> bool:
-        """Whether a reply is being made."""
-        return self._lock.locked()
-
-    @property
-    def cache_length(self) -> int:
-        """Most positions of context."""
-        return self._decoder.limit
-
-    @property
-    def cache_used(self) -> int:
-        """Positions of context in use."""
-        return len(self._decoder.ids)
-
-    @property
-    def sampling(self) -> Sampling:
-        """How the next reply is sampled."""
-        return self._sampling
-
-    @sampling.setter
-    def sampling(self, sampling: Sampling) -> None:
-        if not isinstance(sampling, Sampling):
-            raise TypeError(f"sampling must be a gnb.Sampling, got {type(sampling).__name__}")
-        self._sampling = sampling
-
-    @property
-    def system(self) -> str | None:
-        """What the model is told before the conversation; a change holds from the next reply on."""
-        return self._system
-
-    @system.setter
-    def system(self, system: str | None) -> None:
-        self.tokenizer.encode(system or "")
-        with self._alone():
-            self._system = system
-
-    def __repr__(self) -> str:
-        title = self.model.info.title if self.model.info else "Gemma"
-        return (
-            f"<ChatSession {title}, {self.template.name}: {len(self.turns)} turns, "
-            f"{self.cache_used} of {self.cache_length} positions>"
-        )
-
     # --- talking --------------------------------------------------------------------------------
+
+    def chat(self, text: str) -> Turn:
+        """Says `text` and returns the whole reply; raises as `stream` does."""
+        return self._exhaust(self.stream(text))
 
     def stream(self, text: str) -> Iterator[TokenEvent]:
         """Says `text` and yields the reply's tokens as they are made.
@@ -164,80 +52,255 @@ class ChatSession:
           BusyError: a reply is being made already.
           TextError: text that cannot be tokenized.
           NonFiniteLogitsError: the model computed NaN or infinity.
+          ContextFullError: there is no room and `when_full` is "error"; when the message itself
+            does not fit, nothing is said.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"a message must be a string, got {type(text).__name__}")
-        self.tokenizer.encode(text)
-        self._refuse_if_busy()
-        return self._start(text)
-
-    def stream_regenerate(self) -> Iterator[TokenEvent]:
-        """Makes another reply to the last message, beside the one there is; like `stream`.
-
-        With a fixed seed the n-th attempt uses seed + n, so it differs and can be repeated.
-
-        Raises:
-          BusyError: a reply is being made already.
-          ValueError: nothing was said yet.
-        """
-        self._refuse_if_busy()
-        if not self.turns:
-            raise ValueError("there is no reply to regenerate: send a message first")
-        return self._start(None)
-
-    def chat(self, text: str) -> Turn:
-        """Says `text` and returns the whole reply; raises as `stream` does."""
-        return self._exhaust(self.stream(text))
-
-    def regenerate(self) -> Turn:
-        """Makes another reply to the last message; raises as `stream_regenerate` does."""
-        return self._exhaust(self.stream_regenerate())
-
-    def stop(self) -> None:
-        """Ends the reply being made after the current token.  Callable from any thread.
-
-        Called on the thread that was reading `stream`, it ends a reply that nobody reads on, too.
-        """
-        self._stop.set()
-        stream = self._stream() if self._stream is not None else None
-        if stream is not None and self._reader == threading.get_ident():
-            # Closing fails while the generator runs; then it looks at the flag itself.
-            with suppress(ValueError):
-                stream.close()
+        self._check_text(text)
+        return self._start(lambda: self._say(self.tree.tip, text))
 
     def new_conversation(self) -> None:
         """Starts over with an empty conversation; the old one stays in `tree`.
+
+        `redo` brings it back as long as nothing else is said.
 
         Raises:
           BusyError: a reply is being made.
         """
         with self._alone():
-            self.tree.root.active = None
-            self._decoder.keep(self._context(()))
+            self.tree.hide_after(self.tree.root)
 
-    def warmup(self, progress: Callable[[float, str], None] | None = None) -> None:
-        """Compiles what a conversation needs and computes the template's own beginning.
+    # --- branching off --------------------------------------------------------------------------
+
+    def regenerate(self, turn: Turn | int | None = None) -> Turn:
+        """Makes another reply to a message, beside the one there is.
+
+        With a fixed seed the n-th attempt uses seed + n, so it differs and can be repeated.
 
         Args:
-          progress: called with a fraction and a sentence.
+          turn: a message or a reply to it, on any branch; None for the last one.
 
         Raises:
-          BusyError: a reply is being made.
+          ValueError: nothing was said yet, or the turn is not of this conversation.
         """
+        return self._exhaust(self.stream_regenerate(turn))
 
-        def report(fraction: float) -> None:
-            if progress is not None:
-                progress(fraction, "Compiling the model for this machine")
+    def stream_regenerate(self, turn: Turn | int | None = None) -> Iterator[TokenEvent]:
+        """`regenerate`, token by token."""
+        self._refuse_if_busy()
+        if turn is None and not self.turns:
+            raise ValueError("there is no reply to regenerate: send a message first")
+        node = self.tree.tip if turn is None else self.tree.find(turn)
 
-        with self._alone(), between_steps():
-            report(0.0)
-            self._decoder.compile(report)
-            opening = self._context(())
-            if 0 < len(opening) < self.cache_length:
-                rest = self._decoder.begin(opening, Sampling(seed=0))
-                self._decoder.prefill(rest)
+        asked = node.parent if _role(node) == "model" else node
+        assert asked is not None
+        beside = node if asked is not node else asked.shown or asked.newest
+        origin = None if beside is None else Origin("regenerate", beside.id)
+        return self._start(lambda: self._planner.reply(asked, origin))
+
+    def fork(
+        self,
+        at: TokenRecord | int,
+        with_token: int | str | None = None,
+        *,
+        turn: Turn | int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Turn:
+        """Makes another end of a reply, from some token on.
+
+        The new reply stands beside the old one, begins with the same tokens and their evidence,
+        and computes nothing of them again.
+
+        - With a token (or a text, which may be several): it takes the place of the one at `at`.
+          The new reply has the seed of the old one, and so the same random key in each place: it
+          differs only by what was put there, and repeats the old one if that is the same token.
+        - Without: the token stays and what follows is drawn with a seed of its own.  At the token
+          that ended the reply, that end is refused once and the reply goes on.
+
+        At most `max_new_tokens` are drawn, not counting those that stand already.
+
+        Args:
+          at: a token of any reply on any branch, or the event that told of it; or, with `turn`, its
+            index.
+          with_token: a token id, or a text.
+          turn: the reply, where it is not clear from `at`; None with an index: the last reply.
+          sampling: settings in place of the session's; a seed in it is used as it is.
+
+        Raises:
+          ValueError: no such token or turn, or an id or text that stands for no token of a reply.
+        """
+        return self._exhaust(self.stream_fork(at, with_token, turn=turn, sampling=sampling))
+
+    def stream_fork(
+        self,
+        at: TokenRecord | int,
+        with_token: int | str | None = None,
+        *,
+        turn: Turn | int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Iterator[TokenEvent]:
+        """`fork`, token by token, from the first that is not certain yet; see `partial`."""
+        self._refuse_if_busy()
+        node, index = self._place(at, turn)
+        given = self._given(with_token)
+        return self._start(lambda: self._planner.fork(node, index, given, sampling))
+
+    def edit(self, turn: Turn | int, text: str) -> Turn:
+        """Says something else in the place of a turn, on a branch of its own.
+
+        A message is sent again with the new text, and the new reply returned.  A reply gets the new
+        text: tokens that it shares with the old one keep their evidence, the others get that of
+        having been chosen there; `resume` goes on from it.
+
+        Args:
+          turn: of any branch.
+          text: the new text.
+
+        Raises:
+          ValueError: the turn is not of this conversation.
+          ContextFullError: also where the new text of a reply does not fit.
+        """
+        node = self.tree.find(turn)
+        if _role(node) == "user":
+            return self._exhaust(self.stream_edit(turn, text))
+        self._check_text(text)
+        with self._alone():
+            plan = self._planner.edited(node, text)
+            reply = self._new_reply(plan)
+            reply.keep((*plan.kept, *plan.given))
+            reply.finish("edited", "You wrote this.")
+            reply.flush()
+            reply.used = len(plan.all_ids)
+            self.tree.add(plan.parent, reply.turn())
+        return self.turns[-1]
+
+    def stream_edit(self, turn: Turn | int, text: str) -> Iterator[TokenEvent]:
+        """`edit` of a message, token by token of the new reply.
+
+        Raises:
+          ValueError: the turn is a reply: call `edit`, then `stream_resume`.
+        """
+        self._check_text(text)
+        node = self.tree.find(turn)
+        if _role(node) != "user" or node.parent is None:
+            raise ValueError(
+                "stream_edit() sends a message again; for a reply call edit(), and then "
+                "stream_resume() to let it go on"
+            )
+        parent = node.parent
+        return self._start(lambda: self._say(parent, text, Origin("edit", node.id)))
+
+    def resume(self, turn: Turn | int | None = None, *, sampling: Sampling | None = None) -> Turn:
+        """Goes on with a reply that was stopped, interrupted, edited, or ended too early.
+
+        The old reply stays beside the new one, which begins with the same text.  Its seed is that
+        of the old one: a stopped reply goes on exactly as it would have.  Where the model had come
+        to its end, that end is refused once.
+
+        Args:
+          turn: a reply of any branch; None for the last one.
+          sampling: settings in place of the session's; a seed in it is used as it is.
+
+        Raises:
+          ValueError: there is no reply, or the turn is not one.
+        """
+        return self._exhaust(self.stream_resume(turn, sampling=sampling))
+
+    def stream_resume(
+        self, turn: Turn | int | None = None, *, sampling: Sampling | None = None
+    ) -> Iterator[TokenEvent]:
+        """`resume`, token by token, from the first that is not certain yet; see `partial`."""
+        self._refuse_if_busy()
+        node = self._reply_node(turn)
+        return self._start(lambda: self._planner.resume(node, sampling))
+
+    # --- moving about ---------------------------------------------------------------------------
+
+    def undo(self) -> tuple[Turn, ...]:
+        """Takes the last message and its reply back; returns them.  They stay in `tree`.
+
+        Raises:
+          ValueError: nothing was said.
+        """
+        with self._alone():
+            hidden = self.tree.undo()
+        return hidden
+
+    def redo(self) -> tuple[Turn, ...]:
+        """Brings back what the last `undo` took; returns it.
+
+        Raises:
+          ValueError: nothing was undone, or something else was said since.
+        """
+        with self._alone():
+            shown = self.tree.redo()
+        return shown
+
+    def select(self, branch: Turn | int) -> tuple[Turn, ...]:
+        """Shows the branch of a turn, and what was last shown after it; returns `turns`.
+
+        Raises:
+          ValueError: the turn is not of this conversation.
+        """
+        node = self.tree.find(branch)
+        with self._alone():
+            self.tree.select(node)
+        return self.turns
+
+    def siblings(self, turn: Turn | int) -> tuple[Turn, ...]:
+        """The turns tried in the same place, `turn` included, in the order they were made."""
+        return self.tree.siblings(turn)
 
     # --- looking --------------------------------------------------------------------------------
+
+    def replay(self, turn: Turn | int | None = None) -> Turn:
+        """Makes a reply once more with the random keys that it was made with.
+
+        Nothing is added to the tree.  What is cached of the text before it is used as it is: then
+        the tokens and all of their evidence come out the same, bit for bit.  What had to be
+        computed anew since may differ in the last bits of a rounding.
+
+        Args:
+          turn: a reply of any branch; None for the last one.
+
+        Raises:
+          ValueError: none of the turn's tokens was drawn.
+        """
+        node = self._reply_node(turn)
+        source = node.turn
+        assert source is not None
+        with self._alone():
+            self._generation.stop.clear()
+            plan = self._planner.replay(node)
+            reply = self._new_reply(plan, source.id)
+            # The same pieces of the prompt in the same compiled steps.
+            ids = plan.all_ids
+            self._decoder.keep(ids[: len(ids) - source.timing.prompt_tokens])
+            for _ in self._generation.run(plan, reply):
+                pass
+            reply.flush()
+        made = dataclasses.replace(reply.turn(), sampling=source.sampling)
+        if len(made.tokens) < len(source.tokens):
+            return made
+        # It ends there because the other one did.
+        return dataclasses.replace(
+            made, finish_reason=source.finish_reason, finish_detail=source.finish_detail
+        )
+
+    def diff(self, a: Turn | int, b: Turn | int) -> diffs.Diff:
+        """Two branches side by side from where they part.
+
+        Each token comes with its log-probability where it stands, and with that in the place of
+        the other branch: after the other's token where two replies part, after the other's message
+        where two messages do.  Both are computed by the plain forward pass.
+
+        Args:
+          a: a turn of one branch.
+          b: a turn of the other.
+
+        Raises:
+          ValueError: one branch is part of the other.
+        """
+        return diffs.compare(self._planner, self.tree.find(a), self.tree.find(b))
 
     def trace(
         self,
@@ -269,160 +332,68 @@ class ChatSession:
             layers=layers,
         )
 
-    def tokens(self, turn: Turn | None = None) -> list[int]:
+    def tokens(self, turn: Turn | int | None = None) -> list[int]:
         """The token ids of the context up to and including a turn (None: the last reply).
+
+        Those of a reply are what it was made in: positions are those of its token records.
 
         Raises:
           ValueError: the turn is not of this conversation, or there is none.
         """
-        if turn is None:
-            turn = next((t for t in reversed(self.turns) if t.role == "model"), None)
-            if turn is None:
-                raise ValueError("there is no reply yet: send a message first")
-        path = self.tree.path_to(turn)
-        if turn.role == "user":
-            return self._context(path)
-        return self._context(path[:-1]) + [record.token_id for record in turn.tokens]
+        node = self._reply_node(None) if turn is None else self.tree.find(turn)
+        return self._planner.tokens(node)
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _start(self, text: str | None) -> Generator[TokenEvent, None, None]:
-        stream = self._generate(text)
-        # Weak, so that a stream that its reader drops is closed at once.
-        self._stream = weakref.ref(stream)
-        return stream
+    def _say(self, parent: Node, text: str, origin: Origin | None = None) -> Plan:
+        """Puts a message into the tree, if it fits, and plans the reply."""
+        turn = Turn(id=self._new_id(), role="user", text=text, origin=origin)
+        before = [node.turn for node in parent.path() if node.turn is not None]
+        ids, context = self._planner.fit([*before, turn])
+        asked = self.tree.add(parent, turn)
+        return Plan(asked, ids, context, self._planner.seeded(asked))
 
-    def _generate(self, text: str | None) -> Generator[TokenEvent, None, None]:
-        """One reply, to `text` or (None) another one to the last message."""
-        with self._alone():
-            self._stop.clear()
-            asked = self._ask(text)
-            reply = self._reply = Reply(
-                self._new_id(), self.tokenizer, self.template, self._seeded(asked)
-            )
-            try:
-                for evidence, position in self._choices(reply, asked):
-                    records = reply.add(evidence, position)
-                    self._end_from_outside(reply)
-                    if reply.finish_reason is not None:
-                        records += reply.flush()
-                    yield from self._events(records, reply)
-            except GeneratorExit:
-                stopped = self._stop.is_set()
-                reply.finish("cancelled", _STOPPED if stopped else _DROPPED)
-                raise
-            except KeyboardInterrupt:
-                reply.finish("interrupted", "The kernel was interrupted.")
-                raise
-            except BaseException as error:
-                reply.finish("error", f"{type(error).__name__}: {error}")
-                raise
-            finally:
-                reply.flush()
-                self.tree.add(asked, reply.turn())
-                self._reply = None
+    def _check_text(self, text: object) -> None:
+        if not isinstance(text, str):
+            raise TypeError(f"a message must be a string, got {type(text).__name__}")
+        self.tokenizer.encode(text)
+        self._refuse_if_busy()
 
-    def _choices(self, reply: Reply, asked: Node) -> Iterator[tuple[Evidence, int]]:
-        """Each choice with the position of the chosen token, until the reply is finished."""
-        assert asked.turn is not None
-        context = self._context(self.tree.path_to(asked.turn))
-        if len(context) > self.cache_length:
-            reply.finish(
-                "length",
-                f"The context is full: with this message it needs {len(context)} positions and "
-                f"there are {self.cache_length}.  Start a new conversation, or a session with a "
-                "larger cache_length.",
-            )
-            return
-        rest = self._decoder.begin(context, reply.sampling)
-        reply.prompt(len(rest))
-        with between_steps():
-            evidence = self._decoder.prefill(rest, lambda fed: not self._stop.is_set())
-        self._end_from_outside(reply)
-        while evidence is not None:
-            position = len(self._decoder.ids)
-            if not evidence.finite:
-                self._decoder.reset()
-                raise NonFiniteLogitsError(
-                    f"the logits at position {position - 1} are not finite: the weights hold NaN "
-                    "or infinity, or the activations overflowed.  Reload the model, or load it "
-                    'with dtype="float32".'
-                )
-            self._reader = threading.get_ident()
-            yield evidence, position
-            self._end_from_outside(reply)
-            if reply.finish_reason is not None:
-                return
-            with between_steps():
-                evidence = self._decoder.step()
+    def _reply_node(self, turn: Turn | int | None) -> Node:
+        if turn is not None:
+            node = self.tree.find(turn)
+            if _role(node) != "model":
+                raise ValueError(f"expected a reply, got {node.turn!r}")
+            return node
+        for node in reversed(self.tree.path()):
+            if _role(node) == "model":
+                return node
+        raise ValueError("there is no reply yet: send a message first")
 
-    def _end_from_outside(self, reply: Reply) -> None:
-        """Finishes a reply that was stopped, or for which there is no more room."""
-        if self._stop.is_set():
-            reply.finish("cancelled", _STOPPED)
-        elif self._decoder.full:
-            reply.finish(
-                "length",
-                f"The context is full: {self.cache_used} of {self.cache_length} positions are in "
-                "use.  Start a new conversation, or a session with a larger cache_length.",
-            )
+    def _place(self, at: TokenRecord | int, turn: Turn | int | None) -> tuple[Node, int]:
+        """A reply's node and the index of a token of it."""
+        if isinstance(at, TokenRecord):
+            return locate(self.tree, at, turn)
+        node = self._reply_node(turn)
+        count = len(node.turn.tokens) if node.turn is not None else 0
+        if not 0 <= at < count:
+            raise ValueError(f"the reply has tokens 0 to {count - 1}, got {at}")
+        return node, at
 
-    def _events(self, records: Sequence[TokenRecord], reply: Reply) -> Iterator[TokenEvent]:
-        for record in records:
-            reason = reply.finish_reason if record is records[-1] else None
-            fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-            yield TokenEvent(**fields, cache_used=self.cache_used, finish_reason=reason)
+    def _given(self, with_token: int | str | None) -> tuple[int, ...] | None:
+        """The tokens to put there, checked."""
+        if with_token is None:
+            return None
+        if isinstance(with_token, str):
+            if not with_token:
+                raise ValueError("with_token is an empty text: give a token, or None to keep it")
+            return tuple(self.tokenizer.encode(with_token))
+        token = int(with_token)
+        never = self.template.forbidden_ids(self.tokenizer)
+        if not 0 <= token < self.tokenizer.vocab_size or token in never:
+            raise ValueError(f"token id {with_token} stands for nothing that a reply can hold")
+        return (token,)
 
-    def _ask(self, text: str | None) -> Node:
-        """The user's node that the reply belongs to."""
-        tip = self.tree.tip
-        if text is not None:
-            return self.tree.add(tip, Turn(id=self._new_id(), role="user", text=text))
-        if tip.turn is not None and tip.turn.role == "model" and tip.parent is not None:
-            return tip.parent
-        return tip
 
-    def _seeded(self, asked: Node) -> Sampling:
-        """The settings with a seed of this attempt's own."""
-        attempt, seed = len(asked.children), self._sampling.seed
-        chosen = secrets.randbits(31) if seed is None else (seed + attempt) % 2**32
-        return dataclasses.replace(
-            self._sampling,
-            seed=chosen,
-            forbidden=(
-                *self._sampling.forbidden,
-                *self.template.forbidden_ids(self.tokenizer),
-                # Some embeddings have rows that stand for no token.
-                *range(self.tokenizer.vocab_size, self.model.config.num_embed),
-            ),
-        )
-
-    def _context(self, turns: Sequence[Turn]) -> list[int]:
-        messages = [Message(turn.role, turn.text, turn.ids) for turn in turns]
-        return self.template.encode(self.tokenizer, messages, self._system)
-
-    def _new_id(self) -> int:
-        self._ids_given += 1
-        return self._ids_given
-
-    def _refuse_if_busy(self) -> None:
-        if self.busy:
-            raise BusyError(
-                "a reply is being made in this session: wait for its end, or call chat.stop()"
-            )
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Holds the session's lock; refuses rather than waits."""
-        if not self._lock.acquire(blocking=False):
-            self._refuse_if_busy()
-            raise BusyError("the session is in use by another thread: try again")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def _exhaust(self, events: Iterator[TokenEvent]) -> Turn:
-        for _ in events:
-            pass
-        return self.turns[-1]
+def _role(node: Node) -> str | None:
+    return node.turn.role if node.turn is not None else None

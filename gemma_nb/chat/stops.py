@@ -36,6 +36,17 @@ class StopMatcher:
             return self._cut(at)
         return self._release(len(held) - self._pending(held))
 
+    def resume(self, texts: Sequence[str]) -> list[str]:
+        """Takes the texts of tokens that stand already; returns those that are certain.
+
+        They end nothing, whatever they hold; but their end may begin a stop string.
+        """
+        text = "".join(texts)
+        if self._skip and text.strip():
+            self._skip = False
+        self._held = list(texts)
+        return self._release(len(text) if self._skip else len(text) - self._pending(text))
+
     def flush(self) -> list[str]:
         """The texts still held, when no more tokens come."""
         texts, self._held = self._held, []

@@ -36,6 +36,16 @@ class Node:
         """Its place among its siblings."""
         return 0 if self.parent is None else self.parent.children.index(self)
 
+    @property
+    def shown(self) -> Node | None:
+        """The child that is shown."""
+        return None if self.active is None else self.children[self.active]
+
+    @property
+    def newest(self) -> Node | None:
+        """The child that was made last."""
+        return self.children[-1] if self.children else None
+
     def path(self) -> list[Node]:
         """The nodes from the first turn to this one, without the root."""
         nodes, node = [], self
@@ -138,12 +148,21 @@ class ConversationTree:
         Raises:
           ValueError: its id is taken.
         """
+        node = self.attach(parent, turn)
+        self.select(node)
+        return node
+
+    def attach(self, parent: Node, turn: Turn) -> Node:
+        """Appends `turn` after `parent`, and shows what was shown before.
+
+        Raises:
+          ValueError: its id is taken.
+        """
         if turn.id in self._by_id or turn.id < 1:
             raise ValueError(f"a turn's id must be new and at least 1, got {turn.id}")
         node = Node(turn, parent)
         parent.children.append(node)
         self._by_id[turn.id] = node
-        self.select(node)
         return node
 
     def select(self, node: Node) -> None:

@@ -79,6 +79,10 @@ class Template(abc.ABC):
                 ids += self._model(tokenizer, message)
         return ids
 
+    def reply_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """A reply's text as the tokens that the model would write, without what closes it."""
+        return tokenizer.encode(text)
+
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Tokens that end a reply: `<eos>` and, where the vocabulary has it, `<end_of_turn>`."""
         ends = {tokenizer.eos_id, tokenizer.control.get(_END, tokenizer.eos_id)}
@@ -123,8 +127,12 @@ class GemmaTemplate(Template):
     def _model(self, tokenizer: Tokenizer, message: Message) -> list[int]:
         reply = message.ids
         if reply is None:
-            reply = tuple(tokenizer.encode(message.text.strip()))
+            reply = tuple(self.reply_ids(tokenizer, message.text))
         return [*reply, tokenizer.control[_END], *tokenizer.encode("\n")]
+
+    def reply_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """See `Template`."""
+        return tokenizer.encode(text.strip())
 
     def _turn(self, tokenizer: Tokenizer, ids: list[int]) -> list[int]:
         control = tokenizer.control
@@ -184,8 +192,12 @@ class TranscriptTemplate(Template):
 
     def _model(self, tokenizer: Tokenizer, message: Message) -> list[int]:
         if message.ids is None:
-            return tokenizer.encode(f" {message.text.strip()}")
+            return self.reply_ids(tokenizer, message.text)
         return list(message.ids)
+
+    def reply_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """See `Template`."""
+        return tokenizer.encode(f" {text.strip()}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +215,7 @@ class RawTemplate(Template):
 
     def _model(self, tokenizer: Tokenizer, message: Message) -> list[int]:
         if message.ids is None:
-            return tokenizer.encode(message.text)
+            return self.reply_ids(tokenizer, message.text)
         return list(message.ids)
 
 

@@ -1,0 +1,378 @@
+"""What each operation continues: from a place in the tree to a plan of the reply to make there."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+
+from gemma_nb.chat.context import Contexts, WhenFull, too_long
+from gemma_nb.chat.events import Branching, Context, Origin, TokenRecord, Turn
+from gemma_nb.chat.reply import token_label, token_record
+from gemma_nb.chat.scoring import score
+from gemma_nb.chat.tree import ConversationTree, Node
+from gemma_nb.errors import ContextFullError
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.sampling.methods import Sampling
+from gemma_nb.text.template import Template
+from gemma_nb.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A reply to be made.
+
+    Attributes:
+      parent: the message that it replies to.
+      ids: token ids that stand before the reply.
+      context: what they are made of.
+      sampling: the settings, with a seed.
+      kept: tokens that the reply begins with and that stand already.
+      given: tokens after them that the user puts there.
+      refused: ids that must not come right after these.
+      origin: see `Turn`.
+    """
+
+    parent: Node
+    ids: Sequence[int]
+    context: Context
+    sampling: Sampling
+    kept: tuple[TokenRecord, ...] = ()
+    given: tuple[TokenRecord, ...] = ()
+    refused: frozenset[int] = frozenset()
+    origin: Origin | None = None
+
+    @property
+    def all_ids(self) -> list[int]:
+        """Everything that stands before the first token to draw."""
+        return [*self.ids, *(record.token_id for record in (*self.kept, *self.given))]
+
+
+class Planner:
+    """Plans replies under the settings of a session.
+
+    Attributes:
+      sampling: how the next reply is sampled.
+      system: what the model is told before the conversation.
+      when_full: what happens when the context is full.
+      contexts: turns to token ids.
+    """
+
+    def __init__(
+        self,
+        model: GemmaTransformer,
+        tokenizer: Tokenizer,
+        template: Template,
+        *,
+        limit: int,
+        top_k: int,
+        sampling: Sampling,
+        system: str | None,
+        when_full: WhenFull,
+    ) -> None:
+        self.sampling = sampling
+        self.system = system
+        self.when_full = when_full
+        self.contexts = Contexts(tokenizer, template, limit)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = template
+        self._top_k = top_k
+        self._never = (
+            *template.forbidden_ids(tokenizer),
+            # Some embeddings have rows that stand for no token.
+            *range(tokenizer.vocab_size, model.config.num_embed),
+        )
+
+    def barred(self, sampling: Sampling, *, also: frozenset[int] = frozenset()) -> Sampling:
+        """`sampling` without the tokens that never belong into a reply."""
+        forbidden = (*sampling.forbidden, *self._never, *also)
+        return dataclasses.replace(sampling, forbidden=forbidden)
+
+    # --- another reply --------------------------------------------------------------------------
+
+    def fit(self, turns: Sequence[Turn]) -> tuple[list[int], Context]:
+        """The context of a new reply to `turns`; see `Contexts.fit`."""
+        room = self.sampling.max_new_tokens
+        return self.contexts.fit(turns, self.system, self.when_full, room)
+
+    def reply(self, asked: Node, origin: Origin | None = None) -> Plan:
+        """A new reply to a message."""
+        ids, context = self.fit(_turns(asked))
+        return Plan(asked, ids, context, self.seeded(asked), origin=origin)
+
+    def spoken(self, node: Node) -> tuple[list[int], list[int]]:
+        """Token ids of what stood before a reply when it was made, and its own."""
+        turn = _turn(node)
+        before = self.contexts.before(_turns(_asked(node)), turn.context)
+        if turn.tokens:
+            return before, [record.token_id for record in turn.tokens]
+        return before, list(self._own_ids(turn))
+
+    def tokens(self, node: Node) -> list[int]:
+        """Token ids up to and including a turn."""
+        if _turn(node).role == "user":
+            return self.fit(_turns(node))[0]
+        before, own = self.spoken(node)
+        return [*before, *own]
+
+    def seeded(self, asked: Node) -> Sampling:
+        """The settings, with a seed of this attempt's own."""
+        seed = self.sampling.seed
+        chosen = secrets.randbits(31) if seed is None else (seed + len(asked.children)) % 2**32
+        return dataclasses.replace(self.sampling, seed=chosen)
+
+    # --- the same reply, from some token on -------------------------------------------------------
+
+    def fork(
+        self, node: Node, index: int, given: Sequence[int] | None, sampling: Sampling | None
+    ) -> Plan:
+        """Another end of a reply.
+
+        Args:
+          node: the reply's.
+          index: of the token to fork at.
+          given: what takes its place; None keeps it, unless it ended the reply.
+          sampling: settings; see `ChatSession.fork`.
+        """
+        source = _turn(node)
+        if given is not None:
+            settings = self._with_seed_of(source, sampling)
+            return self._continue(node, "fork", source.tokens[:index], settings, given=given)
+        settings = self._with_own_seed(node, sampling)
+        if source.finish_reason == "stop" and index == len(source.tokens) - 1:
+            return self._go_on(node, "fork", settings)
+        return self._continue(node, "fork", source.tokens[: index + 1], settings)
+
+    def resume(self, node: Node, sampling: Sampling | None) -> Plan:
+        """The same reply, going on after its end."""
+        source = _turn(node)
+        settings = self._with_seed_of(source, sampling)
+        if source.finish_reason == "stop":
+            return self._go_on(node, "resume", settings)
+        return self._continue(node, "resume", self.records(node, settings), settings)
+
+    def replay(self, node: Node) -> Plan:
+        """The same reply once more."""
+        source, asked = _turn(node), _asked(node)
+        first = source.origin.index if source.origin else 0
+        drawn = first + (source.origin.given if source.origin else 0)
+        sampling = source.sampling
+        if sampling is None or not len(source.tokens) > drawn:
+            raise ValueError("none of this turn's tokens was drawn: there is nothing to replay")
+        return Plan(
+            asked,
+            self.contexts.before(_turns(asked), source.context),
+            source.context or Context(),
+            dataclasses.replace(sampling, max_new_tokens=len(source.tokens) - drawn),
+            kept=source.tokens[:first],
+            given=source.tokens[first:drawn],
+            origin=source.origin,
+        )
+
+    def records(self, node: Node, sampling: Sampling) -> tuple[TokenRecord, ...]:
+        """Records of a reply as it stays in the context, also where it has none of its own."""
+        source, asked = _turn(node), _asked(node)
+        ids = self._own_ids(source)
+        kept = _shared(source.tokens, ids)
+        before = self.contexts.before(_turns(asked), source.context)
+        return (*kept, *self.scored([*before, *ids], len(kept), len(before), sampling))
+
+    def edited(self, node: Node, text: str) -> Plan:
+        """A reply with another text, all of it kept or given: nothing is left to draw.
+
+        Raises:
+          ContextFullError: there is no room for the text.
+        """
+        source, asked = _turn(node), _asked(node)
+        settings = self._with_seed_of(source, None)
+        ids = self._template.reply_ids(self._tokenizer, text)
+        context = source.context or self.fit(_turns(asked))[1]
+        before = self.contexts.before(_turns(asked), context)
+        if len(before) + len(ids) > self.contexts.limit:
+            raise ContextFullError(too_long(len(before) + len(ids), self.contexts.limit))
+        kept = _shared(source.tokens, ids)
+        rest = self.scored([*before, *ids], len(kept), len(before), settings)
+        origin = Origin("edit", source.id, len(kept), len(rest))
+        return Plan(asked, before, context, settings, kept, rest, origin=origin)
+
+    def scored(
+        self, ids: Sequence[int], index: int, begin: int, sampling: Sampling
+    ) -> tuple[TokenRecord, ...]:
+        """Records of given tokens, with the evidence of one pass over everything.
+
+        Args:
+          ids: everything, up to the last of these tokens.
+          index: of the first of them in the reply.
+          begin: where in `ids` the reply begins.
+          sampling: for the probabilities after the sampler.
+        """
+        start = begin + index
+        evidence = score(self._model, ids, start, self.barred(sampling), self._top_k)
+        return tuple(
+            token_record(self._tokenizer, found, index=index + i, position=start + i)
+            for i, found in enumerate(evidence)
+        )
+
+    def logprobs(self, ids: Sequence[int], start: int) -> list[float]:
+        """Log-probabilities in nats of `ids[start:]`, each after all that stand before it."""
+        evidence = score(self._model, ids, start, Sampling(seed=0), 1)
+        return [float(found.logprob) for found in evidence]
+
+    def label(self, token: int) -> str:
+        """What a lone token stands for."""
+        return token_label(self._tokenizer, token)
+
+    def _continue(
+        self,
+        node: Node,
+        kind: Branching,
+        kept: tuple[TokenRecord, ...],
+        sampling: Sampling,
+        *,
+        given: Sequence[int] = (),
+        refused: frozenset[int] = frozenset(),
+    ) -> Plan:
+        """A sibling of a reply that begins with `kept` and then `given`."""
+        source, asked = _turn(node), _asked(node)
+        ids, context, moved = self._room(node, len(kept) + len(given), sampling)
+        before = [*ids, *(record.token_id for record in kept)]
+        if moved:
+            # Seen in another context than before: what holds there is computed anew.
+            kept = self.scored(before, 0, len(ids), sampling)
+        first = len(kept)
+        known = None
+        if len(given) == 1 and not moved and first < len(source.tokens):
+            known = self._alternative(source.tokens[first], given[0])
+        if known is not None:
+            put: tuple[TokenRecord, ...] = (known,)
+        else:
+            put = self.scored([*before, *given], first, len(ids), sampling)
+        # A token drawn under a condition of its own counts as given.
+        count = len(put) + bool(refused)
+        origin = Origin(kind, source.id, first, count)
+        return Plan(asked, ids, context, sampling, kept, put, refused, origin)
+
+    def _go_on(self, node: Node, kind: Branching, sampling: Sampling) -> Plan:
+        """A sibling of a reply that came to its end, in which that end is refused."""
+        source = _turn(node)
+        kept = self.records(node, sampling)
+        following = {record.token_id for record in source.tokens[len(kept) : len(kept) + 1]}
+        refused = self._template.stop_ids(self._tokenizer) | following
+        return self._continue(node, kind, kept, sampling, refused=refused)
+
+    def _room(self, node: Node, length: int, sampling: Sampling) -> tuple[list[int], Context, bool]:
+        """The context of a reply that begins with `length` tokens, and whether it is a new one.
+
+        Raises:
+          ContextFullError: there is no room for one token more.
+        """
+        source, turns = _turn(node), _turns(_asked(node))
+        limit = self.contexts.limit
+        context = source.context or self.fit(turns)[1]
+        context = dataclasses.replace(context, used=0, length=limit)
+        ids = self.contexts.before(turns, context)
+        wanted = min(sampling.max_new_tokens, limit // 16)
+        moved = False
+        if self.when_full == "drop_oldest" and len(ids) + length + wanted > limit:
+            before = context.dropped
+            ids, context = self.contexts.fit(
+                *(turns, context.system, self.when_full, sampling.max_new_tokens),
+                kept=length,
+                dropped=before,
+            )
+            moved = context.dropped != before
+        if len(ids) + length > limit:
+            raise ContextFullError(too_long(len(ids) + length + 1, limit))
+        return ids, context, moved
+
+    def _own_ids(self, turn: Turn) -> Sequence[int]:
+        """A reply as it stays in the context."""
+        if turn.ids is not None:
+            return turn.ids
+        return self._template.reply_ids(self._tokenizer, turn.text)
+
+    def _alternative(self, record: TokenRecord, token: int) -> TokenRecord | None:
+        """`token` in the place of `record`, from its own evidence; None where that lacks it."""
+        known = next((a for a in record.alternatives if a.token_id == token), None)
+        if known is None:
+            return None
+        return dataclasses.replace(
+            record,
+            token_id=token,
+            text="",
+            piece=self.label(token),
+            logprob=known.logprob,
+            probability=known.probability,
+            rank=sum(a.logprob > known.logprob for a in record.alternatives),
+            key=None,
+        )
+
+    def _with_seed_of(self, source: Turn, sampling: Sampling | None) -> Sampling:
+        """The settings with the seed of `source`: each place draws with the key it had."""
+        settings = sampling or self.sampling
+        if sampling is not None and sampling.seed is not None:
+            return settings
+        seed = source.sampling.seed if source.sampling else self.sampling.seed
+        return dataclasses.replace(settings, seed=secrets.randbits(31) if seed is None else seed)
+
+    def _with_own_seed(self, node: Node, sampling: Sampling | None) -> Sampling:
+        if sampling is None:
+            return self.seeded(_asked(node))
+        seed = secrets.randbits(31) if sampling.seed is None else sampling.seed
+        return dataclasses.replace(sampling, seed=seed)
+
+
+def locate(tree: ConversationTree, at: TokenRecord, turn: Turn | int | None) -> tuple[Node, int]:
+    """Where a token is: the reply's node and the token's index.
+
+    Siblings share tokens; then it is the one that is shown, or else the newest.
+
+    Raises:
+      ValueError: no reply of the tree, or of `turn`, holds the token.
+    """
+    if turn is not None:
+        nodes = [tree.find(turn)]
+    else:
+        shown = tree.path()[::-1]
+        nodes = [*shown, *sorted(tree.nodes(), key=lambda node: -node.id)]
+    for same in (_is, _equals):
+        for node in nodes:
+            tokens = node.turn.tokens if node.turn is not None else ()
+            if at.index < len(tokens) and same(tokens[at.index], at):
+                return node, at.index
+    raise ValueError(f"no reply of this conversation holds the token {at.piece!r} ({at.index})")
+
+
+def _is(a: TokenRecord, b: TokenRecord) -> bool:
+    return a is b
+
+
+def _equals(a: TokenRecord, b: TokenRecord) -> bool:
+    """Whether they are the same choice; one may be the event that told of it."""
+    fields = ("token_id", "position", "logprob", "entropy", "key")
+    return all(getattr(a, name) == getattr(b, name) for name in fields)
+
+
+def _shared(records: Sequence[TokenRecord], ids: Sequence[int]) -> tuple[TokenRecord, ...]:
+    """The leading records that spell the beginning of `ids`."""
+    count = 0
+    for record, token in zip(records, ids, strict=False):
+        if record.token_id != token:
+            break
+        count += 1
+    return tuple(records[:count])
+
+
+def _turn(node: Node) -> Turn:
+    assert node.turn is not None
+    return node.turn
+
+
+def _asked(node: Node) -> Node:
+    assert node.parent is not None
+    return node.parent
+
+
+def _turns(node: Node) -> list[Turn]:
+    return [_turn(n) for n in node.path()]

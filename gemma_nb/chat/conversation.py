@@ -1,0 +1,316 @@
+"""The state of a conversation, and the one place where a reply is made and put into the tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from gemma_nb.chat.branches import Plan, Planner
+from gemma_nb.chat.context import WhenFull, check_policy, shared_prefix
+from gemma_nb.chat.events import Context, TokenEvent, TokenRecord, Turn
+from gemma_nb.chat.generation import STOPPED, Generation
+from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.chat.reply import Reply
+from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.errors import BusyError, ContextFullError
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.evidence import Capture
+from gemma_nb.sampling.methods import Sampling
+from gemma_nb.text.template import Template, resolve_template
+from gemma_nb.text.tokenizer import Tokenizer
+
+_DROPPED = "Nobody waited for the rest of the reply."
+
+
+class Conversation:
+    """What `ChatSession` operates on; see there.
+
+    Attributes:
+      model: what computes.
+      tokenizer: what reads and writes text.
+      template: how turns become tokens.
+      capture: what evidence each token keeps.
+      tree: all branches of the conversation.
+    """
+
+    def __init__(
+        self,
+        model: GemmaTransformer,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        cache_length: int = 4096,
+        capture: Capture | None = None,
+        template: str | Template = "auto",
+        when_full: WhenFull = "stop",
+    ) -> None:
+        """Starts an empty conversation.
+
+        Args:
+          model: from `gnb.load`.
+          tokenizer: from `gnb.load`.
+          system: what the model is told before the conversation; None takes the template's own.
+          sampling: None takes what is recommended for the model.
+          cache_length: most positions (tokens) of context.
+          capture: evidence to keep; by default ten alternatives per token.
+          template: "gemma" for instruction-tuned models, "transcript" for base models, "none" for
+            raw text, "auto" to choose by the model, or your own `Template`.
+          when_full: what happens when the context is full.  "stop": the reply ends there.
+            "drop_oldest": the oldest exchanges are left out of the context, never of the tree; the
+            system text stays.  "error": ContextFullError.  The conversation goes on after each.
+
+        Raises:
+          ValueError: a cache longer than the model's context, an unknown template or policy.
+        """
+        longest = model.config.max_context
+        if not 2 <= cache_length <= longest:
+            raise ValueError(
+                f"cache_length must lie in 2 to {longest} (the model's context), got {cache_length}"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = resolve_template(template, model.info.tuning if model.info else "base")
+        self.capture = capture or Capture()
+        self.tree = ConversationTree()
+        system = self.template.default_system if system is None else system
+        self.tokenizer.encode(system or "")  # refuses what cannot be tokenized, now
+        self._planner = Planner(
+            *(model, tokenizer, self.template),
+            limit=cache_length,
+            top_k=self.capture.top_k,
+            sampling=sampling or Sampling.recommended(model),
+            system=system,
+            when_full=check_policy(when_full),
+        )
+        self._decoder = Decoder(model, limit=cache_length, top_k=self.capture.top_k)
+        self._generation = Generation(self._decoder, self._planner)
+        self._lock = threading.Lock()
+        self._making: tuple[int, Reply] | None = None  # the message's id, and the reply to it
+        self._stream: weakref.ref[Generator[TokenEvent, None, None]] | None = None
+        self._reader: int | None = None  # the thread that read the last token
+        self._ids_given = 0
+
+    # --- state ----------------------------------------------------------------------------------
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation so far, on the active branch."""
+        return self.tree.turns
+
+    @property
+    def partial(self) -> Turn | None:
+        """The reply being made right now, as far as it has come; it follows `turns`."""
+        making = self.making
+        return None if making is None else making[1]
+
+    @property
+    def making(self) -> tuple[int, Turn] | None:
+        """The id of the message that is being replied to, and the reply as far as it has come."""
+        making = self._making
+        return None if making is None else (making[0], making[1].turn())
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reply is being made."""
+        return self._lock.locked()
+
+    @property
+    def cache_length(self) -> int:
+        """Most positions of context."""
+        return self._decoder.limit
+
+    @property
+    def cache_used(self) -> int:
+        """Positions of context in use, on the active branch."""
+        if self._making is not None:
+            return len(self._decoder.ids)
+        last = next((turn for turn in reversed(self.turns) if turn.context), None)
+        if last is not None and last.context is not None:
+            return last.context.used
+        return shared_prefix(self._decoder.ids, self._planner.contexts.opening(self.system))
+
+    @property
+    def context(self) -> Context:
+        """How full the context is: `fraction`, `nearly_full`, and a `warning` to show."""
+        last = next((turn.context for turn in reversed(self.turns) if turn.context), None)
+        making = self._making
+        last = making[1].context if making is not None else last
+        dropped = last.dropped if last is not None else 0
+        return Context(self.system, dropped, self.cache_used, self.cache_length)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the next reply is sampled."""
+        return self._planner.sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a gnb.Sampling, got {type(sampling).__name__}")
+        self._planner.sampling = sampling
+
+    @property
+    def system(self) -> str | None:
+        """What the model is told before the conversation; a change holds from the next reply on."""
+        return self._planner.system
+
+    @system.setter
+    def system(self, system: str | None) -> None:
+        self.tokenizer.encode(system or "")
+        with self._alone():
+            self._planner.system = system
+
+    @property
+    def when_full(self) -> WhenFull:
+        """What happens when the context is full; a change holds from the next reply on."""
+        return self._planner.when_full
+
+    @when_full.setter
+    def when_full(self, when_full: WhenFull) -> None:
+        policy = check_policy(when_full)
+        with self._alone():
+            self._planner.when_full = policy
+
+    def __repr__(self) -> str:
+        title = self.model.info.title if self.model.info else "Gemma"
+        return (
+            f"<ChatSession {title}, {self.template.name}: {len(self.turns)} turns, "
+            f"{self.cache_used} of {self.cache_length} positions>"
+        )
+
+    def adopt(self, tree: ConversationTree) -> None:
+        """Goes on with another conversation's tree in place of this one's.
+
+        Raises:
+          BusyError: a reply is being made.
+        """
+        with self._alone():
+            self.tree = tree
+            self._ids_given = tree.last_id
+
+    def stop(self) -> None:
+        """Ends the reply being made after the current token.  Callable from any thread.
+
+        Called on the thread that was reading `stream`, it ends a reply that nobody reads on, too.
+        """
+        self._generation.stop.set()
+        stream = self._stream() if self._stream is not None else None
+        if stream is not None and self._reader == threading.get_ident():
+            # Closing fails while the generator runs; then it looks at the flag itself.
+            with suppress(ValueError):
+                stream.close()
+
+    def warmup(self, progress: Callable[[float, str], None] | None = None) -> None:
+        """Compiles what a conversation needs and computes the template's own beginning.
+
+        Args:
+          progress: called with a fraction and a sentence.
+
+        Raises:
+          BusyError: a reply is being made.
+        """
+
+        def report(fraction: float) -> None:
+            if progress is not None:
+                progress(fraction, "Compiling the model for this machine")
+
+        with self._alone(), between_steps():
+            report(0.0)
+            self._decoder.compile(report)
+            opening = self._planner.contexts.opening(self.system)
+            if 0 < len(opening) < self.cache_length:
+                rest = self._decoder.begin(opening, Sampling(seed=0))
+                self._decoder.prefill(rest)
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _start(self, make: Callable[[], Plan]) -> Generator[TokenEvent, None, None]:
+        """The stream of the reply that `make()` plans, once it is read."""
+        self._refuse_if_busy()
+        stream = self._generate(make)
+        # Weak, so that a stream that its reader drops is closed at once.
+        self._stream = weakref.ref(stream)
+        return stream
+
+    def _generate(self, make: Callable[[], Plan]) -> Generator[TokenEvent, None, None]:
+        generation = self._generation
+        with self._alone():
+            generation.stop.clear()
+            plan = make()
+            reply = self._new_reply(plan)
+            self.tree.select(plan.parent)
+            plan.parent.active = None  # until the reply is there
+            self._making = (plan.parent.id, reply)
+            try:
+                for records in generation.run(plan, reply):
+                    self._reader = threading.get_ident()
+                    yield from self._events(records, reply)
+            except GeneratorExit:
+                stopped = generation.stop.is_set()
+                reply.finish("cancelled", STOPPED if stopped else _DROPPED)
+                raise
+            except KeyboardInterrupt:
+                reply.finish("interrupted", "The kernel was interrupted.")
+                raise
+            except BaseException as error:
+                reply.finish("error", f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                reply.flush()
+                self.tree.add(plan.parent, reply.turn())
+                self._making = None
+            if generation.out_of_room and self.when_full == "error":
+                raise ContextFullError(reply.finish_detail)
+
+    def _new_reply(self, plan: Plan, turn_id: int | None = None) -> Reply:
+        return Reply(
+            self._new_id() if turn_id is None else turn_id,
+            self.tokenizer,
+            self.template,
+            plan.sampling,
+            origin=plan.origin,
+            context=plan.context,
+        )
+
+    def _events(self, records: Sequence[TokenRecord], reply: Reply) -> Iterator[TokenEvent]:
+        for record in records:
+            reason = reply.finish_reason if record is records[-1] else None
+            fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+            used = Context(used=self.cache_used, length=self.cache_length)
+            yield TokenEvent(
+                **fields,
+                cache_used=used.used,
+                finish_reason=reason,
+                nearly_full=used.nearly_full,
+            )
+
+    def _new_id(self) -> int:
+        self._ids_given += 1
+        return self._ids_given
+
+    def _refuse_if_busy(self) -> None:
+        if self.busy:
+            raise BusyError(
+                "a reply is being made in this session: wait for its end, or call chat.stop()"
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Holds the session's lock; refuses rather than waits."""
+        if not self._lock.acquire(blocking=False):
+            self._refuse_if_busy()
+            raise BusyError("the session is in use by another thread: try again")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _exhaust(self, events: Iterator[TokenEvent]) -> Turn:
+        for _ in events:
+            pass
+        return self.turns[-1]

@@ -1,0 +1,115 @@
+"""How a reply is made: the decoder driven by a plan, stoppable between any two tokens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+from gemma_nb.chat.branches import Plan, Planner
+from gemma_nb.chat.context import ran_full, too_long
+from gemma_nb.chat.events import TokenRecord
+from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.chat.reply import Reply
+from gemma_nb.errors import NonFiniteLogitsError
+from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.evidence import Evidence
+from gemma_nb.sampling.methods import Sampling
+
+STOPPED = "The reply was stopped."
+
+
+class Generation:
+    """Makes replies, one at a time.
+
+    Attributes:
+      stop: when set, the reply being made ends after the current token.
+      out_of_room: whether the last reply ended because the context was full.
+    """
+
+    def __init__(self, decoder: Decoder, planner: Planner) -> None:
+        self.stop = threading.Event()
+        self.out_of_room = False
+        self._decoder = decoder
+        self._planner = planner
+
+    def run(self, plan: Plan, reply: Reply) -> Iterator[list[TokenRecord]]:
+        """Makes the reply; yields the records that became certain, after each token."""
+        self.out_of_room = False
+        reply.used = len(plan.ids)
+        reply.keep(plan.kept)
+        for record in plan.given:
+            if reply.finish_reason is None:
+                yield reply.give(record)
+        if reply.finish_reason is not None:
+            return
+        for evidence, position in self._choices(plan, reply):
+            # The key that `draw` uses: that of the position whose logits it was drawn from.
+            seed = plan.sampling.seed
+            assert seed is not None
+            records = reply.add(evidence, position, (seed, position - 1))
+            self._end_from_outside(reply)
+            if reply.finish_reason is not None:
+                records += reply.flush()
+            yield records
+
+    def _choices(self, plan: Plan, reply: Reply) -> Iterator[tuple[Evidence, int]]:
+        """Each choice with the position of the chosen token, until the reply is finished."""
+        ids, limit = plan.all_ids, self._decoder.limit
+        if len(ids) > limit:
+            self.out_of_room = True
+            reply.finish("length", too_long(len(ids), limit))
+            return
+        try:
+            yield from self._drawn(ids, plan, reply)
+        finally:
+            reply.used = len(self._decoder.ids)
+
+    def _drawn(self, ids: list[int], plan: Plan, reply: Reply) -> Iterator[tuple[Evidence, int]]:
+        if plan.refused:
+            strict = self._planner.barred(plan.sampling, also=plan.refused)
+            evidence = self._prefill(ids, strict, reply)
+            if evidence is None:
+                return
+            yield self._checked(evidence)
+            ids.append(int(evidence.token))
+            self._end_from_outside(reply)
+            if reply.finish_reason is not None:
+                return
+        evidence = self._prefill(ids, self._planner.barred(plan.sampling), reply)
+        while evidence is not None:
+            yield self._checked(evidence)
+            self._end_from_outside(reply)
+            if reply.finish_reason is not None:
+                return
+            with between_steps():
+                evidence = self._decoder.step()
+
+    def _prefill(self, ids: Sequence[int], sampling: Sampling, reply: Reply) -> Evidence | None:
+        """The first choice after `ids`; None where the reply was stopped before."""
+        rest = self._decoder.begin(ids, sampling)
+        reply.prompt(len(rest))
+        with between_steps():
+            evidence = self._decoder.prefill(rest, lambda fed: not self.stop.is_set())
+        self._end_from_outside(reply)
+        return evidence
+
+    def _checked(self, evidence: Evidence) -> tuple[Evidence, int]:
+        position = len(self._decoder.ids)
+        if not evidence.finite:
+            self._decoder.reset()
+            raise NonFiniteLogitsError(
+                f"the logits at position {position - 1} are not finite: the weights hold NaN "
+                "or infinity, or the activations overflowed.  Reload the model, or load it "
+                'with dtype="float32".'
+            )
+        return evidence, position
+
+    def _end_from_outside(self, reply: Reply) -> None:
+        """Finishes a reply that was stopped, or for which there is no more room."""
+        if reply.finish_reason is not None:
+            return
+        if self.stop.is_set():
+            reply.finish("cancelled", STOPPED)
+        elif self._decoder.full:
+            self.out_of_room = True
+            reply.finish("length", ran_full(len(self._decoder.ids), self._decoder.limit))

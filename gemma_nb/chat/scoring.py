@@ -1,0 +1,128 @@
+"""Evidence of tokens that were given, not drawn: one pass over the text (teacher forcing)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.nn import Transformer
+from gemma_nb.sampling.evidence import Evidence, observe
+from gemma_nb.sampling.methods import Controls, Sampling, distribution
+from gemma_nb.typing import EMPTY, KVCache, Params
+
+# Tokens fed at once.  The logits of so many are materialised, 130 MB for Gemma 3's vocabulary.
+_CHUNK = 128
+_SMALLEST_CACHE = 512
+
+
+def score(
+    model: GemmaTransformer,
+    ids: Sequence[int],
+    start: int,
+    sampling: Sampling,
+    top_k: int,
+) -> list[Evidence]:
+    """The evidence of `ids[start:]`, each chosen after all that stand before it.
+
+    Computed by the plain module from the model's own parameters, whatever the decoder stores.
+
+    Args:
+      model: what computes.
+      ids: token ids of the whole context.
+      start: index of the first token to score, at least 1.
+      sampling: what the probabilities after the sampler are computed for; its seed is not used.
+      top_k: number of alternatives.
+
+    Returns:
+      Evidence on the host, one for each token of `ids[start:]`.
+
+    Raises:
+      ValueError: `start` is 0: nothing stands before the first token.
+    """
+    if start < 1:
+        raise ValueError("the first token of a context follows nothing: start must be at least 1")
+    if start >= len(ids):
+        return []
+    config = model.config
+    controls = Controls.of(_with_seed(sampling), config.num_embed)
+    size = _SMALLEST_CACHE
+    while size < len(ids):
+        size *= 2
+    cache = model.transformer.init_cache(batch_size=1, dtype=jnp.float32, cache_length=size)
+    seen = np.zeros(config.num_embed, bool)
+    found: list[Evidence] = []
+    # The last token is scored, not fed.
+    for begin in range(0, len(ids) - 1, _CHUNK):
+        fed = np.asarray(ids[begin : min(begin + _CHUNK, len(ids) - 1)], np.int32)
+        given = np.asarray(ids[begin + 1 : begin + 1 + len(fed)], np.int32)
+        tokens, following = (np.pad(x, (0, _CHUNK - len(fed))) for x in (fed, given))
+        positions = np.full(_CHUNK, EMPTY, np.int32)
+        positions[: len(fed)] = begin + np.arange(len(fed))
+        cache, hidden = _feed(model.transformer, model.params, cache, tokens, positions)
+        first = max(start - 1 - begin, 0)
+        if first < len(fed):
+            rows = jax.device_get(
+                _observe(
+                    *(model.transformer, model.params, hidden, tokens, following, seen, controls),
+                    top_k=top_k,
+                )
+            )
+            found += [jax.tree.map(lambda x, t=t: x[t], rows) for t in range(first, len(fed))]
+        seen[fed] = True
+    return found
+
+
+def _with_seed(sampling: Sampling) -> Sampling:
+    return sampling if sampling.seed is not None else dataclasses.replace(sampling, seed=0)
+
+
+# Static: the module.  The number of tokens is fixed, so a compilation is made per cache size.
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _feed(
+    transformer: Transformer,
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    positions: jax.Array,
+) -> tuple[KVCache, jax.Array]:
+    """Feeds tokens (T,); returns the cache and the states (T, D) behind their logits."""
+    output: Any = transformer.apply(
+        {"params": params},
+        tokens[None],
+        cache=cache,
+        positions=positions[None],
+        return_hidden_states=True,
+    )
+    return output.cache, output.hidden_states[0]
+
+
+# Static: the module and the number of alternatives.
+@partial(jax.jit, static_argnums=0, static_argnames="top_k")
+def _observe(
+    transformer: Transformer,
+    params: Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    following: jax.Array,
+    seen: jax.Array,
+    controls: Controls,
+    *,
+    top_k: int,
+) -> Evidence:
+    """Evidence of the tokens `following` (T,) those that were fed, with a leading T axis."""
+    logits: Any = transformer.apply({"params": params}, hidden, method="unembed")
+
+    def row(seen: jax.Array, at: Any) -> tuple[jax.Array, Evidence]:
+        logits, token, given = at
+        seen = seen.at[token].set(True)
+        return seen, observe(logits, distribution(logits, controls, seen), given, top_k)
+
+    # Row by row: the repetition penalty depends on what was seen so far.
+    return jax.lax.scan(row, seen, (logits, tokens, following))[1]
