@@ -21,5 +21,21 @@ class BusyError(GemmaNbError, RuntimeError):
     """The session is already generating; it takes one message at a time."""
 
 
+class ContextFullError(GemmaNbError, RuntimeError):
+    """There is no room in the context for what was asked; the message says how much is needed."""
+
+
 class NonFiniteLogitsError(GemmaNbError, FloatingPointError):
     """The model computed NaN or infinite logits; the message names the position."""
+
+
+class ConversationError(GemmaNbError):
+    """A saved conversation cannot be found, read, trusted or written."""
+
+
+class ModelMismatchError(ConversationError):
+    """A saved conversation was held with another model, or with another tokenizer."""
+
+
+class ConversationWarning(UserWarning):
+    """Something about a saved conversation that its owner should know; nothing was lost by it."""

@@ -1,0 +1,123 @@
+"""The evidence of a conversation under a model that did not hold it: teacher forcing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from gemma_nb.chat.context import Contexts
+from gemma_nb.chat.events import TokenRecord, Turn
+from gemma_nb.chat.reply import token_record
+from gemma_nb.chat.scoring import score
+from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.sampling.methods import Sampling
+from gemma_nb.text.detokenizer import StreamingDetokenizer
+from gemma_nb.text.template import Template
+from gemma_nb.text.tokenizer import Tokenizer
+
+
+class Recomputation:
+    """Computes the evidence of replies that stand already.
+
+    Nothing is drawn: each token of a reply gets the evidence that the model gives it after all
+    that stands before it.  Texts, branches and settings stay as they are.
+    """
+
+    def __init__(
+        self, model: GemmaTransformer, tokenizer: Tokenizer, template: Template, top_k: int
+    ) -> None:
+        """Readies it.
+
+        Args:
+          model: what computes.
+          tokenizer: the model's.
+          template: how turns become tokens.
+          top_k: number of alternatives.
+        """
+        self._model = model
+        self._tokenizer = tokenizer
+        self._stop_ids = template.stop_ids(tokenizer)
+        self._contexts = Contexts(tokenizer, template, model.config.max_context)
+        self._top_k = top_k
+
+    def tree(
+        self,
+        tree: ConversationTree,
+        *,
+        respell: bool = False,
+        progress: Callable[[float, str], None] | None = None,
+    ) -> None:
+        """Computes all replies of a tree, in place.
+
+        Args:
+          tree: no session's yet.
+          respell: tokenize the texts, since the ids are another tokenizer's.
+          progress: called with a fraction and a sentence.
+        """
+        before: dict[int, tuple[TokenRecord, ...]] = {}
+        for done, node in enumerate(tree.nodes()):
+            if progress is not None:
+                progress(done / (len(tree) + 1), "Computing the evidence of the replies")
+            if node.turn is None or node.turn.role != "model":
+                continue
+            turn = self.turn([n.turn for n in node.path()[:-1] if n.turn], node.turn, respell)
+            if respell and turn.origin is not None:
+                shared = _common_prefix(before.get(turn.origin.turn, ()), turn.tokens)
+                origin = dataclasses.replace(turn.origin, index=shared, given=0)
+                turn = dataclasses.replace(turn, origin=origin)
+            node.turn = turn
+            before[turn.id] = turn.tokens
+
+    def turn(self, before: Sequence[Turn], turn: Turn, respell: bool = False) -> Turn:
+        """A reply with evidence computed now.
+
+        Args:
+          before: the turns of its path before it.
+          turn: the reply.
+          respell: tokenize its text; a reply without tokens always is.
+        """
+        context = self._contexts.before(before, turn.context)
+        sampling = turn.sampling or Sampling()
+        ids = turn.ids
+        if respell or not turn.tokens:
+            ids, given = self._spell(before, turn, len(context))
+            texts = self._texts(given)
+            sampling = dataclasses.replace(sampling, forbidden=())  # another vocabulary's
+        else:
+            given = [record.token_id for record in turn.tokens]
+            texts = [record.text for record in turn.tokens]
+        evidence = score(self._model, [*context, *given], len(context), sampling, self._top_k)
+        records = (
+            token_record(self._tokenizer, choice, index=index, position=len(context) + index)
+            for index, choice in enumerate(evidence)
+        )
+        pairs = zip(records, texts, strict=True)
+        tokens = tuple(dataclasses.replace(record, text=text) for record, text in pairs)
+        return dataclasses.replace(turn, tokens=tokens, ids=ids)
+
+    def _spell(
+        self, before: Sequence[Turn], turn: Turn, start: int
+    ) -> tuple[tuple[int, ...], list[int]]:
+        """A reply's text as tokens: what stays in the context, and the same with what ends it."""
+        alone = dataclasses.replace(turn, ids=None)
+        spelled = self._contexts.before([*before, alone], turn.context)[start:]
+        ends = (i for i, id_ in enumerate(spelled) if id_ in self._stop_ids)
+        end = next(ends, len(spelled))
+        return tuple(spelled[:end]), spelled[: end + 1]
+
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text."""
+        stream = StreamingDetokenizer(self._tokenizer)
+        texts = ["" if id_ in self._stop_ids else stream.feed(id_) for id_ in ids]
+        rest = stream.finish()
+        if rest and texts:
+            texts[-1] += rest
+        return texts
+
+
+def _common_prefix(a: Sequence[TokenRecord], b: Sequence[TokenRecord]) -> int:
+    """How many leading tokens a and b share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    differing = (i for i, (x, y) in pairs if x.token_id != y.token_id)
+    return next(differing, min(len(a), len(b)))

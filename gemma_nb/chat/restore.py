@@ -1,0 +1,243 @@
+"""Reading a saved conversation back; the format is described in `gemma_nb.chat.store`."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any, get_args
+
+import safetensors
+import safetensors.numpy
+
+from gemma_nb.chat import archive, codec, journal
+from gemma_nb.chat.codec import Tables
+from gemma_nb.chat.events import TokenRecord, Turn
+from gemma_nb.chat.identity import Identity
+from gemma_nb.chat.store import FORMAT, LINKS, VERSION, Settings, is_evidence, own_class
+from gemma_nb.chat.tree import ConversationTree, Node
+from gemma_nb.errors import ConversationError, ConversationWarning
+from gemma_nb.text.template import Template
+
+_DAMAGE = (*archive.DAMAGE, safetensors.SafetensorError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a file holds.
+
+    Attributes:
+      path: where it is.
+      conversation, generation: see the format.
+      identity: model and tokenizer of its evidence.
+      settings: of its session.
+      template: its template; a string names a class that is not this package's.
+      tree: all branches.
+      recovered: whether the end of the last reply is missing, since its kernel ended.
+      left_out: whether something in its journal was left out.
+    """
+
+    path: Path
+    conversation: str
+    generation: str
+    identity: Identity
+    settings: Settings
+    template: Template | str
+    tree: ConversationTree
+    recovered: bool = False
+    left_out: bool = False
+
+
+def read(path: Path) -> Saved:
+    """The conversation at `path`, with what its journal has more.
+
+    Raises:
+      ConversationError: there is none, it is damaged, or of a later version.
+    """
+    structure, evidence = archive.read(path)
+    _check_version(path, structure)
+    try:
+        partial, left_out = _continue(path, structure, evidence)
+        return _decode(path, structure, evidence, partial, left_out)
+    except _DAMAGE as error:
+        raise archive.damaged(path, error) from error
+
+
+def _check_version(path: Path, structure: dict[str, Any]) -> None:
+    form, version = structure.get("format"), structure.get("version")
+    if form != FORMAT or type(version) is not int or version < 1:
+        raise archive.damaged(
+            path, f"expected format {FORMAT!r} with a version, got {form!r} and {version!r}"
+        )
+    if version > VERSION:
+        raise ConversationError(
+            f"{path} has version {version} of the format, written by "
+            f"{structure.get('written_by')}; this gemma_nb reads versions up to {VERSION}.  Update "
+            "gemma_nb to load it"
+        )
+
+
+def _continue(path: Path, structure: dict[str, Any], blobs: dict[int, bytes]) -> tuple[Any, bool]:
+    """Adds to `structure` and `blobs` what the journal has.
+
+    Returns:
+      The reply that it breaks off in, and whether anything was left out.
+    """
+    beside = journal.path_of(path)
+    more = journal.read(beside)
+    if more is None or more.generation == structure.get("previous"):
+        return None, False  # the latter is contained: the process ended between two steps
+    if more.generation != structure["generation"]:
+        warnings.warn(
+            f"{beside} continues another version of {path.name} and was left out",
+            ConversationWarning,
+            stacklevel=4,
+        )
+        return None, True
+    if more.damaged:
+        warnings.warn(
+            f"{beside} is damaged: {more.damaged:,} bytes at its end were left out, and with them "
+            "what was said last",
+            ConversationWarning,
+            stacklevel=4,
+        )
+    partial: Any = None
+    for changes, new in more.records:
+        for name in ("nodes", "turns"):
+            structure[name].update(changes.get(name, {}))
+        for name in ("strings", "lists"):
+            structure[name].extend(changes.get(name, ()))
+        structure["settings"] = changes.get("settings", structure["settings"])
+        for name, blob in new.items():
+            if name != "partial":
+                blobs[int(name)] = blob
+        if "partial" in changes:
+            start = changes["partial"]["start"]
+            parts = [] if start == 0 or partial is None else partial[1]
+            partial = (changes["partial"], [*parts, (start, new["partial"])])
+    return partial, more.damaged > 0
+
+
+def _decode(
+    path: Path, structure: Any, blobs: dict[int, bytes], partial: Any, left_out: bool
+) -> Saved:
+    lists = [tuple(_integers(items)) for items in structure["lists"]]
+    tables = Tables(codec.from_json(list[str], structure["strings"], Tables(), "strings"), lists)
+    identity = codec.from_json(Identity, structure["identity"], tables, "identity")
+    settings = dict(structure["settings"])
+    template = _template(settings.pop("template"), tables)
+    turns = {}
+    for key, data in structure["turns"].items():
+        columns = _columns(blobs.get(int(key), b""))
+        turns[int(key)] = decode_turn(data, columns, tables, f"turns.{key}")
+    tree = _tree(structure["nodes"], turns, tables)
+    recovered = partial is not None and _recover(tree, partial[0], partial[1], tables)
+    return Saved(
+        path=path,
+        conversation=_hexadecimal(structure["conversation"]),
+        generation=_hexadecimal(structure["generation"]),
+        identity=identity,
+        settings=codec.from_json(Settings, settings, tables, "settings"),
+        template=template,
+        tree=tree,
+        recovered=recovered,
+        left_out=left_out,
+    )
+
+
+def _tree(nodes: dict[str, Any], turns: dict[int, Turn], tables: Tables) -> ConversationTree:
+    hints = {name: hint for name, hint in codec.hints(Node).items() if name not in LINKS}
+    tree = ConversationTree()
+    fields: list[tuple[Node, dict[str, Any]]] = []
+    stack: list[tuple[Node | None, int]] = [(None, 0)]
+    while stack:
+        parent, id_ = stack.pop()
+        if parent is not None and turns[id_].id != id_:
+            raise ValueError(f"turns.{id_}: its id is {turns[id_].id}")
+        node = tree.root if parent is None else tree.attach(parent, turns[id_])
+        data = dict(nodes[str(id_)])
+        children = _integers(data.pop("children"))
+        stack.extend((node, child) for child in reversed(children))
+        where = f"nodes.{id_}"
+        fields.append(
+            (node, {k: codec.from_json(hints[k], v, tables, where) for k, v in data.items()})
+        )
+    if len(fields) != len(turns) + 1:
+        raise ValueError(f"expected {len(turns)} turns in the tree, got {len(fields) - 1}")
+    for node, values in fields:
+        for name, value in values.items():
+            setattr(node, name, value)
+        _check_indices(node)
+    return tree
+
+
+def _check_indices(node: Node) -> None:
+    for name in ("active", "undone"):
+        index = getattr(node, name)
+        if index is not None and not 0 <= index < len(node.children):
+            count = len(node.children)
+            raise ValueError(f"nodes.{node.id}.{name}: expected one of {count}, got {index}")
+
+
+def _recover(tree: ConversationTree, data: Any, parts: list[Any], tables: Tables) -> bool:
+    """Adds the reply that was being made when the process ended, as far as it was written."""
+    if any(turn.id == data["turn"].get("id") for turn in tree):
+        return False  # it came to its end
+    parent = tree.root if data["parent"] == 0 else tree.find(data["parent"])
+    tokens: list[TokenRecord] = []
+    for start, blob in parts:
+        columns = _columns(blob)
+        rows = len(columns["tokens.token_id"])
+        del tokens[start:]
+        tokens += codec.from_columns(TokenRecord, rows, columns, tables, "tokens")
+    turn = decode_turn({**data["turn"], "tokens": {"rows": 0}}, {}, tables, "partial")
+    ended = dataclasses.replace(
+        turn,
+        tokens=tuple(tokens),
+        ids=tuple(record.token_id for record in tokens),
+        finish_reason="interrupted",
+        finish_detail="The kernel ended while this reply was being made.",
+    )
+    tree.add(parent, ended)
+    return True
+
+
+def _columns(blob: bytes) -> codec.Columns:
+    return safetensors.numpy.load(blob) if blob else {}
+
+
+def _template(data: Any, tables: Tables) -> Template | str:
+    if "own" in data:
+        return str(data["own"])
+    return codec.from_json(own_class(data["name"]), data["fields"], tables, "settings.template")
+
+
+def _integers(items: Any) -> list[int]:
+    return codec.from_json(list[int], items, Tables(), "a list of integers")
+
+
+def _hexadecimal(value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 32 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError(f"expected 32 hexadecimal digits, got {value!r}")
+    return value
+
+
+def decode_turn(data: Any, columns: codec.Columns, tables: Tables, where: str) -> Turn:
+    """What `encode_turn` was given.
+
+    Raises:
+      ValueError: `data` or `columns` are not of a turn.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected an object, got {data!r}")
+    fields = codec.hints(Turn)
+    plain = {name: value for name, value in data.items() if not is_evidence(fields.get(name))}
+    turn: Turn = codec.from_json(Turn, plain, tables, where)
+    rows: dict[str, Any] = {}
+    for name in data.keys() - plain.keys():
+        count = data[name].get("rows") if isinstance(data[name], dict) else None
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{where}.{name}: expected a number of rows, got {data[name]!r}")
+        hint = get_args(fields[name])[0]
+        rows[name] = tuple(codec.from_columns(hint, count, columns, tables, name))
+    return dataclasses.replace(turn, **rows)
