@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,6 +14,7 @@ from gemma_nb.chat.context import WhenFull, check_policy, shared_prefix
 from gemma_nb.chat.events import Context, TokenEvent, TokenRecord, Turn
 from gemma_nb.chat.generation import STOPPED, Generation
 from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.chat.keeping import Keeper
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.errors import BusyError, ContextFullError
@@ -35,6 +37,7 @@ class Conversation:
       template: how turns become tokens.
       capture: what evidence each token keeps.
       tree: all branches of the conversation.
+      keeper: where it is saved.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Conversation:
         capture: Capture | None = None,
         template: str | Template = "auto",
         when_full: WhenFull = "stop",
+        autosave: str | os.PathLike[str] | None = None,
     ) -> None:
         """Starts an empty conversation.
 
@@ -63,9 +67,11 @@ class Conversation:
           when_full: what happens when the context is full.  "stop": the reply ends there.
             "drop_oldest": the oldest exchanges are left out of the context, never of the tree; the
             system text stays.  "error": ContextFullError.  The conversation goes on after each.
+          autosave: a file to save to while the conversation goes on; see the property.
 
         Raises:
           ValueError: a cache longer than the model's context, an unknown template or policy.
+          ConversationError: the file to save to cannot be written, or exists already.
         """
         longest = model.config.max_context
         if not 2 <= cache_length <= longest:
@@ -94,6 +100,8 @@ class Conversation:
         self._stream: weakref.ref[Generator[TokenEvent, None, None]] | None = None
         self._reader: int | None = None  # the thread that read the last token
         self._ids_given = 0
+        self.keeper = Keeper()
+        self.keeper.autosave(self, autosave)
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -232,6 +240,7 @@ class Conversation:
     def _start(self, make: Callable[[], Plan]) -> Generator[TokenEvent, None, None]:
         """The stream of the reply that `make()` plans, once it is read."""
         self._refuse_if_busy()
+        self.keeper.warn()
         stream = self._generate(make)
         # Weak, so that a stream that its reader drops is closed at once.
         self._stream = weakref.ref(stream)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from gemma_nb.chat import diff as diffs
 from gemma_nb.chat.branches import Plan, locate
-from gemma_nb.chat.conversation import Conversation
 from gemma_nb.chat.events import Origin, TokenEvent, TokenRecord, Turn
+from gemma_nb.chat.kept import KeptConversation
 from gemma_nb.chat.tree import Node
 from gemma_nb.sampling.methods import Sampling
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gemma_nb.interp.trace import Trace
 
 
-class ChatSession(Conversation):
+class ChatSession(KeptConversation):
     """Chats with a model, and keeps the evidence of every token of its replies.
 
         chat = gnb.ChatSession(model, tokenizer)
