@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
 from gemma_nb.inputs import GemmaInputs
+from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
 from gemma_nb.structure import ArrayStructure, ParamTree, draw
@@ -37,12 +38,14 @@ class GemmaTransformer:
       transformer: what computes with `params`: our linen module, or another one behind its
         interface (see `wrap`).
       info: what is known about the checkpoint; None for a model made by hand.
+      interventions: what is changed in every computation, see `intervene`; None changes nothing.
     """
 
     params: Params
     config: TransformerConfig = flax.struct.field(pytree_node=False)
     transformer: Transformer | Wrapped = flax.struct.field(pytree_node=False)
     info: ModelInfo | None = flax.struct.field(pytree_node=False, default=None)
+    interventions: Interventions | None = None
 
     @classmethod
     def from_config(cls, config: TransformerConfig, *, key: Any = None) -> GemmaTransformer:
@@ -79,16 +82,19 @@ class GemmaTransformer:
           config: the model's numbers; None reads them from the names and shapes.
 
         Raises:
-          CheckpointError: a parameter is missing, unknown or of another shape, or the names and
-            shapes leave the configuration open; the message names the choices.
+          CheckpointError: a parameter is missing, unknown, of another shape, or holds NaN or
+            other things than floating-point numbers; or the names and shapes leave the
+            configuration open, and the message names the choices.
         """
-        from gemma_nb.checkpoints import infer, layout
+        from gemma_nb.checkpoints import arrays, infer, layout
 
         params = layout.nest(layout.official(ckpt_params))
         if config is None:
             config = infer.config_of(params)
         else:
             infer.check(infer.shapes_of(params), config)
+        for path, leaf in layout.flatten(params).items():
+            arrays.check_numbers(leaf, path, "the parameters")
         params = jax.tree.map(_as_jax, params)
         own = params["embedder"]["input_embedding"].dtype
         dtype = jnp.float32 if upcast_activations_to_float32 else own
@@ -157,6 +163,41 @@ class GemmaTransformer:
             flat[path] = new
         return self.replace(params=flax.traverse_util.unflatten_dict(flat))
 
+    def intervene(self, *interventions: Intervention, start: int = 0) -> GemmaTransformer:
+        """A copy that computes differently; the weights are shared, this model is untouched.
+
+            model.intervene(gnb.AblateHeads({5: [2]}), gnb.Steer(9, vector, scale=4.0))
+
+        The copy's interventions follow this model's own, in order, in every pass: scoring, traces,
+        prefill and cached decoding.
+
+        Args:
+          *interventions: see `gemma_nb.interventions`; none gives a copy without any.
+          start: the first absolute position at which they act.
+
+        Raises:
+          ValueError: a layer, head or neuron that the model does not have, a value of another
+            shape, another start than that of interventions there are, or a transformer of another
+            library.
+        """
+        if not interventions:
+            return self.replace(interventions=None)
+        if isinstance(self.transformer, Wrapped):
+            raise ValueError(
+                "a wrapped transformer takes no interventions: they happen inside our modules.  "
+                "Compute with gnb.nn.Transformer on the same parameters"
+            )
+        for each in interventions:
+            each.check(self.config)
+        before = self.interventions
+        if before is not None and int(before.start) != start:
+            raise ValueError(
+                f"the interventions of this model start at position {int(before.start)}: pass "
+                f"start={int(before.start)}, or call intervene() first, which takes them away"
+            )
+        items = (*(before.items if before is not None else ()), *interventions)
+        return self.replace(interventions=Interventions(items, jnp.int32(start)))
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes an Orbax checkpoint in the official layout, which `gnb.load(path)` reads back.
 
@@ -212,6 +253,7 @@ class GemmaTransformer:
             batched(tokens),
             batched(inputs.positions),
             batched(inputs.attention_mask),
+            self.interventions,
         )
         dims = ("batch", "seq", "vocabulary")
         array = xarray.DataArray(placement.fetch(logits), dims=dims, name="logits")
@@ -242,13 +284,14 @@ class GemmaTransformer:
         c = self.config
         dtypes = {str(x.dtype) for x in jax.tree.leaves(self.params)}
         return (
-            f"<GemmaTransformer {self._title}: {c.num_params():,} parameters, {c.num_layers} "
+            f"<GemmaTransformer {self.title}: {c.num_params():,} parameters, {c.num_layers} "
             f"layers, {c.num_heads} heads on {c.num_kv_heads} key-value heads, "
             f"{'/'.join(sorted(dtypes))}>"
         )
 
     @property
-    def _title(self) -> str:
+    def title(self) -> str:
+        """What the model is called: its released name, or "Gemma"."""
         return self.info.title if self.info else "Gemma"
 
     def __treescope_repr__(
@@ -300,8 +343,13 @@ def _score(
     tokens: jax.Array,
     positions: jax.Array | None,
     attention_mask: jax.Array | None,
+    interventions: Interventions | None,
 ) -> jax.Array:
     output = transformer.apply(
-        {"params": params}, tokens, positions=positions, attention_mask=attention_mask
+        {"params": params},
+        tokens,
+        positions=positions,
+        attention_mask=attention_mask,
+        interventions=interventions,
     )
     return cast(Output, output).logits.astype(jnp.float32)

@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gemma_nb"
 ROOMS = [
     *("errors", "typing", "sites", "config", "presets", "axes", "nn", "placement", "checkpoints"),
-    *("text", "structure", "inputs", "model"),
+    *("text", "structure", "inputs", "interventions", "model"),
     *("sampling", "chat", "interp", "plots", "widgets", "app", "cli", "__main__"),
 ]
 # Imports inside a function, from rooms further down: who may, and from where.

@@ -3,71 +3,199 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from functools import partial
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gemma_nb.config import TransformerConfig
+from gemma_nb.config import Sliding, TransformerConfig
+from gemma_nb.interp import store
+from gemma_nb.interp.labels import Labels, dims_of
+from gemma_nb.interp.passes import Pass, Selection
+from gemma_nb.interp.sizes import Chosen, Indices, refuse_too_large
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.nn import Transformer
-from gemma_nb.sites import SITES, Site, check_layers, site
+from gemma_nb.sites import SITES, Site, check_layers, site_of
 from gemma_nb.text.tokenizer import Tokenizer
-from gemma_nb.typing import EMPTY, Params
 
 if TYPE_CHECKING:
     import xarray
 
-# Texts are padded to one of these lengths, so that a growing conversation seldom recompiles.
-_LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768)
-# A request beyond this is refused before it is computed.
-_LIMIT_BYTES = 4 * 2**30
 
-# How an axis of a site is called in a labelled array.  A site that has both T and S is a map from
-# queries to keys; elsewhere T is simply the position.
-_AXIS_NAMES = {
-    "N": "head",
-    "K": "kv_head",
-    "H": "head_dim",
-    "D": "embedding",
-    "F": "feed_forward",
-    "S": "key",
-}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Trace:
-    """What one forward pass over a text computed.
+    """What a forward pass over a text computed.
+
+    `trace.attention`, `trace.residual`, ... is what was asked for at `gnb.trace`; a site that was
+    not is computed when it is looked at, from the residual stream that the trace keeps, and kept.
+    `get` computes a part without keeping it.
 
     Attributes:
-      tokens: (T,) int32 token ids.
-      labels: T strings, what each token stands for.
-      config: of the model.
-      data: site name -> labelled float32 array.
+      labels_of: tokens, turns, configuration and what arrays are labelled with.
+      data: site name -> labelled array, what is held.
+      source: recomputes what is not held; None in a trace that was loaded from a file.
     """
 
-    tokens: np.ndarray
-    labels: tuple[str, ...]
-    config: TransformerConfig
+    labels_of: Labels
     data: dict[str, xarray.DataArray]
+    source: Pass | None = None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(T,) int32 token ids."""
+        return self.labels_of.ids
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """T strings, what each token stands for."""
+        return self.labels_of.tokens
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Of the model."""
+        return self.labels_of.config
+
+    @property
+    def turns(self) -> np.ndarray | None:
+        """(T,) index of each token's turn, -1 for none; None outside of a conversation."""
+        return self.labels_of.turns
+
+    @property
+    def roles(self) -> tuple[str, ...] | None:
+        """T names: "system", "user", "model", "template"; None outside of a conversation."""
+        return self.labels_of.roles
+
+    @property
+    def interventions(self) -> tuple[str, ...]:
+        """What it was computed under, one line for each."""
+        return tuple(self.labels_of.attrs["interventions"])
+
+    @property
+    def model_title(self) -> str:
+        """Of which model."""
+        return str(self.labels_of.attrs["model"])
+
+    def window(self, layer: int) -> int | None:
+        """How many positions a query of this layer sees, itself included; None: all before it."""
+        kind = self.config.layers[check_layers(layer, self.config.num_layers)[0]].kind
+        return kind.window if isinstance(kind, Sliding) else None
+
+    def get(
+        self,
+        site: str,
+        layers: Indices = None,
+        positions: Indices = None,
+        heads: Indices = None,
+        *,
+        dtype: str = "float32",
+    ) -> xarray.DataArray:
+        """A part of a site, computed if it is not held; it keeps all its axes.
+
+            trace.get("attention", layers=5, heads=2)       # (1, 1, query, key)
+            trace.get("logits", positions=-1)               # (1, vocabulary)
+
+        Args:
+          site: see `gnb.list_sites`.
+          layers: which; None for all.
+          positions: which (queries, on a map); None for all.
+          heads: which query heads; None for all.
+          dtype: of the result; "float16" halves it.
+
+        Raises:
+          ValueError: an unknown site, layer, position or head; a request beyond the limit, with a
+            smaller one; a site that a loaded trace does not hold.
+        """
+        where = self.source.model if self.source is not None else self.config
+        found = site_of(where, site)
+        chosen = Chosen.of(self.config, len(self.tokens), layers, positions, heads)
+        held = self._held(found, chosen)
+        if held is not None:
+            return held.astype(dtype, copy=False)
+        if self.source is None:
+            raise ValueError(
+                f"this trace was loaded from a file and holds {', '.join(self.data) or 'nothing'} "
+                f"only: trace the text again to have {site}"
+            )
+        refuse_too_large([found], chosen, len(self.tokens), self.config, dtype)
+        select = Selection(chosen.positions, chosen.heads, dtype)
+        values = self.source.capture([found], chosen.layers, select)
+        return self._labelled(found, values[site], chosen)
+
+    def __getitem__(self, site: str) -> xarray.DataArray:
+        """All of a site, kept from now on; raises as `get` does."""
+        if site not in self.data:
+            self.data[site] = self.get(site)
+        return self.data[site]
 
     def __getattr__(self, name: str) -> xarray.DataArray:
         # Dunder look-ups (copy, pickle) come before `data` exists.
-        if name in SITES and "data" in self.__dict__:
-            if name in self.data:
-                return self.data[name]
-            have = ", ".join(self.data)
-            raise AttributeError(
-                f"this trace holds {have}; trace again with sites=(..., {name!r}) to have {name}"
-            )
-        raise AttributeError(f"Trace has no attribute {name!r}")
+        if name not in SITES or "data" not in self.__dict__:
+            raise AttributeError(f"Trace has no attribute {name!r}")
+        try:
+            return self[name]
+        except ValueError as error:  # so that hasattr() and notebooks' completion work
+            raise AttributeError(str(error)) from error
+
+    def to_dataset(self) -> xarray.Dataset:
+        """What is held, and all that `save` writes."""
+        return store.to_dataset(self.labels_of, self.data)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what is held as netCDF (".nc") or Zarr (".zarr", with the zarr library).
+
+        Raises:
+          ValueError: another ending.
+        """
+        store.save(self.to_dataset(), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """A trace that `save` wrote; it holds what was saved and computes nothing more.
+
+        Raises:
+          ValueError: the file is no such trace.
+        """
+        labels, data = store.load(path)
+        return cls(labels, data)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weights do not travel with a trace.
+        return {**self.__dict__, "source": None}
+
+    def __copy__(self) -> Trace:
+        return dataclasses.replace(self, data=dict(self.data))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {dict(x.sizes)}" for name, x in self.data.items())
-        return f"<Trace of {len(self.tokens)} tokens: {shapes}>"
+        under = f", under {'; '.join(self.interventions)}" if self.interventions else ""
+        return f"<Trace of {len(self.tokens)} tokens{under}: {shapes or 'nothing held yet'}>"
+
+    def _held(self, s: Site, chosen: Chosen) -> xarray.DataArray | None:
+        """A part of what is held, where it is held."""
+        array = self.data.get(s.name)
+        if array is None:
+            return None
+        length, c = len(self.tokens), self.config
+        wanted = {
+            "layer": chosen.layers,
+            "query" if s.is_map else "position": chosen.positions or range(length),
+            "head": chosen.heads or range(c.num_heads),
+        }
+        some = {dim: list(indices) for dim, indices in wanted.items() if dim in array.dims}
+        if not all(set(indices) <= set(array[dim].values) for dim, indices in some.items()):
+            return None
+        return array.sel({d: i for d, i in some.items() if len(i) != array.sizes[d]})
+
+    def _labelled(self, s: Site, values: np.ndarray, chosen: Chosen) -> xarray.DataArray:
+        return self.labels_of.array(
+            values,
+            dims_of(s),
+            s.name,
+            {"site": s.holds},
+            layers=chosen.layers,
+            positions=chosen.positions,
+            heads=chosen.heads,
+        )
 
 
 def trace(
@@ -76,19 +204,30 @@ def trace(
     *,
     tokenizer: Tokenizer | None = None,
     sites: Sequence[str] | str = ("attention",),
-    layers: Iterable[int] | int | None = None,
+    layers: Indices = None,
+    positions: Indices = None,
+    heads: Indices = None,
+    dtype: str = "float32",
+    turns: Sequence[int] | None = None,
+    roles: Sequence[str] | None = None,
 ) -> Trace:
     """Runs a text through the model and keeps what the `sites` saw.
 
-    The pass is the plain linen module in the precision of the model's parameters; only the sites
-    and layers asked for are ever materialised.
+    The pass is the plain linen module in the precision of the model's parameters, under the model's
+    interventions.  Only the sites and layers asked for are ever materialised; the residual stream
+    is kept besides, so that everything else can be had later without another pass.
 
     Args:
       model: what computes.
       tokens_or_text: token ids, or a text (then with a tokenizer; <bos> is put in front).
       tokenizer: for texts, and for the token labels; without it tokens are labelled by their ids.
-      sites: see `gnb.list_sites`.
+      sites: see `gnb.list_sites`; none at all computes nothing until it is looked at.
       layers: which layers; None for all.
+      positions: which positions (queries, on maps); None for all.
+      heads: which query heads; None for all.
+      dtype: of what is kept; "float16" halves it.
+      turns: (T,) the conversation's turn of each token; `chat.trace` fills it in.
+      roles: T names, who speaks in each token's turn.
 
     Returns:
       A `Trace`.  `trace.attention` is (layer, head, query, key); per-position sites are
@@ -98,57 +237,33 @@ def trace(
       ValueError: an unknown site or layer, an empty text, ids outside the vocabulary, or a request
         larger than the limit; the message says what to ask for instead.
     """
-    wanted = tuple(site(name) for name in ([sites] if isinstance(sites, str) else sites))
-    if not wanted:
-        raise ValueError(f"sites is empty: name at least one of {', '.join(SITES)}")
-    chosen = check_layers(layers, model.config.num_layers)
-    ids = _token_ids(model, tokens_or_text, tokenizer)
-    _refuse_too_large(wanted, chosen, len(ids), model.config)
-
-    padded = np.zeros((1, _padded_length(len(ids))), np.int32)
-    positions = np.full_like(padded, EMPTY)
-    padded[0, : len(ids)] = ids
-    positions[0, : len(ids)] = np.arange(len(ids))
-    values = _capture(model.transformer, wanted, chosen, model.params, padded, positions)
-
-    labels = tuple(tokenizer.token_text(i) if tokenizer else str(i) for i in ids.tolist())
-    data = {
-        s.name: _labelled(s, np.asarray(values[s.name]), chosen, labels, model.config)
-        for s in wanted
-    }
-    return Trace(tokens=ids, labels=labels, config=model.config, data=data)
-
-
-# Static: the module, and what is captured, since both decide what is computed at all.
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _capture(
-    transformer: Transformer,
-    wanted: tuple[Site, ...],
-    layers: tuple[int, ...],
-    params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-) -> dict[str, jax.Array]:
-    """Site name -> (layers, T, ...) or (T, ...); attention as (layers, N, T, S)."""
-    _, state = transformer.apply(
-        {"params": params}, tokens, positions=positions, mutable=["intermediates"]
+    names = [sites] if isinstance(sites, str) else list(sites)
+    wanted = [site_of(model, name) for name in names]
+    ids = token_ids(model, tokens_or_text, tokenizer)
+    chosen = Chosen.of(model.config, len(ids), layers, positions, heads)
+    refuse_too_large(wanted, chosen, len(ids), model.config, dtype)
+    labels = Labels(
+        config=model.config,
+        ids=ids,
+        tokens=tuple(tokenizer.token_text(i) if tokenizer else str(i) for i in ids.tolist()),
+        turns=None if turns is None else np.asarray(turns, np.int32),
+        roles=None if roles is None else tuple(roles),
+        attrs={
+            "model": model.title,
+            "interventions": list(model.interventions.describe()) if model.interventions else [],
+        },
     )
-    sown: Any = state["intermediates"]
-
-    def value(s: Site, layer: int) -> jax.Array:
-        array = s.value(sown, layer)[0]
-        # The model keeps queries in front; a map is read head by head.
-        return array.transpose(1, 0, 2) if s.name == "attention" else array
-
-    def stacked(s: Site) -> jax.Array:
-        if not s.per_layer:
-            return s.value(sown)[0]
-        return jnp.stack([value(s, layer) for layer in layers])
-
-    return {s.name: stacked(s).astype(jnp.float32) for s in wanted}
+    source = Pass(model, ids)
+    made = Trace(labels, {}, source)
+    select = Selection(chosen.positions, chosen.heads, dtype)
+    values = source.capture(wanted, chosen.layers, select) if wanted else {}
+    for s in wanted:
+        made.data[s.name] = made._labelled(s, values[s.name], chosen)
+    return made
 
 
-def _token_ids(model: GemmaTransformer, given: Any, tokenizer: Tokenizer | None) -> np.ndarray:
+def token_ids(model: GemmaTransformer, given: Any, tokenizer: Tokenizer | None) -> np.ndarray:
+    """(T,) int32 of a text or of ids; raises ValueError as `trace` says."""
     if isinstance(given, str):
         if tokenizer is None:
             raise ValueError("a text needs tokenizer=...; or pass token ids")
@@ -162,62 +277,3 @@ def _token_ids(model: GemmaTransformer, given: Any, tokenizer: Tokenizer | None)
             f"got {ids.min()} to {ids.max()}"
         )
     return ids.astype(np.int32)
-
-
-def _padded_length(length: int) -> int:
-    return next((n for n in _LENGTHS if n >= length), -(-length // 512) * 512)
-
-
-def _sizes(s: Site, length: int, config: TransformerConfig) -> list[int]:
-    c = config
-    sizes = {"T": length, "S": length, "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim}
-    sizes |= {"D": c.embed_dim, "F": c.hidden_dim}
-    return [sizes[axis] for axis in s.dims[1:]]
-
-
-def _refuse_too_large(
-    wanted: Sequence[Site], layers: Sequence[int], length: int, config: TransformerConfig
-) -> None:
-    padded = _padded_length(length)
-    one_layer = sum(4 * int(np.prod(_sizes(s, padded, config))) for s in wanted)
-    total = one_layer * len(layers)
-    if total > _LIMIT_BYTES:
-        fit = max(_LIMIT_BYTES // one_layer, 1)
-        raise ValueError(
-            f"{', '.join(s.name for s in wanted)} of {length} tokens in {len(layers)} layers would "
-            f"take {total / 2**30:.1f} GiB, and the limit is {_LIMIT_BYTES / 2**30:.0f} GiB: pass "
-            f"layers=[...] with at most {fit} of them, or a shorter text"
-        )
-
-
-def _labelled(
-    s: Site,
-    values: np.ndarray,
-    layers: Sequence[int],
-    labels: Sequence[str],
-    config: TransformerConfig,
-) -> xarray.DataArray:
-    import xarray
-
-    length = len(labels)
-    if s.name == "attention":
-        dims = ["layer", "head", "query", "key"]
-        values = values[..., :length, :length]
-    else:
-        names = ["position" if axis == "T" else _AXIS_NAMES[axis] for axis in s.dims[1:]]
-        dims = ["layer", *names] if s.per_layer else names
-        values = np.take(values, np.arange(length), axis=dims.index("position"))
-
-    coords: dict[str, Any] = {}
-    if s.per_layer:
-        coords["layer"] = list(layers)
-        coords["layer_kind"] = ("layer", [config.layers[i].kind.label for i in layers])
-    for dim in ("query", "key", "position"):
-        if dim in dims:
-            coords[dim] = np.arange(length)
-            coords["token" if dim == "position" else f"{dim}_token"] = (dim, list(labels))
-    if "head" in dims:
-        heads = np.arange(config.num_heads)
-        coords["head"] = heads
-        coords["kv_group"] = ("head", heads * config.num_kv_heads // config.num_heads)
-    return xarray.DataArray(values, dims=dims, coords=coords, name=s.name, attrs={"site": s.holds})

@@ -1,0 +1,129 @@
+"""Names and coordinates of what was captured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemma_nb.config import TransformerConfig
+from gemma_nb.sites import Site
+
+if TYPE_CHECKING:
+    import xarray
+
+# How an axis of a site is called in a labelled array.  A site that has both T and S is a map from
+# queries to keys; elsewhere T is simply the position.
+AXIS_NAMES: Mapping[str, str] = {
+    "N": "head",
+    "K": "kv_head",
+    "H": "head_dim",
+    "D": "embedding",
+    "F": "feed_forward",
+    "S": "key",
+    "V": "vocabulary",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labels:
+    """Whose positions they are.
+
+    Attributes:
+      config: of the model.
+      ids: (T,) int32 token ids.
+      tokens: T strings, what each token stands for.
+      turns: (T,) index of the conversation's turn that each token belongs to, -1 for none; None
+        for a text that is no conversation.
+      roles: T names: "system", "user", "model" or "template"; None as `turns`.
+      attrs: what every array carries: "model" and "interventions".
+    """
+
+    config: TransformerConfig
+    ids: np.ndarray
+    tokens: tuple[str, ...]
+    turns: np.ndarray | None = None
+    roles: tuple[str, ...] | None = None
+    attrs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def coords(
+        self,
+        dims: Sequence[str],
+        *,
+        layers: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """Coordinates for those of `dims` that have some.
+
+        Args:
+          dims: names of axes.
+          layers: which layers the axis "layer" holds; None for all, as below.
+          positions: which positions "position" or "query" holds; "key" always holds all.
+          heads: which query heads "head" holds.
+        """
+        c, found = self.config, dict[str, Any]()
+        if "layer" in dims:
+            chosen = list(range(c.num_layers) if layers is None else layers)
+            kinds = [c.layers[i].kind.label if i >= 0 else "embedding" for i in chosen]
+            found |= {"layer": chosen, "layer_kind": ("layer", kinds)}
+        for dim in ("position", "query", "key"):
+            if dim in dims:
+                every = dim == "key" or positions is None
+                found |= self._positions(dim, range(len(self.ids)) if every else positions)
+        if "head" in dims:
+            which = np.arange(c.num_heads) if heads is None else np.asarray(heads)
+            found |= {"head": which, "kv_group": ("head", which * c.num_kv_heads // c.num_heads)}
+        if "kv_head" in dims:
+            found["kv_head"] = np.arange(c.num_kv_heads)
+        return found
+
+    def _positions(self, dim: str, positions: Any) -> dict[str, Any]:
+        at = list(positions)
+        prefix = "" if dim == "position" else f"{dim}_"
+        found: dict[str, Any] = {
+            dim: np.asarray(at, np.int64),
+            f"{prefix}token": (dim, [self.tokens[i] for i in at]),
+            f"{prefix}token_id": (dim, self.ids[at]),
+        }
+        if self.turns is not None and self.roles is not None:
+            found[f"{prefix}turn"] = (dim, self.turns[at])
+            found[f"{prefix}role"] = (dim, [self.roles[i] for i in at])
+        return found
+
+    def array(
+        self, values: np.ndarray, dims: Sequence[str], name: str, attrs: Any = (), **chosen: Any
+    ) -> xarray.DataArray:
+        """A labelled array; `chosen` as of `coords`."""
+        import xarray
+
+        return xarray.DataArray(
+            values,
+            dims=list(dims),
+            coords=self.coords(dims, **chosen),
+            name=name,
+            attrs={**self.attrs, **dict(attrs)},
+        )
+
+    def dataset(
+        self, data: Mapping[str, tuple[Sequence[str], Any]], attrs: Any = (), **chosen: Any
+    ) -> xarray.Dataset:
+        """Several of them: name -> (dims, values)."""
+        import xarray
+
+        dims = list(dict.fromkeys(dim for names, _ in data.values() for dim in names))
+        return xarray.Dataset(
+            {name: (list(names), values) for name, (names, values) in data.items()},
+            coords=self.coords(dims, **chosen),
+            attrs={**self.attrs, **dict(attrs)},
+        )
+
+
+def dims_of(site: Site) -> list[str]:
+    """Names of the axes of a site's labelled array."""
+    if site.is_map:
+        return ["layer", "head", "query", "key"]
+    names = ["position" if axis == "T" else AXIS_NAMES[axis] for axis in site.dims[1:]]
+    return ["layer", *names] if site.per_layer else names

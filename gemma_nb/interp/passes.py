@@ -1,0 +1,422 @@
+"""A forward pass taken apart: the residual stream is kept, everything else recomputed on demand.
+
+Between two layers there is nothing but the residual stream, (T, D) numbers.  A `Pass` keeps it for
+every layer (200 MB for 4,000 tokens of the default model) and recomputes a layer from it when one
+of its sites is asked for: attention of all layers at once would take 4.6 GB, of one head 64 MB.
+
+Layers of one kind share one compiled program, whose parameters and layer number are arguments: a
+model of 18 layers compiles two blocks instead of one program of 18.  Long texts go through a layer
+in pieces that fill the layer's own key-value cache, so that no (N, T, T) array is ever whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_nb import placement
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.nn import Transformer, Wrapped
+from gemma_nb.nn.block import Block
+from gemma_nb.nn.masks import visible
+from gemma_nb.sites import EVERYWHERE, Site
+from gemma_nb.typing import EMPTY, LayerCache, Params, empty_cache
+
+# Texts are padded to one of these lengths, so that a growing conversation seldom recompiles.
+LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+PIECE = 512  # tokens of a longer text that go through a layer at a time
+# The residual stream is kept at fewer layers where all of them would take more.
+_KEPT_BYTES = 2**30
+_VOCABULARY_ROWS = 64  # positions whose logits are computed at a time
+
+
+def padded_length(length: int) -> int:
+    """The length that a text of `length` tokens is computed with."""
+    return next((n for n in LENGTHS if n >= length), -(-length // 1024) * 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What of a site is wanted; None means all.
+
+    Attributes:
+      positions: absolute positions (of queries, on maps).
+      heads: indices of query heads.
+      dtype: of the result.
+    """
+
+    positions: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    dtype: str = "float32"
+
+
+ALL = Selection()
+
+
+class Pass:
+    """One text's way through a model.
+
+    Attributes:
+      model: what computes, with its interventions.
+      ids: (T,) int32 token ids.
+    """
+
+    def __init__(self, model: GemmaTransformer, ids: np.ndarray) -> None:
+        self.model, self.ids = model, ids
+        size = padded_length(len(ids))
+        self._tokens = np.zeros((1, size), np.int32)
+        self._positions = np.full_like(self._tokens, EMPTY)
+        self._tokens[0, : len(ids)] = ids
+        self._positions[0, : len(ids)] = np.arange(len(ids))
+        self._kept: dict[int, jax.Array] = {}
+        layers, width = model.config.num_layers, model.config.embed_dim
+        self._stride = max(1, -(-4 * (layers + 1) * size * width // _KEPT_BYTES))
+
+    def capture(
+        self, sites: Sequence[Site], layers: Sequence[int], select: Selection = ALL
+    ) -> dict[str, np.ndarray]:
+        """Site name -> (layers, T, ...) or, where the model has it once, (T, ...).
+
+        Maps are (layers, N, T, S).  Padding is cut off, `select` applied.
+
+        Args:
+          sites: which sites, all of them of this model.
+          layers: ascending layer indices.
+          select: positions, heads and dtype.
+        """
+        if isinstance(self.model.transformer, Wrapped):
+            return self._capture_wrapped(sites, layers, select)
+        per_layer = tuple(s for s in sites if s.per_layer)
+        found: dict[str, np.ndarray] = {}
+        for row, layer in enumerate(layers if per_layer else ()):
+            for name, value in self._layer(layer, per_layer, select).items():
+                if name not in found:
+                    found[name] = np.empty((len(layers), *value.shape), value.dtype)
+                found[name][row] = value
+        for s in sites:
+            if not s.per_layer:
+                found[s.name] = self._whole(s, select)
+        return found
+
+    def residual(self, layer: int) -> jax.Array:
+        """(1, padded T, D): the stream before `layer`; of index L after the last one."""
+        start = max((i for i in self._kept if i <= layer), default=None)
+        if start is None:
+            start, self._kept[0] = 0, _embed(self._ours, self._params, self._tokens, *self._edits)
+        x = self._kept[start]
+        for i in range(start, layer):
+            x, _ = cast(tuple[jax.Array, Any], self._through(i, x, (), ALL))
+            if (i + 1) % self._stride == 0 or i + 1 == self.model.config.num_layers:
+                self._kept[i + 1] = x
+        return x
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _ours(self) -> Transformer:
+        assert isinstance(self.model.transformer, Transformer)
+        return self.model.transformer
+
+    @property
+    def _params(self) -> Params:
+        return self.model.params
+
+    @property
+    def _edits(self) -> tuple[jax.Array, Any]:
+        return jnp.asarray(self._positions), self.model.interventions
+
+    def _layer(self, layer: int, sites: tuple[Site, ...], select: Selection) -> dict[str, Any]:
+        """Sites of one layer; keeps the stream after it where that is news."""
+        after = [s for s in sites if s.name == "residual"]
+        within = tuple(s for s in sites if s.name != "residual")
+        values: dict[str, Any] = {}
+        if within:
+            x, values = self._through(layer, self.residual(layer), within, select)
+            if layer + 1 not in self._kept and x is not None and (layer + 1) % self._stride == 0:
+                self._kept[layer + 1] = x
+        for s in after:
+            values[s.name] = self._rows(s, self.residual(layer + 1)[0], select)
+        return values
+
+    def _rows(self, s: Site, value: jax.Array, select: Selection) -> np.ndarray:
+        rows = slice(len(self.ids)) if select.positions is None else np.array(select.positions)
+        return np.asarray(placement.fetch(value[rows].astype(select.dtype)))
+
+    def _through(
+        self, layer: int, x: jax.Array, sites: tuple[Site, ...], select: Selection
+    ) -> tuple[jax.Array | None, dict[str, np.ndarray]]:
+        """The stream after a layer (None where it is known already), and some of its sites."""
+        advance = layer + 1 not in self._kept
+        call = partial(
+            _block,
+            Block(self.model.config, self.model.config.layers[layer]),
+            sites,
+            select.dtype,
+            advance,
+            self._params[f"layer_{layer}"],
+            self.model.interventions,
+            np.int32(layer),
+            None if select.heads is None else np.array(select.heads, np.int32),
+        )
+        size = self._tokens.shape[1]
+        if size <= LENGTHS[-1]:
+            x, _, found = call(x, self._positions, None, self._wanted(0, size, select))
+            return x, {s.name: self._cut(s, [found[s.name]], select) for s in sites}
+        c = self.model.config
+        shape = (1, size, c.num_kv_heads, c.head_dim)
+        cache: LayerCache | None = empty_cache(1, shape, x.dtype)["layer_0"]
+        streams: list[jax.Array] = []
+        pieces: dict[str, list[np.ndarray]] = {s.name: [] for s in sites}
+        for start in range(0, size, PIECE):
+            stop = start + PIECE
+            if start >= len(self.ids) and not advance:
+                break
+            part, cache, found = call(
+                x[:, start:stop],
+                self._positions[:, start:stop],
+                cache,
+                self._wanted(start, stop, select),
+            )
+            streams += [part]
+            for name, value in found.items():
+                # On the host at once: the device holds one piece, whatever is asked for.
+                pieces[name].append(np.asarray(placement.fetch(value)))
+        after = jnp.concatenate(streams, axis=1) if advance else None
+        return after, {s.name: self._cut(s, pieces[s.name], select) for s in sites}
+
+    def _wanted(self, start: int, stop: int, select: Selection) -> np.ndarray | None:
+        """Rows of a piece to return, as many for every piece; None for all."""
+        if select.positions is None:
+            return None
+        inside = [p - start for p in select.positions if start <= p < stop]
+        rows = np.full(len(select.positions), inside[0] if inside else 0, np.int32)
+        rows[: len(inside)] = inside
+        return rows
+
+    def _cut(self, s: Site, pieces: Sequence[Any], select: Selection) -> np.ndarray:
+        """Pieces in one, without padding; queries behind heads on a map."""
+        length, axis = len(self.ids), 1 if s.is_map else 0
+        if select.positions is None:
+            joined = [np.asarray(placement.fetch(piece)) for piece in pieces]
+            whole = joined[0] if len(joined) == 1 else np.concatenate(joined, axis=axis)
+            whole = whole[:, :length] if s.is_map else whole[:length]
+        else:
+            kept = []
+            for start, piece in zip(range(0, 10**9, PIECE), pieces, strict=False):
+                stop = start + (PIECE if len(pieces) > 1 else length)
+                count = sum(start <= p < stop for p in select.positions)
+                host = np.asarray(placement.fetch(piece))
+                kept.append(host[:, :count] if s.is_map else host[:count])
+            whole = np.concatenate(kept, axis=axis)
+        return whole[..., :length] if s.is_map else whole
+
+    def _whole(self, s: Site, select: Selection) -> np.ndarray:
+        """A site that the model has once."""
+        if s.name == "embed":
+            return self._rows(s, self.residual(0)[0], select)
+        last = self.residual(self.model.config.num_layers)
+        final, rms = _finish(self._ours, self._params, last, *self._edits)
+        if s.name == "final_rms":
+            return self._rows(s, rms[0], select)
+        if s.name == "final":
+            return self._rows(s, final[0], select)
+        wanted = self._rows(s, final[0], dataclasses.replace(select, dtype=str(final.dtype)))
+        return _logits(self.model, wanted, select.dtype)
+
+    def _capture_wrapped(
+        self, sites: Sequence[Site], layers: Sequence[int], select: Selection
+    ) -> dict[str, np.ndarray]:
+        values = _capture(
+            self.model.transformer,
+            tuple(sites),
+            tuple(layers),
+            select.dtype,
+            self._params,
+            self._tokens,
+            self._positions,
+        )
+        found, length = {}, len(self.ids)
+        rows = np.arange(length) if select.positions is None else np.array(select.positions)
+        heads = slice(None) if select.heads is None else np.array(select.heads)
+        for s in sites:
+            value = np.asarray(placement.fetch(values[s.name]))
+            if s.is_map:
+                value = value[:, heads][:, :, rows, :length]
+            else:
+                value = np.take(value, rows, axis=1 if s.per_layer else 0)
+            found[s.name] = value
+        return found
+
+
+def _logits(model: GemmaTransformer, final: np.ndarray, dtype: str) -> np.ndarray:
+    """(T, V) of (T, D) final-normed states, some rows at a time."""
+    result = np.empty((len(final), model.config.num_embed), dtype)
+    for start in range(0, len(final), _VOCABULARY_ROWS):
+        rows = final[start : start + _VOCABULARY_ROWS]
+        padded = np.zeros((_VOCABULARY_ROWS, final.shape[1]), final.dtype)
+        padded[: len(rows)] = rows
+        logits = _unembed(model.transformer, model.params, padded, dtype)
+        result[start : start + len(rows)] = placement.fetch(logits)[: len(rows)]
+    return result
+
+
+# Static: the module and the dtype.
+@partial(jax.jit, static_argnums=(0, 3))
+def _unembed(transformer: Any, params: Params, hidden: jax.Array, dtype: str) -> jax.Array:
+    return transformer.apply({"params": params}, hidden, method="unembed").astype(dtype)
+
+
+def _encode(module: Any, tokens: jax.Array, edit: Any) -> jax.Array:
+    x = module.embedder.encode(tokens if edit is None else edit("tokens", tokens))
+    return x if edit is None else edit("embed", x)
+
+
+def _normalise(module: Any, x: jax.Array, edit: Any) -> jax.Array:
+    x = module.final_norm(x)
+    return x if edit is None else edit("final", x)
+
+
+# Static: the module.
+@jax.jit(static_argnums=0)
+def _embed(
+    transformer: Transformer,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    interventions: Any,
+) -> jax.Array:
+    edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
+    return cast(jax.Array, transformer.apply({"params": params}, tokens, edit, method=_encode))
+
+
+# Static: the module.
+@jax.jit(static_argnums=0)
+def _finish(
+    transformer: Transformer,
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    interventions: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Final-normed states (1, T, D) and what they were divided by (1, T)."""
+    edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
+    final, state = transformer.apply(
+        {"params": params}, x, edit, method=_normalise, mutable=["intermediates"]
+    )
+    return final, state["intermediates"]["final_norm"]["rms"][0]
+
+
+# Static: the block (kind and sizes), the sites, the dtype, and whether the stream goes on.
+# Traced: parameters, the layer's number and all that is selected, so layers share a compilation.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames=("cache",))
+def _block(
+    block: Block,
+    sites: tuple[Site, ...],
+    dtype: str,
+    advance: bool,
+    params: Params,
+    interventions: Any,
+    layer: jax.Array,
+    heads: jax.Array | None,
+    x: jax.Array,
+    positions: jax.Array,
+    cache: LayerCache | None,
+    rows: jax.Array | None,
+) -> tuple[jax.Array | None, LayerCache | None, dict[str, jax.Array]]:
+    """(stream (1, T, D), cache, site name -> (T, ...) or (N, T, S))."""
+    edit = None if interventions is None else interventions.at(layer, positions)
+    (after, cache), state = block.apply(
+        {"params": params}, x, positions, cache, None, edit, mutable=["intermediates"]
+    )
+    sown = state["intermediates"]
+
+    def value(s: Site) -> jax.Array:
+        if s.name == "head_out":
+            array = head_outputs(params, sown["attn"]["z"][0])
+        elif s.name == "scores":
+            array = _scores(block, sown, positions, cache, edit)
+        else:
+            array = s.value(sown)
+        array = array[0]
+        if rows is not None:
+            array = array[rows]
+        if heads is not None and "N" in s.dims:
+            array = array[:, heads]
+        # The model keeps queries in front; a map is read head by head.
+        array = array.transpose(1, 0, 2) if s.is_map else array
+        return array.astype(dtype)
+
+    return after if advance else None, cache, {s.name: value(s) for s in sites}
+
+
+def head_outputs(params: Params, z: jax.Array) -> jax.Array:
+    """(B, T, N, D): each head's part of attention's output before any post-norm.
+
+    Args:
+      params: of one layer.
+      z: (B, T, N, H).
+    """
+    w = params["attn"]["attn_vec_einsum"]["w"]
+    return jnp.einsum("BTNH,NHD->BTND", z, w.astype(z.dtype))
+
+
+def _scores(
+    block: Block,
+    sown: Mapping[str, Any],
+    positions: jax.Array,
+    cache: LayerCache | None,
+    edit: Any,
+) -> jax.Array:
+    """(B, T, N, S) float32 scores as the softmax sees them, -inf where it sees none."""
+    q, k, keys = sown["attn"]["q"][0], sown["attn"]["k"][0], positions
+    if cache is not None:
+        k, keys = cache["k"].astype(q.dtype), cache["positions"]
+    batch, length, heads, head_dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
+    scores = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k).astype(jnp.float32)
+    scores = scores.reshape(batch, length, heads, -1)
+    cap = block.config.attn_logits_soft_cap
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    mask = visible(positions, keys, block.spec.kind)[:, :, None]
+    mask = jnp.broadcast_to(mask, scores.shape)
+    if edit is not None:
+        mask = edit.edges(mask, keys)
+    return jnp.where(mask, scores, -jnp.inf)
+
+
+# Static: the module, and what is captured, since both decide what is computed at all.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _capture(
+    transformer: Wrapped,
+    wanted: tuple[Site, ...],
+    layers: tuple[int, ...],
+    dtype: str,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+) -> dict[str, jax.Array]:
+    """Of another library's module, in one pass: site name -> (layers, T, ...) or (T, ...)."""
+    output, state = transformer.apply(
+        {"params": params}, tokens, positions=positions, mutable=["intermediates"]
+    )
+    sown: Any = state["intermediates"]
+
+    def value(s: Site, layer: int | None) -> jax.Array:
+        array = s.value(sown, layer)[0]
+        return array.transpose(1, 0, 2) if s.is_map else array
+
+    def stacked(s: Site) -> jax.Array:
+        if s.name == "logits":
+            return output.logits[0]
+        if not s.per_layer:
+            return value(s, None)
+        return jnp.stack([value(s, layer) for layer in layers])
+
+    return {s.name: stacked(s).astype(dtype) for s in wanted}

@@ -1,0 +1,141 @@
+"""Interventions on what attention sees and how it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from gemma_nb.interventions.base import (
+    Intervention,
+    Positions,
+    Where,
+    fill,
+    ints,
+    node,
+    plain,
+    short,
+)
+from gemma_nb.sites import check_heads, check_layers
+
+if TYPE_CHECKING:
+    from gemma_nb.config import TransformerConfig
+
+
+@node
+class KnockOut(Intervention):
+    """Cuts edges of attention, before the softmax: `KnockOut(5, queries=[9], keys=[0, 1])`.
+
+    "Attention knockout" (Geva et al. 2023, arXiv:2304.14767).  What remains of a row still sums to
+    one; a query left without any key gathers nothing.
+
+    Attributes:
+      layer: () int32.
+      heads: (n,) int32, or None for all.
+      queries: positions of the queries.
+      keys: positions of the keys.
+    """
+
+    layer: jax.Array
+    heads: jax.Array | None
+    queries: Where
+    keys: Where
+
+    edits_attention: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        layer: int,
+        heads: Sequence[int] | int | None = None,
+        *,
+        queries: Positions = None,
+        keys: Positions = None,
+    ) -> None:
+        heads = [heads] if isinstance(heads, int) else heads
+        fill(self, layer=jnp.int32(layer), heads=None if heads is None else ints(heads))
+        fill(self, queries=Where.of(queries), keys=Where.of(keys))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """None: it changes which keys are seen."""
+        return ()
+
+    def cut(self, mask: jax.Array, layer: Any, positions: jax.Array, keys: jax.Array) -> jax.Array:
+        """The mask without the edges."""
+        edge = self.queries(positions)[:, :, None, None] & self.keys(keys)[:, None, None, :]
+        mine = jnp.ones(mask.shape[2], bool)
+        if self.heads is not None:
+            mine = (jnp.arange(mask.shape[2])[:, None] == self.heads).any(axis=-1)
+        return mask & ~(edge & mine[:, None] & (self.layer == layer))
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError for an unknown layer or head."""
+        check_layers(int(self.layer), config.num_layers)
+        check_heads(None if self.heads is None else plain(self.heads), config.num_heads)
+
+    def __str__(self) -> str:
+        heads = "all heads" if self.heads is None else f"heads {short(plain(self.heads))}"
+        return (
+            f"knock out attention of layer {int(self.layer)}, {heads}, from {self.queries} "
+            f"to {self.keys}"
+        )
+
+
+@node
+class ReplaceAttention(Intervention):
+    """Puts given weights in the place of a head's: `ReplaceAttention(5, 2, rows, queries=[9])`.
+
+    Attributes:
+      layer: () int32.
+      head: () int32.
+      queries: (P,) int32 positions of the queries.
+      weights: (P, S) from each of them to key positions 0 to S - 1; later keys get none.
+    """
+
+    layer: jax.Array
+    head: jax.Array
+    queries: jax.Array
+    weights: jax.Array
+
+    edits_attention: ClassVar[bool] = True
+
+    def __init__(
+        self, layer: int, head: int, weights: Any, *, queries: Sequence[int] | None = None
+    ) -> None:
+        rows = jnp.asarray(weights, jnp.float32)
+        if rows.ndim != 2 or (queries is not None and len(queries) != len(rows)):
+            raise ValueError(
+                f"weights must be (queries, keys), one row for each query, got {rows.shape}"
+            )
+        fill(self, layer=jnp.int32(layer), head=jnp.int32(head), weights=rows)
+        fill(self, queries=ints(range(len(rows)) if queries is None else queries))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """attention."""
+        return ("attention",)
+
+    def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
+        """The weights (B, T, N, S) with the head's rows replaced."""
+        match = positions[..., None] == self.queries
+        rows = self.weights[match.argmax(axis=-1)]  # (B, T, given)
+        size = rows.shape[-1]
+        known = (keys >= 0) & (keys < size)
+        at = jnp.clip(keys, 0, size - 1)[:, None, :]
+        new = jnp.take_along_axis(rows, jnp.broadcast_to(at, (*rows.shape[:2], at.shape[-1])), -1)
+        new = jnp.where(known[:, None], new, 0.0)[:, :, None].astype(value.dtype)
+        mine = (jnp.arange(value.shape[2]) == self.head) & (self.layer == layer)
+        return jnp.where(match.any(axis=-1)[:, :, None, None] & mine[:, None], new, value)
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError for an unknown layer or head."""
+        check_layers(int(self.layer), config.num_layers)
+        check_heads(int(self.head), config.num_heads)
+
+    def __str__(self) -> str:
+        return (
+            f"replace attention of layer {int(self.layer)}, head {int(self.head)} at queries "
+            f"{short(plain(self.queries))}"
+        )

@@ -1,0 +1,266 @@
+"""What interventions are made of, and how the modules of a model call them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_nb.sites import SITES, check_heads, check_layers, site
+
+if TYPE_CHECKING:
+    from gemma_nb.config import TransformerConfig
+
+# Positions: None is all, a slice from start up to stop, or a list of them.
+Positions: TypeAlias = slice | Sequence[int] | int | None
+
+_T = TypeVar("_T")
+_LAST = 2**30  # a position that no text reaches
+
+
+def node(cls: type[_T]) -> type[_T]:
+    """A frozen dataclass and pytree with an `__init__` of its own.
+
+    flax's decorator would call `__init__` with the fields to put a tree together again.
+    """
+    cls = dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    static = [f.name for f in fields if f.metadata.get("static")]
+    traced = [f.name for f in fields if not f.metadata.get("static")]
+
+    def flatten(item: Any) -> tuple[Any, tuple[Any, ...]]:
+        keys = [(jax.tree_util.GetAttrKey(name), getattr(item, name)) for name in traced]
+        return keys, tuple(getattr(item, name) for name in static)
+
+    def unflatten(names: tuple[Any, ...], leaves: Iterable[Any]) -> Any:
+        item = object.__new__(cls)
+        fill(item, **dict(zip(traced, leaves, strict=True)))
+        fill(item, **dict(zip(static, names, strict=True)))
+        return item
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
+
+
+def static() -> Any:
+    """A field that is part of the program: another value compiles anew."""
+    return dataclasses.field(metadata={"static": True})
+
+
+@flax.struct.dataclass
+class Where:
+    """Absolute positions: those listed, and all from `start` up to `stop`.
+
+    Attributes:
+      start: () int32.
+      stop: () int32.
+      listed: (P,) int32; empty where a range says it all.
+    """
+
+    start: jax.Array
+    stop: jax.Array
+    listed: jax.Array
+
+    @classmethod
+    def of(cls, positions: Positions) -> Where:
+        """From what a user writes.
+
+        Raises:
+          ValueError: a step, or positions counted from an end that is not known here.
+        """
+        if positions is None:
+            positions = slice(None)
+        if isinstance(positions, slice):
+            start, stop = positions.start or 0, _LAST if positions.stop is None else positions.stop
+            if positions.step not in (None, 1) or start < 0 or stop < 0:
+                raise ValueError(
+                    f"positions={positions} must count up from the beginning of the context, "
+                    "one by one: slice(start, stop)"
+                )
+            return cls(jnp.int32(start), jnp.int32(stop), jnp.zeros(0, jnp.int32))
+        listed = np.atleast_1d(np.asarray(positions))
+        if listed.dtype.kind not in "iu" or listed.ndim != 1 or (listed < 0).any():
+            raise ValueError(f"positions must be whole numbers from 0 on, got {positions!r:.80}")
+        return cls(jnp.int32(0), jnp.int32(0), jnp.asarray(listed, jnp.int32))
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        """Bool, like `positions`."""
+        ranged = (self.start <= positions) & (positions < self.stop)
+        return ranged | (positions[..., None] == self.listed).any(axis=-1)
+
+    def __str__(self) -> str:
+        listed = np.asarray(self.listed).tolist()
+        if listed:
+            return f"positions {short(listed)}"
+        start, stop = int(self.start), int(self.stop)
+        if (start, stop) == (0, _LAST):
+            return "all positions"
+        return f"positions {start} on" if stop == _LAST else f"positions {start} to {stop - 1}"
+
+
+class Intervention:
+    """One change.  Subclasses are flax dataclasses: pytrees of arrays.
+
+    `sites` names where it acts; `apply` gives the site's new value.
+    """
+
+    edits_attention: ClassVar[bool] = False
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites where it acts."""
+        raise NotImplementedError
+
+    def apply(
+        self, value: jax.Array, layer: Any, positions: jax.Array, keys: jax.Array | None
+    ) -> jax.Array:
+        """The new value of the site.
+
+        Args:
+          value: (B, T, ...) of the site.
+          layer: index, possibly traced; `EVERYWHERE` at sites that the model has once.
+          positions: (B, T) absolute positions.
+          keys: (B, S) positions in the key slots, on maps.
+        """
+        del layer, positions, keys
+        return value
+
+    def cut(self, mask: jax.Array, layer: Any, positions: jax.Array, keys: jax.Array) -> jax.Array:
+        """(B, T, N, S) which keys a query may see, less what is knocked out."""
+        del layer, positions, keys
+        return mask
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError where the model has no such layer, head, neuron or shape."""
+
+
+@flax.struct.dataclass
+class Interventions:
+    """All that is changed in a computation.
+
+    Attributes:
+      items: the interventions, in order.
+      start: () int32, the first absolute position at which they act.
+    """
+
+    items: tuple[Intervention, ...]
+    start: jax.Array
+
+    def at(self, layer: Any, positions: jax.Array) -> LayerEdit:
+        """What is changed in one layer, for tokens at `positions` (B, T)."""
+        return LayerEdit(self, layer, positions)
+
+    def describe(self) -> tuple[str, ...]:
+        """One line for each."""
+        start = int(self.start)
+        note = f", from position {start} on" if start else ""
+        return tuple(f"{item}{note}" for item in self.items)
+
+    def __str__(self) -> str:
+        return "; ".join(self.describe())
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerEdit:
+    """`Interventions` in one layer, as the modules call them: `edit(site, value)`."""
+
+    interventions: Interventions
+    layer: Any
+    positions: jax.Array
+
+    @property
+    def edits_attention(self) -> bool:
+        """Whether attention's edges or weights are changed anywhere (static)."""
+        return any(item.edits_attention for item in self.interventions.items)
+
+    def __call__(self, name: str, value: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """The value of a site, edited."""
+        items = [item for item in self.interventions.items if name in item.sites]
+        if not items:
+            return value
+        edited = value
+        for item in items:
+            edited = item.apply(edited, self.layer, self.positions, keys)
+        acts = wide(self.positions >= self.interventions.start, value.ndim)
+        return jnp.where(acts, edited.astype(value.dtype), value)
+
+    def edges(self, mask: jax.Array, keys: jax.Array) -> jax.Array:
+        """(B, T, N, S) which keys each query of each head may see."""
+        cut = mask
+        for item in self.interventions.items:
+            cut = item.cut(cut, self.layer, self.positions, keys)
+        return jnp.where((self.positions >= self.interventions.start)[:, :, None, None], cut, mask)
+
+
+def fill(target: Any, **fields: Any) -> None:
+    """Sets fields of a frozen dataclass in its own `__init__`."""
+    for name, value in fields.items():
+        object.__setattr__(target, name, value)
+
+
+def ints(values: Iterable[int]) -> jax.Array:
+    """(n,) int32."""
+    return jnp.asarray(list(values), jnp.int32)
+
+
+def plain(values: jax.Array) -> list[Any]:
+    """As Python numbers."""
+    return np.asarray(values).tolist()
+
+
+def short(values: Sequence[int]) -> str:
+    """A list of numbers, cut where it is long."""
+    shown = ", ".join(map(str, values[:6]))
+    return shown if len(values) <= 6 else f"{shown}, ... ({len(values)} of them)"
+
+
+def wide(mask: jax.Array, ndim: int) -> jax.Array:
+    """(B, T) with axes of one behind, to stand beside an array of `ndim` axes."""
+    return mask.reshape(*mask.shape, *(1,) * (ndim - mask.ndim))
+
+
+def check_pairs(layers: jax.Array, heads: jax.Array, config: TransformerConfig) -> None:
+    """Raises ValueError for a layer or head that the model does not have."""
+    check_layers(plain(layers), config.num_layers)
+    check_heads(plain(heads), config.num_heads)
+    for name, values in (("layer", plain(layers)), ("head", plain(heads))):
+        if min(values) < 0:
+            raise ValueError(f"interventions count {name}s from 0, got {min(values)}")
+
+
+def check_width(given: int, expected: int, what: str) -> None:
+    """Raises ValueError for a reference from a model of another size."""
+    if given != expected:
+        raise ValueError(f"{what} has {given} numbers, this model's has {expected}")
+
+
+def check_patchable(name: str, layer: int | None) -> None:
+    """Raises ValueError for a site that is unknown, computed from others, or elsewhere."""
+    found = site(name)
+    sown = found.home is not None and not found.sown and not found.is_map
+    if not sown:
+        patchable = [s.name for s in SITES.values() if s.home is not None and not s.sown]
+        patchable.remove("attention")
+        raise ValueError(f"{name} cannot be changed there; what can be is {', '.join(patchable)}")
+    if found.per_layer != (layer is not None):
+        raise ValueError(
+            f"{name} exists {'in every layer: name one' if found.per_layer else 'once: layer=None'}"
+        )
+
+
+def shape_of(name: str, config: TransformerConfig) -> tuple[int, ...]:
+    """Of one position's value."""
+    sizes = {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
+    sizes |= {"D": config.embed_dim, "F": config.hidden_dim}
+    return tuple(sizes[axis] for axis in SITES[name].dims[2:])
+
+
+def needs_reference(reference: Any, method: str) -> None:
+    """Raises ValueError where there is no trace to take values from."""
+    if reference is None:
+        raise ValueError(f'method="{method}" needs reference=gnb.trace(...) to take values from')

@@ -1,0 +1,150 @@
+"""Interventions on the outputs of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_nb.interventions.base import (
+    Intervention,
+    Positions,
+    Where,
+    check_pairs,
+    check_width,
+    fill,
+    ints,
+    needs_reference,
+    node,
+    plain,
+    static,
+    wide,
+)
+
+if TYPE_CHECKING:
+    from gemma_nb.config import TransformerConfig
+
+
+@node
+class ScaleHeads(Intervention):
+    """Multiplies the outputs z of heads, before they are projected: `ScaleHeads({5: {2: 0.5}})`.
+
+    Attributes:
+      layers: (M,) int32, one for each head.
+      heads: (M,) int32.
+      factors: (M,) float32.
+      where: at which positions.
+    """
+
+    layers: jax.Array
+    heads: jax.Array
+    factors: jax.Array
+    where: Where
+
+    def __init__(
+        self, factors: Mapping[int, Mapping[int, float]], *, positions: Positions = None
+    ) -> None:
+        flat = [(i, head, f) for i, of in factors.items() for head, f in of.items()]
+        fill(self, layers=ints(x[0] for x in flat), heads=ints(x[1] for x in flat))
+        fill(self, factors=jnp.asarray([x[2] for x in flat], jnp.float32))
+        fill(self, where=Where.of(positions))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """z."""
+        return ("z",)
+
+    def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
+        """z of the heads, multiplied."""
+        del keys
+        factors = jnp.where(self.layers == layer, self.factors, 1.0)
+        by_head = jnp.ones(value.shape[2]).at[self.heads].multiply(factors)
+        scaled = value * by_head[:, None].astype(value.dtype)
+        return jnp.where(wide(self.where(positions), value.ndim), scaled, value)
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError for an unknown layer or head."""
+        check_pairs(self.layers, self.heads, config)
+
+    def __str__(self) -> str:
+        parts = zip(*map(plain, (self.layers, self.heads, self.factors)), strict=True)
+        heads = ", ".join(f"{i}.{h} by {f:g}" for i, h, f in parts)
+        return f"scale heads {heads} at {self.where}"
+
+
+@node
+class AblateHeads(Intervention):
+    """Replaces the outputs z of heads: `AblateHeads({5: [2, 3]})`.
+
+    With zeros, which is the same as zeroing the heads' rows of `attn_vec_einsum`; with their mean
+    over the positions of a reference trace ("mean"); or with what they were in another trace at the
+    same positions ("resample", Chan et al. 2022, "Causal scrubbing").  Zero is not what a head says
+    when it has nothing to say: where that matters, ablate with a mean.
+
+    Attributes:
+      layers: (M,) int32, one for each head.
+      heads: (M,) int32.
+      values: (M, P, H), what they are replaced with; P is 1 but for "resample".
+      where: at which positions.
+      method: "zero", "mean" or "resample".
+    """
+
+    layers: jax.Array
+    heads: jax.Array
+    values: jax.Array
+    where: Where
+    method: str = static()
+
+    def __init__(
+        self,
+        heads: Mapping[int, Iterable[int]],
+        method: Literal["zero", "mean", "resample"] = "zero",
+        *,
+        reference: Any = None,
+        positions: Positions = None,
+    ) -> None:
+        flat = [(int(i), int(head)) for i, of in heads.items() for head in of]
+        fill(self, layers=ints(x[0] for x in flat), heads=ints(x[1] for x in flat))
+        fill(self, method=method, where=Where.of(positions))
+        fill(self, values=jnp.zeros((len(flat), 1, 1)))
+        if method == "zero":
+            return
+        if method not in ("mean", "resample"):
+            raise ValueError(f'method must be "zero", "mean" or "resample", got {method!r}')
+        needs_reference(reference, method)
+        z = [reference.get("z", layers=i).values[0, :, head] for i, head in flat]
+        if method == "mean":
+            z = [x.mean(axis=0, keepdims=True) for x in z]
+        fill(self, values=jnp.asarray(np.stack(z), jnp.float32))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """z."""
+        return ("z",)
+
+    def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
+        """z, replaced."""
+        del keys
+        acts = self.where(positions)
+        if self.method == "resample":
+            acts &= positions < self.values.shape[1]
+        for m in range(self.heads.shape[0]):
+            row = jnp.clip(positions, 0, self.values.shape[1] - 1)
+            new = self.values[m][row][:, :, None].astype(value.dtype)  # (B, T, 1, H)
+            mine = (self.layers[m] == layer) & (jnp.arange(value.shape[2]) == self.heads[m])
+            value = jnp.where(mine[:, None] & wide(acts, value.ndim), new, value)
+        return value
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError for an unknown layer or head, or a reference of another width."""
+        check_pairs(self.layers, self.heads, config)
+        if self.method != "zero":
+            check_width(self.values.shape[-1], config.head_dim, "the reference's z")
+
+    def __str__(self) -> str:
+        parts = zip(*map(plain, (self.layers, self.heads)), strict=True)
+        heads = ", ".join(f"{i}.{h}" for i, h in parts)
+        return f"ablate heads {heads} ({self.method}) at {self.where}"

@@ -1,0 +1,53 @@
+"""Interventions on the tokens that are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_nb.interventions.base import (
+    Intervention,
+    fill,
+    node,
+)
+
+if TYPE_CHECKING:
+    from gemma_nb.config import TransformerConfig
+
+
+@node
+class ForceToken(Intervention):
+    """Has the model read another token at a position than the one that stands there.
+
+    Attributes:
+      position: () int32.
+      token: () int32 id.
+    """
+
+    position: jax.Array
+    token: jax.Array
+
+    def __init__(self, position: int, token: int) -> None:
+        fill(self, position=jnp.int32(position), token=jnp.int32(token))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The token ids, before they are embedded."""
+        return ("tokens",)
+
+    def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
+        """(B, T) token ids with the one replaced."""
+        del layer, keys
+        return jnp.where(positions == self.position, self.token, value)
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError for an id outside the vocabulary."""
+        if not 0 <= int(self.token) < config.num_embed:
+            raise ValueError(
+                f"token ids must lie in 0 to {config.num_embed - 1}, got {int(self.token)}"
+            )
+
+    def __str__(self) -> str:
+        return f"read token {int(self.token)} at position {int(self.position)}"

@@ -1,0 +1,315 @@
+"""Interventions on vectors: feed-forward outputs, patches, steering, neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_nb.interventions.base import (
+    Intervention,
+    Positions,
+    Where,
+    check_patchable,
+    check_width,
+    fill,
+    ints,
+    needs_reference,
+    node,
+    plain,
+    shape_of,
+    short,
+    static,
+    wide,
+)
+from gemma_nb.sites import EVERYWHERE, SITES, check_heads, check_layers
+
+if TYPE_CHECKING:
+    from gemma_nb.config import TransformerConfig
+
+
+@node
+class AblateMLP(Intervention):
+    """Replaces what feed-forward layers add to the residual stream: `AblateMLP([5, 6])`.
+
+    Attributes:
+      layers: (M,) int32.
+      values: (M, P, D), what it is replaced with; P is 1 but for "resample".
+      where: at which positions.
+      method: "zero", "mean" or "resample", as of `AblateHeads`.
+    """
+
+    layers: jax.Array
+    values: jax.Array
+    where: Where
+    method: str = static()
+
+    def __init__(
+        self,
+        layers: Iterable[int] | int,
+        method: Literal["zero", "mean", "resample"] = "zero",
+        *,
+        reference: Any = None,
+        positions: Positions = None,
+    ) -> None:
+        chosen = [layers] if isinstance(layers, int) else list(layers)
+        fill(self, layers=ints(chosen), method=method, where=Where.of(positions))
+        fill(self, values=jnp.zeros((len(chosen), 1, 1)))
+        if method == "zero":
+            return
+        if method not in ("mean", "resample"):
+            raise ValueError(f'method must be "zero", "mean" or "resample", got {method!r}')
+        needs_reference(reference, method)
+        out = [reference.get("mlp_out", layers=i).values[0] for i in chosen]
+        if method == "mean":
+            out = [x.mean(axis=0, keepdims=True) for x in out]
+        fill(self, values=jnp.asarray(np.stack(out), jnp.float32))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """mlp_out."""
+        return ("mlp_out",)
+
+    def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
+        """mlp_out, replaced."""
+        del keys
+        acts = self.where(positions)
+        if self.method == "resample":
+            acts &= positions < self.values.shape[1]
+        for m in range(self.layers.shape[0]):
+            row = jnp.clip(positions, 0, self.values.shape[1] - 1)
+            new = self.values[m][row].astype(value.dtype)
+            value = jnp.where(wide(acts & (self.layers[m] == layer), value.ndim), new, value)
+        return value
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError for an unknown layer, or a reference of another width."""
+        check_layers(plain(self.layers), config.num_layers)
+        if self.method != "zero":
+            check_width(self.values.shape[-1], config.embed_dim, "the reference's mlp_out")
+
+    def __str__(self) -> str:
+        return f"ablate MLPs {short(plain(self.layers))} ({self.method}) at {self.where}"
+
+
+@node
+class Patch(Intervention):
+    """Puts given numbers in a site's place: `Patch("residual", 5, [3, 4], value)`.
+
+    Activation patching (Meng et al. 2022, arXiv:2202.05262, "causal tracing") puts what another run
+    computed; `Patch.from_trace` takes it from there.
+
+    Attributes:
+      layer: () int32.
+      positions: (P,) int32 absolute positions.
+      value: (P, ...) of the site, or of its `heads` only: (P, heads, H).
+      heads: (n,) int32, or None for all of the site.
+      site: any sown site but the maps and norms' scales.
+    """
+
+    layer: jax.Array
+    positions: jax.Array
+    value: jax.Array
+    heads: jax.Array | None
+    site: str = static()
+
+    def __init__(
+        self,
+        site: str,
+        layer: int | None,
+        positions: Sequence[int] | int,
+        value: Any,
+        *,
+        heads: Sequence[int] | None = None,
+    ) -> None:
+        check_patchable(site, layer)
+        at = ints([positions] if isinstance(positions, int) else positions)
+        new = jnp.asarray(value)
+        if new.ndim == len(SITES[site].dims) - 2:
+            new = jnp.broadcast_to(new, (len(at), *new.shape))
+        if new.shape[:1] != at.shape:
+            raise ValueError(
+                f"value must hold one {site} for each of {len(at)} positions, got {new.shape}"
+            )
+        fill(self, site=site, layer=jnp.int32(EVERYWHERE if layer is None else layer))
+        fill(self, positions=at, value=new, heads=None if heads is None else ints(heads))
+
+    @classmethod
+    def from_trace(
+        cls,
+        trace: Any,
+        site: str,
+        layer: int | None = None,
+        positions: Sequence[int] | int | None = None,
+        *,
+        heads: Sequence[int] | None = None,
+    ) -> Patch:
+        """What a `Trace` saw there; positions None takes all of its."""
+        if positions is None:
+            positions = range(len(trace.tokens))
+        at = [positions] if isinstance(positions, int) else list(positions)
+        value = trace.get(site, layers=layer, positions=at).values
+        value = value if layer is None else value[0]
+        return cls(site, layer, at, value if heads is None else value[:, list(heads)], heads=heads)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The one that was given."""
+        return (self.site,)
+
+    def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
+        """The site with the given numbers at the given positions."""
+        del keys
+        if not self.positions.shape[0]:
+            return value
+        match = positions[..., None] == self.positions  # (B, T, P)
+        new = self.value[match.argmax(axis=-1)].astype(value.dtype)
+        acts = wide(match.any(axis=-1) & (self.layer == layer), value.ndim)
+        if self.heads is not None:
+            new = jnp.broadcast_to(new, (*value.shape[:2], *new.shape[2:]))
+            new = value.at[:, :, self.heads].set(new)
+        return jnp.where(acts, new, value)
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError for an unknown layer or head, or a value of another shape."""
+        if SITES[self.site].per_layer:
+            check_layers(int(self.layer), config.num_layers)
+        expected = shape_of(self.site, config)
+        if self.heads is not None:
+            check_heads(plain(self.heads), expected[0])
+            expected = (len(self.heads), *expected[1:])
+        if self.value.shape[1:] != expected:
+            raise ValueError(
+                f"{self.site} of one position is {expected}, got a value of {self.value.shape[1:]}"
+            )
+
+    def __str__(self) -> str:
+        heads = "" if self.heads is None else f", heads {short(plain(self.heads))}"
+        where = "" if int(self.layer) == EVERYWHERE else f" of layer {int(self.layer)}"
+        return f"patch {self.site}{where}{heads} at positions {short(plain(self.positions))}"
+
+
+@node
+class Steer(Intervention):
+    """Adds `scale * vector` to a site: `Steer(9, vector, scale=4.0)`.
+
+    Activation addition (Turner et al. 2023, arXiv:2308.10248); see `steering_vector` for one from
+    contrasting prompts.  The vector is added as it is: compare its norm with the residual stream's
+    (`gnb.residual_norms`).
+
+    Attributes:
+      layer: () int32.
+      vector: (D,).
+      scale: () float32.
+      where: at which positions.
+      site: by default the residual stream after the layer.
+    """
+
+    layer: jax.Array
+    vector: jax.Array
+    scale: jax.Array
+    where: Where
+    site: str = static()
+
+    def __init__(
+        self,
+        layer: int,
+        vector: Any,
+        scale: float = 1.0,
+        *,
+        positions: Positions = None,
+        site: str = "residual",
+    ) -> None:
+        check_patchable(site, layer)
+        fill(self, layer=jnp.int32(layer), vector=jnp.asarray(vector, jnp.float32))
+        fill(self, scale=jnp.float32(scale), where=Where.of(positions), site=site)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The residual stream, or the site that was given."""
+        return (self.site,)
+
+    def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
+        """The site with the vector added."""
+        del keys
+        acts = wide(self.where(positions) & (self.layer == layer), value.ndim)
+        return jnp.where(acts, value + (self.scale * self.vector).astype(value.dtype), value)
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError for an unknown layer or a vector of another length."""
+        check_layers(int(self.layer), config.num_layers)
+        expected = shape_of(self.site, config)
+        if self.vector.shape != expected:
+            raise ValueError(f"a vector for {self.site} is {expected}, got {self.vector.shape}")
+
+    def __str__(self) -> str:
+        norm = float(jnp.linalg.norm(self.vector))
+        return (
+            f"steer {self.site} of layer {int(self.layer)} by {float(self.scale):g} times a vector "
+            f"of norm {norm:.3g} at {self.where}"
+        )
+
+
+@node
+class EditNeuron(Intervention):
+    """Sets a hidden unit of a feed-forward layer: `EditNeuron(5, 1234, 3.0)`.
+
+    Attributes:
+      layer: () int32.
+      neuron: () int32, index into `mlp_hidden`.
+      value: () float32.
+      where: at which positions.
+      method: "set", "add" or "multiply".
+    """
+
+    layer: jax.Array
+    neuron: jax.Array
+    value: jax.Array
+    where: Where
+    method: str = static()
+
+    def __init__(
+        self,
+        layer: int,
+        neuron: int,
+        value: float,
+        *,
+        method: Literal["set", "add", "multiply"] = "set",
+        positions: Positions = None,
+    ) -> None:
+        if method not in ("set", "add", "multiply"):
+            raise ValueError(f'method must be "set", "add" or "multiply", got {method!r}')
+        fill(self, layer=jnp.int32(layer), neuron=jnp.int32(neuron), method=method)
+        fill(self, value=jnp.float32(value), where=Where.of(positions))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """mlp_hidden."""
+        return ("mlp_hidden",)
+
+    def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
+        """mlp_hidden with the unit edited."""
+        del keys
+        given = self.value.astype(value.dtype)
+        new = {"set": given, "add": value + given, "multiply": value * given}[self.method]
+        acts = self.where(positions) & (self.layer == layer)
+        mine = jnp.arange(value.shape[-1]) == self.neuron
+        return jnp.where(acts[..., None] & mine, new, value)
+
+    def check(self, config: TransformerConfig) -> None:
+        """Raises ValueError for an unknown layer or neuron."""
+        check_layers(int(self.layer), config.num_layers)
+        if not 0 <= int(self.neuron) < config.hidden_dim:
+            raise ValueError(
+                f"neuron {int(self.neuron)} does not exist: "
+                f"a layer has neurons 0 to {config.hidden_dim - 1}"
+            )
+
+    def __str__(self) -> str:
+        value = f"{float(self.value):g}"
+        done = {"set": f"to {value}", "add": f"plus {value}", "multiply": f"times {value}"}
+        neuron = f"neuron {int(self.neuron)} of layer {int(self.layer)}"
+        return f"{neuron} {done[self.method]} at {self.where}"
