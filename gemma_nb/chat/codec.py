@@ -5,7 +5,8 @@ and one that a file lacks takes its default.  What is repeated in a conversation
 token, a long list of ids) is stored once, in `Tables`.
 
 JSON: dataclasses and mappings are objects, tuples are arrays, a float that is not finite is the
-string "nan", "inf" or "-inf", and more than 16 integers in a row are `{"list": index}`.
+string "nan", "inf" or "-inf", more than 16 integers in a row are `{"list": index}`, and a long text
+inside of a dataclass is `{"string": index}`.
 
 Columns: a field of n records is an array of n numbers in the smallest dtype that holds every value
 exactly.  A string is its index in `Tables.strings`; `name.present` says which values are not None,
@@ -28,6 +29,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import numpy as np
 
 _LONG = 16  # integers; longer tuples of them are stored once
+_LONG_TEXT = 64  # characters; longer texts inside of dataclasses are, such as a system text
 _NOT_FINITE = ("nan", "inf", "-inf")
 Columns = dict[str, np.ndarray]
 
@@ -83,8 +85,15 @@ def to_json(value: Any, tables: Tables) -> Any:
     if isinstance(value, Mapping):
         return {str(key): to_json(item, tables) for key, item in value.items()}
     if dataclasses.is_dataclass(value):
-        return {name: to_json(getattr(value, name), tables) for name in hints(type(value))}
+        fields = {name: getattr(value, name) for name in hints(type(value))}
+        return {name: _once(item, tables) for name, item in fields.items()}
     raise TypeError(f"a value of type {type(value).__name__} cannot be stored: {value!r}")
+
+
+def _once(value: Any, tables: Tables) -> Any:
+    if isinstance(value, str) and len(value) > _LONG_TEXT:
+        return {"string": tables.string(value)}
+    return to_json(value, tables)
 
 
 def from_json(hint: Any, data: Any, tables: Tables, where: str = "") -> Any:
@@ -115,7 +124,14 @@ def from_json(hint: Any, data: Any, tables: Tables, where: str = "") -> Any:
         return {k: from_json(arguments[1], v, tables, f"{where}.{k}") for k, v in data.items()}
     if dataclasses.is_dataclass(hint):
         return _record(typing.cast(type, hint), data, tables, where)
+    if hint is str and isinstance(data, dict) and set(data) == {"string"}:
+        return _entry(tables.strings, data["string"], where)
     return _scalar(hint, data, where)
+
+
+def _entry(table: list[Any], index: Any, where: str) -> Any:
+    known = type(index) is int and 0 <= index < len(table)
+    return table[index] if known else _expect(known, f"one of {len(table)} entries", index, where)
 
 
 def _any_of(arguments: tuple[Any, ...], data: Any, tables: Tables, where: str) -> Any:
@@ -132,10 +148,7 @@ def _any_of(arguments: tuple[Any, ...], data: Any, tables: Tables, where: str) -
 
 def _items(origin: Any, arguments: tuple[Any, ...], data: Any, tables: Tables, where: str) -> Any:
     if isinstance(data, dict) and set(data) == {"list"}:
-        index = data["list"]
-        known = type(index) is int and 0 <= index < len(tables.lists)
-        _expect(known, f"one of {len(tables.lists)} lists", data, where)
-        data = tables.lists[index]
+        data = _entry(tables.lists, data["list"], where)
         if arguments == (int, Ellipsis):
             return data
     _expect(isinstance(data, list | tuple), "a list", data, where)

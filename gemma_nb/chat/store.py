@@ -23,7 +23,8 @@ conversation.json, format version 1, is one object:
                        `gemma_nb.chat.tree.Node`
     turns              id -> the fields of `gemma_nb.chat.events.Turn`.  A field with evidence is
                        {"rows": n} and its rows are in the turn's safetensors file
-    strings            texts of tokens, to which the evidence refers by index
+    strings            texts of tokens, to which the evidence refers by index, and others that are
+                       stored once, to which this file refers by {"string": index}
     lists              long lists of integers, to which this file refers by {"list": index}
 
 A reply's safetensors file has one array per column: `tokens.token_id`, `tokens.logprob`,
@@ -169,7 +170,7 @@ class Encoder:
                 if columns:
                     blobs[str(node.id)] = safetensors.numpy.save(columns)
             # A child that came after the links were noted is written with them, the next time.
-            stack.extend(node.children[: len(links[0])])
+            stack.extend(node.children[: len(links[0])][::-1])
         if nodes:
             changes["nodes"] = nodes
         if turns:
