@@ -44,7 +44,7 @@ def read(
     Raises:
       CheckpointError: the files cannot be read or trusted.
     """
-    sha256 = source.sha256 or _sha256(source.files)
+    sha256 = source.sha256 or _sha256(source, check)
     path = converted.path_for(sha256, dtype)
     try:
         ready = converted.read(path)
@@ -66,9 +66,15 @@ def read(
     return config, ready
 
 
-def _sha256(files: tuple[Path, ...]) -> str:
-    """Of one file its own; of several the hash of their hashes, each remembered."""
-    digests = [converted.file_sha256(file) for file in files]
+def _sha256(source: Source, check: Callable[[TransformerConfig], None]) -> str:
+    """Of one file its own; of several the hash of their hashes, each remembered.
+
+    What cannot be loaded is refused by its header, before all of it is read for its hash.
+    """
+    if any(converted.remembered_sha256(file) is None for file in source.files):
+        with gguf_split.open_files(source.files, source.name) as file:
+            check(config_from_gguf(file.metadata, source.name))
+    digests = [converted.file_sha256(file) for file in source.files]
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()

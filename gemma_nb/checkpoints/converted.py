@@ -32,6 +32,7 @@ import ml_dtypes
 import numpy as np
 import platformdirs
 
+from gemma_nb.checkpoints import folders
 from gemma_nb.errors import CheckpointError
 
 # Part of a file's name: raise it whenever conversion or the file's layout changes.
@@ -282,23 +283,40 @@ def file_sha256(path: Path) -> str:
     Raises:
       CheckpointError: the file cannot be read.
     """
+    if (known := remembered_sha256(path)) is not None:
+        return known
     try:
-        path = path.resolve(strict=True)
-        stat = path.stat()
-        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        note = cache_dir() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads(note.read_text())
-            if isinstance(known, dict) and known.get("state") == state:
-                return str(known["sha256"])
+        note, state = _note(path)
         digest = sha256_of([path])
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise folders.unreadable(path, error) from error
     with contextlib.suppress(OSError):  # only a saving: an unwritable cache is reported elsewhere
         note.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(note) as file:
             file.write(json.dumps({"state": state, "sha256": digest}).encode())
     return digest
+
+
+def remembered_sha256(path: Path) -> str | None:
+    """What `file_sha256` found the last time, where the file has not changed since."""
+    with contextlib.suppress(OSError, ValueError):
+        note, state = _note(path)
+        known = json.loads(note.read_text())
+        if isinstance(known, dict) and known.get("state") == state:
+            return str(known["sha256"])
+    return None
+
+
+def _note(path: Path) -> tuple[Path, list[int]]:
+    """Where the SHA-256 of a file is remembered, and what tells whether the file has changed."""
+    path = path.resolve(strict=True)
+    stat = path.stat()
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()
+    return cache_dir() / "hashes" / f"{name}.json", [
+        stat.st_size,
+        stat.st_mtime_ns,
+        stat.st_ctime_ns,
+    ]
 
 
 def sha256_of(paths: Iterable[Path]) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gemma_nb.errors import CheckpointError
 
-_MAX_JSON = 1 << 26  # bytes; the index of the largest Gemma has 0.2 MB
+# Bytes of the files that are read whole: the index of the largest Gemma has 0.2 MB, Gemma 3's
+# tokenizer.model 4.7 MB.
+_MAX_JSON, _MAX_TOKENIZER = 1 << 24, 1 << 26
 
 # Files that only `pickle` can read, and pickle runs whatever code a file tells it to.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -23,30 +27,67 @@ NO_PICKLES = (
 )
 
 
+def unreadable(what: object, error: OSError) -> CheckpointError:
+    """What to raise where the system does not let a file be read."""
+    remedy = "check the disk it is on, or download the file again"
+    if isinstance(error, PermissionError):
+        remedy = "give yourself the right to read it (chmod u+r), or copy it to a folder of yours"
+    return CheckpointError(f"cannot read {what}: {error.strerror or error}; {remedy}")
+
+
 def member(folder: Path, name: str) -> Path:
-    """The file `name` of a folder, which has to lie in it.
+    """The file `name` of a folder, which has to lie in it and to be a file.
 
     Symbolic links count as what they point at.  Those of the Hugging Face cache point from a
     snapshot into the same model's blobs, which is allowed.
 
     Raises:
-      CheckpointError: there is no such file, or it is somewhere else.
+      CheckpointError: there is no such file, it is somewhere else, or it is a pipe, a device or a
+        folder, which could be read forever or not at all.
     """
     path = folder / name
+    target = _inside(folder, path)
+    if not regular(target):
+        raise CheckpointError(
+            f"{path} is {kind_of(target)}, expected a file; the checkpoint is damaged or has been "
+            "tampered with: download it again"
+        )
+    return path
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """What `path` is or points at, in the same folder."""
     try:
         target = path.resolve(strict=True)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing; the checkpoint is incomplete: download it again"
         ) from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (RuntimeError, ValueError) as error:  # a link to itself; a name with a zero byte
+        raise CheckpointError(f"cannot read {path}: {error}; download the file again") from error
     if not target.is_relative_to(_root(folder)):
         raise CheckpointError(
             f"{path} leads out of its folder, to {target}; put the file itself into {folder} if "
             "you trust it"
         )
-    return path
+    return target
+
+
+def regular(path: Path) -> bool:
+    """Whether a path is a file with content: no pipe, device, socket or folder."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def kind_of(path: Path) -> str:
+    """What something other than a file is, for messages."""
+    mode = path.stat().st_mode
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _root(folder: Path) -> Path:
@@ -57,29 +98,48 @@ def _root(folder: Path) -> Path:
     return folder.resolve()
 
 
-def check_links(folder: Path) -> None:
-    """Refuses a folder with a symbolic link, at any depth, that leads out of it."""
-    for at, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(at, name)
-            if path.is_symlink():
-                member(folder, str(path.relative_to(folder)))
+def check_members(folder: Path) -> None:
+    """Refuses a folder that holds, at any depth, a link out of it, a pipe or a device."""
+
+    def fail(error: OSError) -> None:
+        raise unreadable(error.filename or folder, error) from error
+
+    for at, below, files in os.walk(folder, onerror=fail):
+        for name in below:
+            if (path := Path(at, name)).is_symlink():
+                _inside(folder, path)
+        for name in files:
+            member(folder, str(Path(at, name).relative_to(folder)))
+
+
+def content(path: Path, most: int) -> bytes:
+    """The bytes of a file, which has at most so many.
+
+    Raises:
+      CheckpointError: it cannot be read, or is larger.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(most + 1)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if len(raw) > most:
+        raise CheckpointError(
+            f"{path} has more than {most:,} bytes, which such a file never has; download it again"
+        )
+    return raw
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file of a folder.
 
     Raises:
-      CheckpointError: missing, too large, or no JSON object.
+      CheckpointError: missing, too large, no JSON object, or one with a name twice.
     """
     path = member(folder, name)
     remedy = "download the file again"
     try:
-        if (size := path.stat().st_size) > _MAX_JSON:
-            raise CheckpointError(f"{path} has {size:,} bytes, expected at most {_MAX_JSON:,}")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        value = json.loads(content(path, _MAX_JSON), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
@@ -89,10 +149,20 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; readers differ in which of two values under one name they take."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        [(twice, _)] = counts.most_common(1)
+        raise ValueError(f"{twice!r:.80} is there twice")
+    return value
+
+
 def refuse_pickles(folder: Path) -> None:
     """Says why, where a folder holds its weights as pickles only."""
     for path in sorted(folder.iterdir()):
-        if path.suffix in _PICKLES:
+        if path.suffix.lower() in _PICKLES:
             raise CheckpointError(f"{path}: {NO_PICKLES}")
 
 
@@ -102,8 +172,8 @@ def refuse_pickle(path: Path) -> None:
         with open(path, "rb") as file:
             start = file.read(4)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    if path.suffix in _PICKLES or start.startswith(_PICKLE_STARTS):
+        raise unreadable(path, error) from error
+    if path.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
         raise CheckpointError(f"{path}: {NO_PICKLES}")
 
 
@@ -130,6 +200,16 @@ def tokenizer_model(folder: Path) -> Path:
             "the right one to tokenizer.model"
         )
     return member(found[0].parent, found[0].name)
+
+
+def tokenizer_bytes(path: Path) -> bytes:
+    """The content of a tokenizer file; raises like `content`."""
+    return content(path, _MAX_TOKENIZER)
+
+
+def text(folder: Path, name: str) -> str:
+    """A text file of a folder, whatever its bytes are; raises like `content`."""
+    return content(member(folder, name), _MAX_JSON).decode("utf-8", errors="replace")
 
 
 def _models(folder: Path) -> Iterator[list[Path]]:

@@ -20,6 +20,8 @@ from gemma_nb.errors import CheckpointError
 
 _ROWS_AT_ONCE = 8_192  # dequantised together: bounds the temporaries of a large embedding
 
+_NOT_TEXT = ("v.", "mm.")  # what images go through, where a file has that as well
+
 _MAX_LAYERS = 256  # the largest Gemma has 62
 
 # llama.cpp does not store it: these sizes scale queries by D / N instead of H.  (D, L) of Gemma 2
@@ -116,9 +118,9 @@ def config_from_gguf(metadata: Mapping[str, Any], name: str = "GGUF file") -> Tr
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{name}: expected architecture 'gemma', 'gemma2' or 'gemma3', got {architecture!r}; "
-            "gemma_nb reads GGUF files of Gemma 1, 2 and 3 (text, and the text part of others); "
-            "Gemma 3n and Gemma 4 are not supported yet"
+            f"{name}: expected architecture 'gemma', 'gemma2' or 'gemma3', got "
+            f"{architecture!r:.80}; pass a GGUF file of Gemma 1, 2 or 3 (text, or the text part of "
+            "others); Gemma 3n and Gemma 4 are not supported yet"
         )
     fields = _Fields(metadata, f"{architecture}.", name)
     fields.expect("attention.layer_norm_rms_epsilon", 1e-6, tolerance=1e-8)
@@ -150,7 +152,9 @@ def config_from_gguf(metadata: Mapping[str, Any], name: str = "GGUF file") -> Tr
             max_context=fields.count("context_length"),
         )
     except ValueError as error:
-        raise CheckpointError(f"{name}: metadata describe no possible model: {error}") from error
+        raise CheckpointError(
+            f"{name}: metadata describe no possible model: {error}; {REDOWNLOAD}"
+        ) from error
 
 
 def _layers(fields: _Fields, architecture: str, count: int) -> tuple[LayerSpec, ...]:
@@ -258,8 +262,8 @@ def official_params(
     leaves = list(layout.leaves(config))
     if "output.weight" in file.tensors:
         raise CheckpointError(
-            f"{file.name}: tensor 'output.weight': a head of its own; Gemma's is the embedding. "
-            "This is not a Gemma file as released"
+            f"{file.name}: tensor 'output.weight': a head of its own; Gemma's is the embedding: "
+            "use a file of the model as released"
         )
     for leaf in leaves:
         for name, shape in zip(leaf.gguf, leaf.shapes, strict=True):
@@ -271,6 +275,14 @@ def official_params(
                     f"{file.name}: tensor {name!r}: expected shape {shape} from the metadata, got "
                     f"{info.shape}; {REDOWNLOAD}"
                 )
+    known = {name for leaf in leaves for name in leaf.gguf}
+    for name in file.tensors:
+        if name not in known and not name.startswith(_NOT_TEXT):
+            raise CheckpointError(
+                f"{file.name}: tensor {name!r} belongs to no Gemma 1, 2 or 3 text model of "
+                f"{config.num_layers} layers; use a file of the model as released (adapters have "
+                "to be merged first)"
+            )
     for leaf in leaves:
         if leaf.is_norm:  # llama.cpp stores 1 + scale; subtract before rounding to `dtype`
             yield leaf.path, (file.read(leaf.gguf[0]) - np.float32(1)).astype(dtype)

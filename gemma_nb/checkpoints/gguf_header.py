@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from gemma_nb.checkpoints import folders
 from gemma_nb.errors import CheckpointError
 
 _MAGIC = b"GGUF"
@@ -32,6 +33,9 @@ _SCALARS: dict[int, np.dtype[Any]] = {
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _WINDOW = 1 << 23  # bytes copied at a time
 _MAX_NAME = 65_535  # the format's limit for metadata keys; tensor names are shorter still
+# What no Gemma comes near, and a sparse file of no size can announce: the largest has 1,247
+# tensors, some 40 fields and 262,144 tokens.
+_MAX_TENSORS, _MAX_FIELDS, _MAX_ENTRIES, _MAX_TEXT = 1 << 16, 1 << 12, 1 << 23, 1 << 24
 
 REDOWNLOAD = "the file is incomplete or not what it says: download it again"
 
@@ -64,6 +68,11 @@ class Span:
         self.size = 0
         for part in parts:
             try:
+                if not folders.regular(part):  # a pipe would be waited for
+                    raise CheckpointError(
+                        f"{part} is {folders.kind_of(part)}, expected a file; pass the path of a "
+                        ".gguf file"
+                    )
                 with open(part, "rb") as file:
                     length = os.fstat(file.fileno()).st_size
                     if not length:
@@ -71,7 +80,7 @@ class Span:
                     self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             except OSError as error:
                 self.close()
-                raise CheckpointError(f"cannot read {part}: {error.strerror or error}") from error
+                raise folders.unreadable(part, error) from error
             self._starts.append(self.size)
             self.size += length
 
@@ -151,10 +160,10 @@ class Header:
     def _int(self, code: str) -> int:
         return struct.unpack("<" + code, self._take(struct.calcsize(code)))[0]
 
-    def _text(self, limit: int | None = None) -> str:
+    def _text(self, limit: int = _MAX_TEXT) -> str:
         length = self._int("Q")
-        if limit is not None and length > limit:
-            self._fail(f"a name of {length:,} bytes, expected at most {limit:,}")
+        if length > limit:
+            self._fail(f"a text of {length:,} bytes, expected at most {limit:,}")
         raw = self._take(length)
         try:
             return raw.decode("utf-8")
@@ -177,15 +186,17 @@ class Header:
                 "convert the model again with a current llama.cpp, little-endian",
             )
         self._field = "tensor count"
-        tensors = self._count("Q", smallest=24)  # name length, rank, type, offset
+        tensors = self._count(24, _MAX_TENSORS)  # name length, rank, type, offset
         self._field = "field count"
-        return tensors, self._count("Q", smallest=13)  # key length, type, one byte of value
+        return tensors, self._count(13, _MAX_FIELDS)  # key length, type, one byte of value
 
-    def _count(self, code: str, smallest: int) -> int:
+    def _count(self, smallest: int, most: int = _MAX_ENTRIES) -> int:
         """A number of things that take at least `smallest` bytes each."""
-        count = self._int(code)
+        count = self._int("Q")
         if count * smallest > self._left:
             self._fail(f"{count:,} entries announced, the file has {self._left:,} bytes left")
+        if count > most:
+            self._fail(f"{count:,} entries announced, expected at most {most:,}")
         return count
 
     def _metadata(self, count: int) -> dict[str, Any]:
@@ -209,11 +220,11 @@ class Header:
     def _array(self) -> list[str] | np.ndarray:
         kind = self._int("I")
         if kind == _STRING:
-            return self._texts(self._count("Q", smallest=8))
+            return self._texts(self._count(8))
         if kind == _ARRAY:
             self._fail("an array of arrays, which no Gemma file has")
         smallest = _SCALARS[kind].itemsize if kind in _SCALARS else 1
-        return self._numbers(kind, self._count("Q", smallest))
+        return self._numbers(kind, self._count(smallest))
 
     def _numbers(self, kind: int, count: int) -> np.ndarray:
         dtype = _SCALARS.get(kind)

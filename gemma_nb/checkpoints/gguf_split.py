@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_nb.checkpoints import folders
 from gemma_nb.checkpoints.gguf import GGUFFile
 from gemma_nb.errors import CheckpointError
 
@@ -42,11 +43,13 @@ def siblings(path: Path) -> list[Path]:
         for number in range(1, count + 1)
     ]
     for file in files:
-        if not file.is_file():
+        if not file.exists():
             raise CheckpointError(
                 f"{file} is missing; the model comes in {count} files, which have to be in one "
                 "folder: download all of them"
             )
+        if file != path:
+            folders.member(path.parent, file.name)
     return files
 
 
@@ -120,7 +123,7 @@ def open_files(files: Sequence[Path], name: str) -> GGUFFile | SplitGGUF:
         file.close()
         raise CheckpointError(
             f"{name}: this is one of {count!r} files of a model, and its name does not say which; "
-            "name them as they were published, for example model-00001-of-00002.gguf"
+            "rename them as they were published, for example model-00001-of-00002.gguf"
         )
     return file
 

@@ -237,6 +237,6 @@ def check_name(name: str) -> None:
     """
     if name not in catalog.MODELS:
         raise CheckpointError(
-            f"{name!r} is neither a path nor a released model; the models are "
+            f"{name!r:.80} is neither a path nor a released model; pass one of "
             f"{', '.join(catalog.MODELS)}"
         )

@@ -24,6 +24,8 @@ _UNSEEN = ("layers", "query_pre_attn_scalar", "attn_logits_soft_cap", "final_log
 
 _GATING = "transpose_gating_einsum"
 
+_MAX_LAYERS = 256  # the largest Gemma has 62
+
 # What shapes and names tell for certain, and a released size has to agree with.
 _SHAPED = (
     *("embed_dim", "hidden_dim", "num_heads", "num_kv_heads", "head_dim"),
@@ -70,7 +72,8 @@ def config_of(
     num_layers = facts.pop("num_layers")
     if len(overrides.get("layers", range(num_layers))) != num_layers:
         raise CheckpointError(
-            f"{name}: {len(overrides['layers'])} layers were given, the names say {num_layers}"
+            f"{name}: {len(overrides['layers'])} layers were given, the names say {num_layers}; "
+            "give as many as there are"
         )
     for field, value in facts.items():
         if value is not None and overrides.get(field, value) != value:
@@ -95,7 +98,8 @@ def shapes_of(params: Mapping[str, Any], name: str = "the parameters") -> dict[A
         shape = getattr(leaf, "shape", None)
         if shape is None:
             raise CheckpointError(
-                f"{name}: {'/'.join(path)} is {type(leaf).__name__}, expected an array"
+                f"{name}: {'/'.join(path)} is {type(leaf).__name__}, expected an array; pass "
+                "the arrays of an official checkpoint"
             )
         shapes[path] = tuple(shape)
     return shapes
@@ -119,7 +123,8 @@ def check(shapes: Shapes, config: TransformerConfig, name: str = "the parameters
         if shapes[path] != shape:
             raise CheckpointError(
                 f"{name}: parameter {'/'.join(path)}: expected shape {shape}, got {shapes[path]}; "
-                "the checkpoint and its configuration are of different models"
+                "the checkpoint and its configuration are of different models: use two that belong "
+                "together"
             )
     if extra:
         raise CheckpointError(
@@ -134,7 +139,7 @@ def _refuse_foreign(paths: list[layout.Path], name: str) -> None:
             if any(mark in part for part in path):
                 raise CheckpointError(
                     f"{name}: parameter {'/'.join(path)} shows {family}, which is not supported "
-                    "yet; gemma_nb reads Gemma 1, 2 and 3 with one parameter per layer"
+                    "yet; pass a Gemma 1, 2 or 3 with one parameter per layer"
                 )
 
 
@@ -151,7 +156,9 @@ def _complete(fields: dict[str, Any], num_layers: int, name: str) -> Transformer
             _fail_open(still_open, [size for sizes in fitting.values() for size in sizes], name)
         return TransformerConfig(**fields)
     except ValueError as error:
-        raise CheckpointError(f"{name}: no possible model: {error}") from error
+        raise CheckpointError(
+            f"{name}: no possible model: {error}; pass the parameters of an official checkpoint"
+        ) from error
 
 
 def _fits(preset: TransformerConfig, fields: Mapping[str, Any], num_layers: int) -> bool:
@@ -269,19 +276,36 @@ def from_json(fields: Any, name: str) -> TransformerConfig:
       CheckpointError: a field is missing, unknown or of the wrong type.
     """
     try:
+        if not 1 <= len(fields["layers"]) <= _MAX_LAYERS:
+            raise ValueError(f"{len(fields['layers']):,} layers")
         layers = tuple(_layer_from_json(**layer) for layer in fields["layers"])
         scalars = {k: v for k, v in fields.items() if k != "layers"}
         for field, value in scalars.items():
-            if value is not None and not isinstance(value, bool | int | float):
-                raise TypeError(f"{field} is {value!r}")
+            _check_scalar(field, value)
         return TransformerConfig(**scalars, layers=layers)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{name}: the stored configuration cannot be read ({error}); the checkpoint has been "
             "changed, or was written by a newer gemma_nb: save it again or update"
         ) from error
 
 
+def _check_scalar(field: str, value: Any) -> None:
+    """What `to_json` never wrote: text, numbers that are none, sizes that are not whole."""
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(TransformerConfig)}
+    kind = kinds.get(field, "float | None")
+    if value is None and "None" in kind:
+        return
+    if isinstance(value, bool) != kind.startswith("bool") or not isinstance(value, int | float):
+        raise TypeError(f"{field} is {value!r:.60}")
+    if kind == "int" and not (isinstance(value, int) and 1 <= value < 1 << 31):
+        raise ValueError(f"{field} is {value!r:.60}")
+    if kind.startswith("float") and not 0 < value < 1e12:
+        raise ValueError(f"{field} is {value!r:.60}")
+
+
 def _layer_from_json(window: int | None, rope_base: float, rope_scale: float) -> LayerSpec:
+    if not (0 < rope_base < 1e12 and 0 < rope_scale < 1e12 and (window is None or window > 0)):
+        raise ValueError(f"a layer of window {window}, rope {rope_base!r:.30}, {rope_scale!r:.30}")
     kind = Global() if window is None else Sliding(int(window))
     return LayerSpec(kind, float(rope_base), float(rope_scale))

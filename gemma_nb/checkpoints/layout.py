@@ -246,9 +246,15 @@ def official(params: Mapping[str, Any], name: str = "params") -> dict[Path, Any]
       name: of the checkpoint, for messages.
 
     Raises:
-      CheckpointError: two entries are the same parameter, or a name is no text.
+      CheckpointError: it is no dictionary, two entries are the same parameter, or a name is no
+        text.
     """
     found: dict[Path, Any] = {}
+    if not isinstance(params, Mapping):
+        raise CheckpointError(
+            f"{name}: expected a dictionary of arrays, got {type(params).__name__}; pass the tree "
+            'of an official checkpoint, for example {"embedder": {"input_embedding": ...}, ...}'
+        )
     for keys, value in flatten(params).items():
         if not all(isinstance(key, str) for key in keys):
             raise CheckpointError(

@@ -100,14 +100,14 @@ def load_params(
     """
     from gemma_nb import placement
 
-    job = _Job(
-        source=resolve(source, revision),
-        dtype=_dtype_name(dtype),
-        mesh=placement.resolve(mesh),
-        progress=progress,
-        force=force,
-    )
-    return job.gguf() if job.source.format == "GGUF" else job.folder()
+    name, where = _dtype_name(dtype), placement.resolve(mesh)
+    try:
+        job = _Job(resolve(source, revision), name, where, progress, force)
+        return job.gguf() if job.source.format == "GGUF" else job.folder()
+    except OSError as error:  # of a folder that nobody may look into, or a file that vanished
+        if error.filename is None:  # not of a file: a broken pipe under the progress bar
+            raise
+        raise folders.unreadable(error.filename, error) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _Job:
         [folder] = self.source.files
         path = folders.tokenizer_model(folder)
         with _tokenizer_errors(str(path)):
-            tokenizer = Tokenizer.from_file(path)
+            tokenizer = Tokenizer(folders.tokenizer_bytes(path), name=str(path))
         reader: OrbaxFolder | HuggingFaceFolder
         if self.source.format == "Orbax":
             reader = OrbaxFolder(folder)

@@ -25,6 +25,8 @@ from gemma_nb.presets import Tuning
 _STRUCTURE, _ABOUT = "_METADATA", "_CHECKPOINT_METADATA"
 _OURS = "gemma_nb"  # our entry in the checkpoint's custom metadata
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+_MAX_ARRAYS = 1 << 14  # a training state of the largest Gemma has some 3,000
+_MAX_ABOUT = 1 << 24  # bytes of a file that describes arrays
 _PIECE = 1 << 26  # bytes read together, or one chunk where that is more
 _REMEDY = "the checkpoint is incomplete or damaged: download it again"
 
@@ -77,8 +79,12 @@ class OrbaxFolder:
     """
 
     def __init__(self, folder: Path, config: TransformerConfig | None = None) -> None:
-        folders.check_links(folder)
+        folders.check_members(folder)
         self.name = str(folder)
+        if not self.name.isprintable():  # of bytes that are no UTF-8
+            raise CheckpointError(
+                f"{self.name!r}: tensorstore takes no such path; rename the folder"
+            )
         self.tuning: Tuning = "instruction" if folders.looks_instruction_tuned(folder) else "base"
         self._folder = folder.resolve()
         structure = folders.read_json(folder, _STRUCTURE) if is_listed(folder) else {}
@@ -120,6 +126,13 @@ class OrbaxFolder:
             driver = "zarr3" if structure.get("use_zarr3") is True else "zarr"
             return {"driver": driver, "kvstore": place, "fill_missing_data_reads": not complete}
 
+        if together:
+            self._check_size(self._folder / "manifest.ocdbt", _MAX_ABOUT, "the parameters")
+        else:
+            for path, keys in self._keys.items():
+                for name in (".zarray", "zarr.json"):
+                    file = self._folder / ".".join(keys) / name
+                    self._check_size(file, _MAX_ABOUT, f"parameter {'/'.join(path)}")
         specs = {path: spec(".".join(keys)) for path, keys in self._keys.items()}
         context = ts.Context()
         opening = {
@@ -132,6 +145,14 @@ class OrbaxFolder:
                 opened[path] = future.result()
         return opened
 
+    @staticmethod
+    def _check_size(file: Path, most: int, what: str) -> None:
+        """Refuses what tensorstore would read whole, whatever its size."""
+        if file.exists() and (size := file.stat().st_size) > most:
+            raise CheckpointError(
+                f"{file}: {size:,} bytes about {what}, expected at most {most:,}; {_REMEDY}"
+            )
+
     def _shape(self, path: layout.Path) -> tuple[int, ...]:
         array, what = self._arrays[path], f"{self.name}: parameter {'/'.join(path)}"
         shape, dtype = tuple(array.shape), array.dtype.name
@@ -143,6 +164,10 @@ class OrbaxFolder:
         chunk = tuple(array.chunk_layout.read_chunk.shape or shape)
         if any(c > s for c, s in zip(chunk, shape, strict=True)):
             raise CheckpointError(f"{what}: chunks of {chunk} in an array of {shape}; {_REMEDY}")
+        chunk_bytes = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
+        own = self._folder / ".".join(self._keys[path])
+        for file in own.rglob("*") if own.is_dir() else ():
+            self._check_size(file, 2 * chunk_bytes + _MAX_ABOUT, f"parameter {'/'.join(path)}")
         return shape
 
     def _read(self, path: layout.Path, dtype: Any) -> np.ndarray:
@@ -249,10 +274,11 @@ def _parameter_keys(structure: Mapping[str, Any], name: str) -> dict[layout.Path
         path = layout.official_path(keys)
         if path is None:
             continue
-        if any(part in ("", ".", "..") for part in path):
+        if any(part in ("", ".", "..") or not _is_name(part) for part in path):
             raise CheckpointError(
-                f"{name}: parameter {'/'.join(keys)!r} has a name that leads out of its folder; "
-                "the checkpoint has been tampered with: do not use it"
+                f"{name}: parameter {'/'.join(keys)!r:.200} has a name that leads out of its "
+                "folder or is none; the checkpoint has been tampered with: download it again, from "
+                "where you trust"
             )
         if path in found:
             raise CheckpointError(
@@ -263,11 +289,21 @@ def _parameter_keys(structure: Mapping[str, Any], name: str) -> dict[layout.Path
     return found
 
 
+def _is_name(part: str) -> bool:
+    """Whether a parameter's name can be a file's."""
+    return part.isprintable() and len(part) < 256 and "\\" not in part
+
+
 def _stored_keys(structure: Mapping[str, Any], name: str) -> Iterator[tuple[str, ...]]:
     if not structure:
         raise CheckpointError(f"{name}: its file {_STRUCTURE} is missing; {_REMEDY}")
     tree = structure.get("tree_metadata")
     entries: list[Any] = list(tree.values()) if isinstance(tree, dict) else [None]
+    if len(entries) > _MAX_ARRAYS:
+        raise CheckpointError(
+            f"{name}: {_STRUCTURE} lists {len(entries):,} parameters, expected at most "
+            f"{_MAX_ARRAYS:,}; {_REMEDY}"
+        )
     for entry in entries:
         try:
             keys = tuple(part["key"] for part in entry["key_metadata"])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gemma_nb.checkpoints import arrays, folders, layout
+from gemma_nb.checkpoints.safetensors_header import odd_tensor
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
 from gemma_nb.presets import Tuning
@@ -23,6 +24,7 @@ from gemma_nb.presets import Tuning
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_MAX_TENSORS = 1 << 14  # the largest Gemma with its vision encoder has some 1,300
 _PIECE = 1 << 26  # bytes read under one mapping
 _REMEDY = "the file is incomplete or damaged: download it again"
 
@@ -137,7 +139,7 @@ class HuggingFaceFolder:
             if not fits:
                 raise CheckpointError(
                     f"{tensor.what}: expected shape {shape} from {CONFIG}, got {tensor.shape}; "
-                    "the two are of different models"
+                    "the two are of different models: download both from one place"
                 )
             if tensor.dtype not in _FLOATS:
                 raise CheckpointError(
@@ -184,7 +186,8 @@ def _config(folder: Path) -> TransformerConfig:
         problem = str(error).removeprefix(f"{CONFIG}: ")
         raise CheckpointError(
             f"{folder / CONFIG}: {problem}; this has to be the configuration of "
-            "a Gemma 1, 2 or 3 model (Gemma 3n and 4 are not supported yet)"
+            "a Gemma 1, 2 or 3 model (Gemma 3n and 4 are not supported yet): pass the folder of "
+            "one, or download the file again"
         ) from error
 
 
@@ -220,6 +223,14 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
                 "tampered with or damaged: download it again"
             )
     headers = {file: _header(folder, file) for file in sorted(set(where.values()))}
+    for file, tensors in headers.items():
+        for name in tensors:
+            if where.get(name) != file:
+                problem = f"{INDEX} says is in {where[name]}" if name in where else "no index lists"
+                raise CheckpointError(
+                    f"{folder / file}: tensor {name!r} is in this file, which {problem}; the files "
+                    "are of different models: download all of them again"
+                )
     for name, file in where.items():
         if name not in headers[file]:
             raise CheckpointError(
@@ -236,7 +247,12 @@ def _header(folder: Path, name: str) -> dict[str, Tensor]:
     path = folders.member(folder, name)
     tensors = {}
     with _opened(path) as file:
-        for key in file.keys():  # noqa: SIM118
+        if (count := len(keys := file.keys())) > _MAX_TENSORS:
+            raise CheckpointError(
+                f"{path}: {count:,} tensors, expected at most {_MAX_TENSORS:,}; pass a folder of "
+                "Gemma 1, 2 or 3"
+            )
+        for key in keys:
             piece = file.get_slice(key)
             tensors[key] = Tensor(path, key, tuple(piece.get_shape()), piece.get_dtype())
     return tensors
@@ -293,17 +309,20 @@ def _opened(path: Path, tensor: str = "") -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except OSError as error:
-        raise CheckpointError(f"cannot read {what}: {error.strerror or error}") from error
+        raise folders.unreadable(what, error) from error
     except (SafetensorError, ValueError, TypeError) as error:
         folders.refuse_pickle(path)
-        raise CheckpointError(f"{what}: no valid safetensors file ({error}); {_REMEDY}") from error
+        odd = odd_tensor(path)
+        reason = f"{odd}; {error}" if odd else str(error)
+        raise CheckpointError(
+            f"{what}: no valid safetensors file ({reason:.600}); {_REMEDY}"
+        ) from error
 
 
 def _has_chat_template(folder: Path) -> bool:
     """Instruction-tuned checkpoints come with a template that has Gemma's turns."""
     if (folder / "chat_template.jinja").exists():
-        path = folders.member(folder, "chat_template.jinja")
-        return "<start_of_turn>" in path.read_text(encoding="utf-8", errors="replace")
+        return "<start_of_turn>" in folders.text(folder, "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).exists():
             template = folders.read_json(folder, name).get("chat_template")

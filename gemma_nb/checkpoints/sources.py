@@ -47,11 +47,18 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Sour
       ValueError: a revision of something that has none.
     """
     path = Path(source).expanduser()
-    if isinstance(source, str) and not path.exists() and not _looks_like_path(source):
+    if isinstance(source, str) and not _looks_like_path(source) and not _exists(path):
         return _released(source, revision)
     if revision is not None:
         raise ValueError(f"expected revision=None for a path, got {revision!r}: only hubs have any")
     return local(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no name of a file, or in a folder that nobody may look into
+        return False
 
 
 def _looks_like_path(source: str) -> bool:
@@ -83,7 +90,7 @@ def local(path: Path) -> Source:
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
-        problem = "is no file or folder" if path.exists() else "there is no such file"
+        problem = f"is {folders.kind_of(path)}" if path.exists() else "there is no such file"
         raise CheckpointError(
             f"{path}: {problem}; pass the path of {EXPECTED}, or a name from gnb.list_models()"
         )
@@ -108,13 +115,14 @@ def _folder(folder: Path) -> Source:
             return Source(str(below), "Orbax", (below,))
         files = sorted(folder.glob("*.gguf"))
         if files and len(gguf_split.siblings(files[0])) == len(files):
+            folders.member(folder, files[0].name)
             return Source(str(files[0]), "GGUF", tuple(gguf_split.siblings(files[0])))
         folders.refuse_pickles(folder)
     except OSError as error:
-        raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
+        raise folders.unreadable(folder, error) from error
     if files:
         raise CheckpointError(
             f"{folder} holds several models, {', '.join(f.name for f in files[:4])}; pass the path "
             "of one file"
         )
-    raise CheckpointError(f"{folder} holds no checkpoint; expected the path of {EXPECTED}")
+    raise CheckpointError(f"{folder} holds no checkpoint; pass the path of {EXPECTED}")

@@ -194,12 +194,16 @@ def _fail(name: str, problem: str) -> NoReturn:
 
 def _processor(proto: bytes, name: str) -> Any:
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=proto)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        if proto:  # of nothing it makes a processor that complains of every call
+            return processor
+        problem = "it is empty"
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{name}: not a usable SentencePiece model ({error}); expected the tokenizer.model of "
-            "a Gemma checkpoint"
-        ) from None
+        problem = str(error)
+    raise CheckpointError(
+        f"{name}: not a usable SentencePiece model ({problem}); put the tokenizer.model of a Gemma "
+        "checkpoint in its place: download the file again"
+    )
 
 
 def _is_template_only(piece: str) -> bool:

@@ -1,8 +1,8 @@
 """Damaged and hostile checkpoints, each through the front door.
 
-Every one gives a CheckpointError that names the file, what is wrong and what to do, in under a
-second; nothing is left behind and no code of theirs runs.  Headers of GGUF files have a table of
-their own in test_gguf.
+Every one gives a CheckpointError that names the file, the tensor where it concerns one, what is
+wrong and what to do, in under a second; nothing is left behind and no code of theirs runs.  Headers
+of GGUF files have a table of their own in test_gguf.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from gemma_nb.checkpoints import layout
 from gemma_nb.checkpoints import load as front_door
 from gemma_nb.errors import CheckpointError
+from gemma_nb.model import GemmaTransformer
 from tests.checkpoints import tiny, written
 
 pytestmark = pytest.mark.usefixtures("cache", "no_compilation_cache")
@@ -110,6 +113,27 @@ def set_nan(tensors: dict) -> None:
     tensors[LINEAR][3, 4] = np.nan
 
 
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_to(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def second_copy(folder: Path) -> None:
+    """One tensor in both shards; the index knows of one."""
+    first, second = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    edit_tensors(second, lambda tensors: tensors.update({EMBEDDING: load_file(first)[EMBEDDING]}))
+
+
 def link_out(folder: Path) -> None:
     outside = folder.with_name("outside.safetensors")
     shutil.move(folder / SINGLE, outside)
@@ -133,7 +157,10 @@ HUGE = {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
 OVERFLOW = {"a": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 8]}}
 
 HUGGING_FACE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "cut off": (hf_case(lambda f: truncate(f / SINGLE, 0.5)), r"model\.safetensors: no valid"),
+    "cut off": (
+        hf_case(lambda f: truncate(f / SINGLE, 0.5)),
+        r"model\.safetensors: no valid .*tensor '[\w.]+' ends at byte [\d,]+, the file has",
+    ),
     "cut in its header": (
         hf_case(lambda f: truncate(f / SINGLE, 0.001)),
         r"model\.safetensors: no valid",
@@ -148,9 +175,23 @@ HUGGING_FACE: dict[str, tuple[Callable[[Path], Path], str]] = {
         hf_case(lambda f: (f / SINGLE).write_bytes(struct.pack("<Q", 1 << 63) + b"{}")),
         r"model\.safetensors: no valid",
     ),
-    "tensor of a huge size": (header_case(HUGE, b"\0" * 8), r"model\.safetensors: no valid"),
-    "size that overflows": (header_case(OVERFLOW, b"\0" * 8), r"model\.safetensors: no valid"),
-    "overlapping tensors": (header_case(OVERLAP, b"\0" * 12), r"model\.safetensors: no valid"),
+    "tensor of a huge size": (
+        header_case(HUGE, b"\0" * 8),
+        r"model\.safetensors: no valid .*tensor 'a' ends at byte 4,398,046,511,104, the file has 8",
+    ),
+    "size that overflows": (
+        header_case(OVERFLOW, b"\0" * 8),
+        r"model\.safetensors: no valid .*tensor 'a': F32 of shape \[4611686018427387904, ",
+    ),
+    "overlapping tensors": (
+        header_case(OVERLAP, b"\0" * 12),
+        r"model\.safetensors: no valid .*tensor 'b' starts at byte 4, the one before ends at 8",
+    ),
+    "negative sizes": (
+        header_case({"a": {**F32, "shape": [-2]}}, b"\0" * 8),
+        "tensor 'a': expected whole numbers as shape",
+    ),
+    "a tensor without a place": (header_case({"a": {}}), "tensor 'a': expected a dtype, a shape"),
     "missing tensor": (
         tensors_case(lambda t: t.pop(LINEAR)),
         rf"tensor '{LINEAR}' is missing; .*download",
@@ -229,6 +270,74 @@ HUGGING_FACE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "link out of the folder": (hf_case(link_out), "leads out of its folder, to .*outside"),
     "pickles only": (hf_case(only_pickles), r"pytorch_model.bin: a pickle file can run any code"),
     "index of pickles": (hf_case(pickled_index), r"evil.bin: a pickle file can run any code"),
+    "pipe for a config": (hf_case(lambda f: fifo(f / "config.json")), "config.json is a pipe"),
+    "pipe for weights": (hf_case(lambda f: fifo(f / SINGLE)), f"{SINGLE} is a pipe"),
+    "pipe for a tokenizer": (
+        hf_case(lambda f: fifo(f / "tokenizer.model")),
+        "tokenizer.model is a pipe",
+    ),
+    "folder for a config": (hf_case(lambda f: a_folder(f / "config.json")), "is a folder"),
+    "folder for weights": (hf_case(lambda f: a_folder(f / SINGLE)), f"{SINGLE} is a folder"),
+    "link to a device": (
+        hf_case(lambda f: link_to(f / SINGLE, "/dev/zero")),
+        "leads out of its folder, to /dev/zero",
+    ),
+    "link to itself": (hf_case(lambda f: link_to(f / SINGLE, SINGLE)), f"cannot read .*{SINGLE}"),
+    "link to nothing": (hf_case(lambda f: link_to(f / SINGLE, "x")), f"{SINGLE} is missing"),
+    "zip for weights": (
+        hf_case(lambda f: (f / SINGLE).write_bytes(b"PK\3\4" * 99)),
+        "a pickle file can run any code",
+    ),
+    "config with a field twice": (
+        hf_case(lambda f: (f / "config.json").write_text('{"hidden_size": 32, "hidden_size": 64}')),
+        "config.json is not JSON .'hidden_size' is there twice.",
+    ),
+    "config of 5000 digits": (
+        hf_case(lambda f: (f / "config.json").write_text('{"hidden_size": ' + "9" * 5000 + "}")),
+        "config.json is not JSON",
+    ),
+    "config of NaN": (config_case(rms_norm_eps=float("nan")), "'rms_norm_eps' .*got nan"),
+    "config of a billion layers": (config_case(num_hidden_layers=10**9), "'num_hidden_layers'"),
+    "config of 10 GB": (
+        hf_case(lambda f: os.truncate(f / "config.json", 10 << 30)),
+        "config.json has more than",
+    ),
+    "config with code": (
+        config_case(model_type="evil", auto_map={"AutoModel": "evil.Model"}),
+        "model_type 'evil' is not supported",
+    ),
+    "tensor in two shards": (
+        sharded_case(second_copy),
+        rf"00002.safetensors: tensor '{EMBEDDING}' is in this file, which .* is in model-00001",
+    ),
+    "tensor that no index lists": (
+        sharded_case(
+            lambda f: edit_tensors(
+                f / "model-00002-of-00002.safetensors", lambda t: t.update(extra=np.ones(3))
+            )
+        ),
+        "tensor 'extra' is in this file, which no index lists",
+    ),
+    "index with a name of a file that cannot be": (
+        index_case(lambda i: i["weight_map"].update({LINEAR: "a\0b.safetensors"})),
+        "cannot read",
+    ),
+    "dtype that nobody knows": (
+        header_case({LINEAR: {**F32, "dtype": "Q9"}}, b"\0" * 8),
+        f"tensor '{LINEAR}': unknown dtype 'Q9'",
+    ),
+    "100,000 tensors": (
+        header_case({f"t{i}": {**F32, "shape": [0], "data_offsets": [0, 0]} for i in range(10**5)}),
+        "100,000 tensors, expected at most",
+    ),
+    "empty tokenizer": (
+        hf_case(lambda f: (f / "tokenizer.model").write_bytes(b"")),
+        "tokenizer.model: not a usable SentencePiece model .it is empty.",
+    ),
+    "tokenizer of 10 GB": (
+        hf_case(lambda f: os.truncate(f / "tokenizer.model", 10 << 30)),
+        "tokenizer.model has more than",
+    ),
     "no tokenizer": (
         hf_case(lambda f: (f / "tokenizer.model").unlink()),
         "has no tokenizer.model; download that file",
@@ -290,6 +399,26 @@ def zarr_case(**fields: object) -> Callable[[Path], Path]:
     return orbax_case(
         lambda f: edit_json(f / array, lambda z: z.update(fields)), written.orbax_zarr
     )
+
+
+ARRAY = Path("transformer", "embedder.input_embedding")
+
+
+def config_of(**fields: object) -> Callable[[Path], Path]:
+    """A checkpoint whose stored configuration is changed."""
+
+    def change(about: dict) -> None:
+        about["custom_metadata"]["gemma_nb"]["config"].update(fields)
+
+    return orbax_case(lambda f: edit_json(f / "_CHECKPOINT_METADATA", change))
+
+
+def compressed_bomb(folder: Path) -> None:
+    """1 GB of zeros in 1 MB, where 35 kB are expected."""
+    zeros, packer = bytes(1 << 24), zlib.compressobj(9)
+    packed = b"".join(packer.compress(zeros) for _ in range(64)) + packer.flush()
+    (folder / ARRAY / "0.0").write_bytes(packed)
+    edit_json(folder / ARRAY / ".zarray", lambda z: z.update(compressor={"id": "zlib", "level": 9}))
 
 
 def link_array(folder: Path) -> None:
@@ -388,6 +517,50 @@ ORBAX: dict[str, tuple[Callable[[Path], Path], str]] = {
         ),
         "the stored configuration cannot be read",
     ),
+    "stored configuration of a million layers": (
+        config_of(layers=[{"window": 1, "rope_base": 1.0, "rope_scale": 1.0}] * 10**5),
+        r"the stored configuration cannot be read \(100,000 layers\)",
+    ),
+    "stored configuration of NaN": (
+        config_of(query_pre_attn_scalar=float("nan")),
+        "the stored configuration cannot be read .query_pre_attn_scalar is nan",
+    ),
+    "stored configuration of endless windows": (
+        config_of(layers=[{"window": float("inf"), "rope_base": 1.0, "rope_scale": 1.0}]),
+        "the stored configuration cannot be read",
+    ),
+    "20,000 parameters": (
+        structure_case(lambda t: t.update({f"x{i}": t[next(iter(t))] for i in range(20_000)})),
+        "_METADATA lists 20,0.. parameters, expected",
+    ),
+    "name that is no text": (
+        structure_case(lambda tree: rename_key(tree, "transformer/a\0b")),
+        "has a name that",
+    ),
+    "manifest of 10 GB": (
+        orbax_case(lambda f: os.truncate(f / "manifest.ocdbt", 10 << 30)),
+        "manifest.ocdbt: 10,737,418,240 bytes",
+    ),
+    "description of 10 GB": (
+        orbax_case(lambda f: os.truncate(f / ARRAY / ".zarray", 10 << 30), written.orbax_zarr),
+        "zarray: 10,737,418,240 bytes about parameter embedder/input_embedding",
+    ),
+    "chunk of 10 GB": (
+        orbax_case(lambda f: os.truncate(f / ARRAY / "0.0", 10 << 30), written.orbax_zarr),
+        "0.0: 10,737,418,240 bytes about parameter embedder/input_embedding",
+    ),
+    "pipe for a chunk": (
+        orbax_case(lambda f: fifo(f / ARRAY / "0.0"), written.orbax_zarr),
+        "0.0 is a pipe",
+    ),
+    "chunk gone": (
+        orbax_case(lambda f: (f / ARRAY / "0.0").unlink(), written.orbax_zarr),
+        "parameter embedder/input_embedding cannot be read",
+    ),
+    "chunk that grows a thousand times": (
+        orbax_case(compressed_bomb, written.orbax_zarr),
+        "parameter embedder/input_embedding cannot be read",
+    ),
     "Orbax without a tokenizer": (
         orbax_case(lambda f: (f / "tokenizer.model").unlink()),
         "has no tokenizer.model; download that file",
@@ -463,6 +636,35 @@ def of_architecture(name: str) -> Callable[[Path], Path]:
     return write
 
 
+def sparse(raw: bytes) -> Callable[[Path], Path]:
+    """A GGUF file of 40 GB that takes a few blocks on disk."""
+
+    def write(folder: Path) -> Path:
+        path = file_case("huge.gguf", raw)(folder)
+        os.truncate(path, 40 << 30)
+        return path
+
+    return write
+
+
+def objects(folder: Path) -> Path:
+    folder.mkdir()
+    bomb = np.array([Bomb(folder / "ran")], object)
+    np.save(folder / "weights.npy", bomb, allow_pickle=True)
+    return folder / "weights.npy"
+
+
+def linked_gguf(folder: Path) -> Path:
+    written.gguf_file(folder.with_name("outside"), written.params())
+    folder.mkdir()
+    (folder / "model.gguf").symlink_to(folder.with_name("outside") / "tiny.gguf")
+    return folder
+
+
+def pipe_in_a_folder(folder: Path) -> Path:
+    return pipe(folder).parent
+
+
 def pipe(folder: Path) -> Path:
     folder.mkdir()
     os.mkfifo(folder / "pipe.gguf")
@@ -477,8 +679,44 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
         file_case("model.safetensors", b"\0" * 99),
         "is one file of a Hugging Face checkpoint; pass the path of its folder",
     ),
-    "pipe": (pipe, "is no file or folder; pass the path"),
-    "empty folder": (lambda f: f.mkdir() or f, "holds no checkpoint; expected the path of"),
+    "pipe": (pipe, "pipe.gguf: is a pipe; pass the path"),
+    "pipe in a folder": (pipe_in_a_folder, "pipe.gguf is a pipe"),
+    "array of objects": (objects, "weights.npy: .*this is not a GGUF file; pass the path"),
+    "zip": (file_case("model.zip", b"PK\3\4" * 99), "a pickle file can run any code"),
+    "GGUF linked out of the folder": (linked_gguf, "leads out of its folder"),
+    "GGUF with a tensor besides": (
+        gguf_case(lambda arrays: arrays.update({"blk.0.lora_a": np.ones(3, np.float32)})),
+        "tensor 'blk.0.lora_a' belongs to no Gemma",
+    ),
+    "GGUF of more layers than it says": (
+        gguf_case(lambda a: a.update({"blk.7.attn_q.weight": np.ones((3, 3), np.float32)})),
+        "tensor 'blk.7.attn_q.weight' belongs to no Gemma 1, 2 or 3 text model of 2 layers",
+    ),
+    "GGUF with a head": (
+        gguf_case(lambda a: a.update({"output.weight": a["token_embd.weight"]})),
+        "tensor 'output.weight': a head of its own",
+    ),
+    "GGUF of another shape": (
+        gguf_case(lambda a: a.update({"blk.0.attn_q.weight": np.ones((3, 3), np.float32)})),
+        r"tensor 'blk.0.attn_q.weight': expected shape \(64, 32\)",
+    ),
+    "GGUF of integers": (
+        gguf_case(lambda a: a.update({"blk.0.attn_q.weight": np.ones((64, 32), np.int32)})),
+        "tensor 'blk.0.attn_q.weight' is stored as I32",
+    ),
+    "GGUF of a billion fields": (
+        sparse(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 30)),
+        "field count: 1,073,741,824 entries announced, expected at most",
+    ),
+    "GGUF of a text of 30 GB": (
+        sparse(struct.pack("<4sIQQQcIQ", b"GGUF", 3, 0, 1, 1, b"k", 8, 30 << 30)),
+        "metadata field 'k': a text of 32,212,254,720 bytes",
+    ),
+    "GGUF of a billion texts": (
+        sparse(struct.pack("<4sIQQQcIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 1 << 31)),
+        "metadata field 'k': 2,147,483,648 entries announced, expected at most",
+    ),
+    "empty folder": (lambda f: f.mkdir() or f, "holds no checkpoint; pass the path of"),
     "GGUF of NaN": (gguf_case(nan_gguf), r"layer_1/mlp/gating_einsum holds NaN or infinity"),
     "GGUF without a tensor": (
         gguf_case(lambda arrays: arrays.pop("blk.1.ffn_up.weight")),
@@ -524,6 +762,22 @@ def twice(folder: Path) -> None:
 CASES = {**HUGGING_FACE, **ORBAX, **FILES}
 
 
+# Every message ends in something to do.
+REMEDY = re.compile(
+    r"\b(download|pass|put|use|get|rename|convert|merged|update|rename the folder|dequantised)\b"
+)
+# What is not about one file names the folder; about one tensor or parameter, that as well.
+ABOUT_ONE = re.compile(
+    r"tensor|NaN|shape|parameter|scalar|integers|head of its own|twice|array of a|chunk|GGUF with",
+    re.IGNORECASE,
+)
+ABOUT_SEVERAL = {"GGUF of a billion fields", "100,000 tensors", "20,000 parameters"}
+ABOUT_SEVERAL |= {"split GGUF that lacks tensors", "split GGUF without a part"}
+ABOUT_SEVERAL |= {"structure without parameters", "config with a field twice", "config of NaN"}
+ABOUT_SEVERAL |= {"size that was never released", "stored configuration of NaN"}
+ABOUT_SEVERAL |= {"one safetensors file", "pipe for a chunk"}
+
+
 def snapshot(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
@@ -537,7 +791,11 @@ def test_is_refused_by_name_at_once_and_leaves_nothing(name, tmp_path, cache):
     with pytest.raises(CheckpointError, match=message) as error:
         front_door.load_params(path, progress=False)
     seconds = time.perf_counter() - start
-    assert str(tmp_path) in str(error.value)
+    said = str(error.value)
+    assert str(tmp_path) in said
+    assert REMEDY.search(said), said
+    if ABOUT_ONE.search(name) and name not in ABOUT_SEVERAL:
+        assert re.search(r"(tensor|parameter|field) '?[\w./]+", said), said
     assert seconds < 1
     left = {p for p in snapshot(tmp_path) - before if p.is_file() and "hashes" not in p.parts}
     assert left == set()
@@ -550,4 +808,58 @@ def test_the_bomb_would_have_gone_off(tmp_path):
 
 
 def test_the_table_is_long_enough():
-    assert len(CASES) >= 25
+    assert len(CASES) >= 100
+
+
+# --- dictionaries ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.full((64, 32), np.nan, np.float32), "parameter layer_1/mlp/linear holds NaN"),
+        (np.full((64, 32), 1e300), "parameter layer_1/mlp/linear holds NaN or infinity"),
+        (np.full((64, 32), None, object), "layer_1/mlp/linear: expected floating-point .*object"),
+        (np.ones((64, 32), np.int8), "layer_1/mlp/linear: expected floating-point .*int8"),
+        (np.ones((3, 4), np.float32), r"layer_1/mlp/linear: expected shape \(64, 32\)"),
+        ([1.0], "layer_1/mlp/linear is list, expected an array"),
+        (None, "parameter layer_1/mlp/linear .* is missing"),
+    ],
+)
+def test_dictionaries_are_held_to_the_same(value, message):
+    flat = {**layout.flatten(written.params()), OLINEAR: value}
+    if value is None:
+        del flat[OLINEAR]
+    with pytest.raises(CheckpointError, match=message) as error:
+        GemmaTransformer.from_pretrained(layout.nest(flat), config=tiny.CONFIG)
+    assert REMEDY.search(str(error.value))
+
+
+@pytest.mark.parametrize("value", [None, [1], "x", np.ones(3)])
+def test_what_is_no_dictionary_is_refused(value):
+    with pytest.raises(CheckpointError, match=r"expected a dictionary of arrays, .*; pass"):
+        GemmaTransformer.from_pretrained(value)
+
+
+def test_what_nobody_may_read_is_refused(tmp_path, monkeypatch):
+    """As the system refuses it; whoever runs the tests may be allowed everything."""
+    path = hf(tmp_path / "checkpoint")
+    real = open
+
+    def refuse(file, *args, **kwargs):
+        if str(file).endswith("config.json"):
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot read .*config\.json: .*give yourself"):
+        front_door.load_params(path, progress=False)
+
+
+def test_a_path_of_odd_bytes_is_no_hindrance(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe"))
+    try:
+        hf(path)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert front_door.load_params(path, progress=False)[0] == tiny.CONFIG

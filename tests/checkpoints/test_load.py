@@ -176,10 +176,10 @@ def test_a_missing_package_gives_the_command(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("gpt2", "neither a path nor a released model; the models are .*gemma3-270m, "),
+        ("gpt2", "neither a path nor a released model; pass one of .*gemma3-270m, "),
         ("folder/none.gguf", r"folder.none\.gguf: there is no such file"),
         ("none.gguf", r"none\.gguf: there is no such file"),
-        ("tests/checkpoints", "holds no checkpoint; expected the path of a GGUF file, an official"),
+        ("tests/checkpoints", "holds no checkpoint; pass the path of a GGUF file, an official"),
     ],
 )
 def test_sources_that_cannot_be_loaded_say_what_to_do(source, message):
