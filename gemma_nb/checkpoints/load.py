@@ -47,6 +47,7 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | Literal["auto"] | None = None,
     revision: str | None = None,
+    upcast_activations_to_float32: bool = True,
     force: bool = False,
     progress: Progress = None,
 ) -> tuple[GemmaTransformer, Tokenizer]:
@@ -62,6 +63,10 @@ def load(
       dtype: of the parameters: "bfloat16" (the default) or "float32".
       mesh: devices to spread the parameters over, see `gemma_nb.placement`; "auto" takes all.
       revision: of a released model at its hub.
+      upcast_activations_to_float32: compute activations in float32 whatever the parameters' dtype,
+        which is the default here: it costs little where memory is what takes the time, and is what
+        the references are met with.  False computes in the parameters' own dtype, as
+        `GemmaTransformer.from_pretrained` does unless it is told otherwise.
       force: load also what does not seem to fit into memory.
       progress: None shows a progress bar while converting or reading, False shows nothing, a
         function is called with the fraction done and what is being done.
@@ -72,6 +77,8 @@ def load(
       CheckpointError: the checkpoint cannot be read or trusted, or does not fit into memory.
       ValueError: an argument that is not available.
     """
+    import jax.numpy as jnp
+
     from gemma_nb.model import GemmaTransformer
     from gemma_nb.nn import Transformer
 
@@ -79,9 +86,10 @@ def load(
         source, dtype=dtype, mesh=mesh, revision=revision, force=force, progress=progress
     )
     use_compilation_cache()
-    model = GemmaTransformer(
-        config=config, transformer=Transformer(config), params=params, info=info
-    )
+    own = params["embedder"]["input_embedding"].dtype
+    activations = jnp.float32 if upcast_activations_to_float32 else own
+    transformer = Transformer(config, dtype=activations)
+    model = GemmaTransformer(config=config, transformer=transformer, params=params, info=info)
     return model, tokenizer
 
 

@@ -215,3 +215,14 @@ def test_a_file_tells_its_tuning_by_its_chat_template(tmp_path):
     assert (info.name, info.tuning) == ("my-model", "instruction")
     assert dict(info.sampling) == dict(presets.GEMMA3_SAMPLING)
     assert info.source == str(path)
+
+
+@pytest.mark.usefixtures("cache", "no_compilation_cache")
+def test_activations_are_float32_unless_asked_otherwise(tiny_gguf):
+    tokens = gnb.GemmaInputs(np.array([2, 260, 261, 262]))
+    model, _ = gnb.load(tiny_gguf, progress=False)
+    low, _ = gnb.load(tiny_gguf, upcast_activations_to_float32=False, progress=False)
+    assert (model.transformer.dtype, low.transformer.dtype) == (np.float32, ml_dtypes.bfloat16)
+    exact, rounded = model(tokens).values, low(tokens).values
+    assert not np.array_equal(exact, rounded)
+    np.testing.assert_allclose(rounded, exact, atol=0.1 * np.abs(exact).max())
