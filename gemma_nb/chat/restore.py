@@ -132,6 +132,7 @@ def _decode(
         turns[int(key)] = decode_turn(data, columns, tables, f"turns.{key}")
     tree = _tree(structure["nodes"], turns, tables)
     recovered = partial is not None and _recover(tree, partial[0], partial[1], tables)
+    recovered = _answer(tree) or recovered
     return Saved(
         path=path,
         conversation=_hexadecimal(structure["conversation"]),
@@ -190,7 +191,8 @@ def _recover(tree: ConversationTree, data: Any, parts: list[Any], tables: Tables
         rows = len(columns["tokens.token_id"])
         del tokens[start:]
         tokens += codec.from_columns(TokenRecord, rows, columns, tables, "tokens")
-    turn = decode_turn({**data["turn"], "tokens": {"rows": 0}}, {}, tables, "partial")
+    rest = {name: value for name, value in data["turn"].items() if name != "tokens"}
+    turn = decode_turn(rest, {}, tables, "partial")
     ended = dataclasses.replace(
         turn,
         tokens=tuple(tokens),
@@ -200,6 +202,22 @@ def _recover(tree: ConversationTree, data: Any, parts: list[Any], tables: Tables
     )
     tree.add(parent, ended)
     return True
+
+
+def _answer(tree: ConversationTree) -> bool:
+    """Ends replies of which not one token was written: user and model speak by turns."""
+    found = False
+    for node in list(tree.nodes()):
+        if node.turn is None or node.turn.role != "user":
+            continue
+        if not node.children:
+            found = True
+            detail = "The kernel ended before this reply began."
+            turn = Turn(tree.last_id + 1, "model", "", ids=(), finish_reason="interrupted")
+            tree.attach(node, dataclasses.replace(turn, finish_detail=detail))
+        if node.active is None:
+            node.active = len(node.children) - 1
+    return found
 
 
 def _columns(blob: bytes) -> codec.Columns:

@@ -1,0 +1,368 @@
+"""What is said is on the disk within a second, and whatever is on the disk loads."""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import gemma_nb as gnb
+from gemma_nb.chat import archive, autosave, journal, restore
+from gemma_nb.chat.autosave import Autosave
+from gemma_nb.errors import ConversationError, ConversationWarning
+from gemma_nb.text.tokenizer import Tokenizer
+from tests.chat.autosaving import model_for
+
+REPO = Path(__file__).parents[2]
+# How often a session is killed; 50 shows it, a few guard it.
+KILLS = int(os.environ.get("GEMMA_NB_KILLS", "3"))
+SAMPLING = gnb.Sampling(seed=1, max_new_tokens=8)
+
+
+@pytest.fixture
+def make(tiny_model):
+    made = []
+
+    def make(**kwargs):
+        kwargs = {"sampling": SAMPLING, "cache_length": 400, "template": "none", **kwargs}
+        made.append(gnb.ChatSession(*tiny_model, **kwargs))
+        return made[-1]
+
+    yield make
+    for chat in made:
+        chat.autosave = None
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """The thread does not look by itself: the test says when."""
+    monkeypatch.setattr(Autosave, "_run", lambda self: None)
+
+
+def flush(chat):
+    chat.keeper._autosave.flush()
+
+
+def same(chat, path):
+    saved = restore.read(path)
+    assert list(saved.tree) == list(chat.tree)
+    links = [(n.id, n.active, n.undone) for n in chat.tree.nodes()]
+    assert [(n.id, n.active, n.undone) for n in saved.tree.nodes()] == links
+    assert (saved.settings.sampling, saved.settings.system) == (chat.sampling, chat.system)
+
+
+def test_every_operation_is_saved(make, tmp_path, by_hand):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    assert chat.autosave == path
+    same(chat, path)
+    steps = [
+        lambda: chat.chat("Hello"),
+        lambda: chat.regenerate(),
+        lambda: chat.fork(2, with_token="x"),
+        lambda: chat.edit(chat.turns[0], "Hi"),
+        lambda: chat.undo(),
+        lambda: chat.redo(),
+        lambda: setattr(chat, "sampling", gnb.Sampling(temperature=0, max_new_tokens=4)),
+        lambda: setattr(chat, "system", "Be brief."),
+        lambda: chat.resume(),
+        lambda: chat.new_conversation(),
+        lambda: chat.chat("Again"),
+    ]
+    for step in steps:
+        step()
+        flush(chat)
+        same(chat, path)
+    # All of it went to the journal, and ends in the file.
+    assert journal.path_of(path).stat().st_size > 1000
+    chat.autosave = None
+    assert list(tmp_path.iterdir()) == [path]
+    same(chat, path)
+
+
+def test_nothing_is_written_when_nothing_changed(make, tmp_path, by_hand):
+    chat = make(autosave=tmp_path / "talk.gnb")
+    chat.chat("Hello")
+    flush(chat)
+    beside = journal.path_of(tmp_path / "talk.gnb")
+    before = beside.stat()
+    flush(chat)
+    assert beside.stat() == before
+
+
+def test_a_reply_in_the_making_is_saved(make, tmp_path, tiny_model, by_hand):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path, sampling=gnb.Sampling(seed=1, max_new_tokens=30))
+    stream = chat.stream("Hello")
+    shown = []
+    for count in (3, 5, 9):
+        shown += [next(stream) for _ in range(count)]
+        flush(chat)
+        saved = restore.read(path)
+        assert saved.recovered
+        reply = saved.tree.turns[-1]
+        assert reply.finish_reason == "interrupted"
+        assert reply.tokens == chat.partial.tokens
+        assert reply.text == chat.partial.text
+        assert len(reply.tokens) >= len(shown)
+        assert reply.ids == tuple(record.token_id for record in reply.tokens)
+    copy = tmp_path / "copy.gnb"
+    for file in (path, journal.path_of(path)):
+        copy.with_name(file.name.replace("talk", "copy")).write_bytes(file.read_bytes())
+    rest = list(stream)
+    flush(chat)
+    saved = restore.read(path)
+    assert not saved.recovered
+    assert saved.tree.turns == chat.turns
+    # What was broken off goes on as it would have.
+    recovered = gnb.ChatSession.load(copy, *tiny_model)
+    resumed = recovered.resume()
+    assert resumed.ids[: len(chat.turns[-1].ids)] == chat.turns[-1].ids
+    assert rest
+
+
+def test_a_message_without_a_reply_gets_an_empty_one(make, tmp_path, tiny_model, by_hand):
+    """The kernel died before the first token: the conversation goes on all the same."""
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    stream = chat.stream("Hello")
+    next(stream)
+    chat.keeper._autosave._encoder._partial = (chat.making[1].id, 99)  # as if there were none yet
+    flush(chat)
+    loaded = gnb.ChatSession.load(path, *tiny_model)
+    user, reply = loaded.turns
+    assert (user.text, reply.text, reply.finish_reason) == ("Hello", "", "interrupted")
+    loaded.chat("And now?")
+    assert loaded.resume(reply).tokens
+    # Of a reply beside another one, nothing may be there yet.
+    list(stream)
+    again = chat.stream_regenerate()
+    next(again)
+    chat.keeper._autosave._encoder._partial = (chat.making[1].id, 99)
+    flush(chat)
+    loaded = gnb.ChatSession.load(path, *tiny_model)
+    assert [turn.role for turn in loaded.turns] == ["user", "model"]
+    loaded.chat("And now?")
+    list(again)
+
+
+def test_the_thread_saves_within_a_second(make, tmp_path):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    turn = chat.chat("Hello")
+    deadline = time.monotonic() + 30
+    while turn not in list(restore.read(path).tree):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert autosave.INTERVAL < 1
+
+
+def test_a_session_that_is_dropped_is_saved(make, tiny_model, tmp_path, by_hand):
+    path = tmp_path / "talk.gnb"
+    chat = gnb.ChatSession(*tiny_model, template="none", sampling=SAMPLING, autosave=path)
+    chat.chat("Hello")
+    flush(chat)
+    turns = chat.turns
+    del chat
+    assert list(tmp_path.iterdir()) == [path]
+    assert restore.read(path).tree.turns == turns
+
+
+def test_loading_goes_on_with_the_same_file(make, tmp_path, tiny_model, by_hand):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    chat.chat("Hello")
+    flush(chat)
+    second = gnb.ChatSession.load(path, *tiny_model, autosave=True)
+    assert second.turns == chat.turns
+    second.chat("More")
+    flush(second)
+    same(second, path)
+    # The first session notices that the file is another's now, writes nothing, and says so.
+    chat.chat("Lost?")
+    flush(chat)
+    same(second, path)
+    with pytest.warns(ConversationWarning, match=r"taken over by another session.*still in memory"):
+        chat.chat("Really?")
+    chat.autosave = tmp_path / "other.gnb"
+    same(chat, tmp_path / "other.gnb")
+    second.autosave = None
+
+
+def test_another_conversation_is_never_replaced(make, tmp_path, by_hand):
+    path = tmp_path / "talk.gnb"
+    first = make()
+    first.chat("Hello")
+    first.save(path)
+    before = path.read_bytes()
+    with pytest.raises(ConversationError, match=r"exists already.*autosave=True"):
+        make(autosave=path)
+    second = make()
+    with pytest.raises(ConversationError, match="exists already"):
+        second.autosave = path
+    assert second.autosave is None
+    assert path.read_bytes() == before
+    # Its own it may go on with.
+    first.autosave = path
+    first.chat("More")
+    flush(first)
+    same(first, path)
+    path.with_name("x").write_text("anything")
+    with pytest.raises(ConversationError, match="exists already"):
+        first.autosave = path.with_name("x")
+    assert first.autosave == path
+
+
+def test_saving_by_hand_folds_the_journal(make, tmp_path, by_hand):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    chat.chat("Hello")
+    assert chat.save(path) == path
+    alone = tmp_path / "copy.gnb"
+    alone.write_bytes(path.read_bytes())
+    same(chat, alone)
+
+
+def test_a_journal_that_has_grown_is_folded(make, tmp_path, by_hand, monkeypatch):
+    monkeypatch.setattr(autosave, "_FOLD_FROM", 4000)
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    sizes = []
+    for number in range(12):
+        chat.chat(f"Hello {number}")
+        flush(chat)
+        same(chat, path)
+        sizes.append(journal.path_of(path).stat().st_size)
+    assert min(sizes[1:]) < 100 < max(sizes)
+    structure, evidence = archive.read(path)
+    assert len(evidence) > 6
+    assert structure["previous"] is not None
+
+
+def test_a_crash_between_file_and_journal_loses_nothing(make, tmp_path, by_hand, monkeypatch):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    chat.chat("Hello")
+    flush(chat)
+    beside = journal.path_of(path)
+    before = beside.read_bytes()
+    chat.save(path)
+    beside.write_bytes(before)  # the file is new, the journal still the old one
+    same(chat, path)
+
+
+def test_a_full_disk_is_told_and_overcome(make, tmp_path, by_hand, monkeypatch):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    chat.chat("Hello")
+    flush(chat)
+    whole = os.fsync
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    chat.chat("More")
+    flush(chat)
+    restore.read(path)
+    with pytest.warns(ConversationWarning, match="No space left on device"):
+        chat.chat("Still there?")
+    chat.chat("Told only once")
+    monkeypatch.setattr(os, "fsync", whole)
+    monkeypatch.setattr(chat.keeper._autosave, "_retry_at", 0)
+    flush(chat)
+    same(chat, path)
+
+
+def test_a_file_that_cannot_be_begun_is_refused(make, tmp_path):
+    with pytest.raises(ConversationError, match="cannot be written"):
+        make(autosave=tmp_path / "nowhere" / "talk.gnb")
+
+
+def test_a_tree_that_grows_meanwhile_is_saved_whole(make, tmp_path, by_hand):
+    """The thread looks while another one talks; what it writes loads at any time."""
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path, sampling=gnb.Sampling(max_new_tokens=2))
+    done = threading.Event()
+
+    def talk():
+        for number in range(40):
+            chat.chat(f"{number}")
+            if number % 3 == 0:
+                chat.undo()
+        done.set()
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    while not done.is_set():
+        flush(chat)
+        restore.read(path)
+    thread.join()
+    flush(chat)
+    same(chat, path)
+
+
+# --- kill -9 --------------------------------------------------------------------------------------
+
+
+def start(path, tokenizer_file, seed, folder):
+    log = open(folder / f"{seed}.log", "w+b")  # noqa: SIM115
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.chat.autosaving", path, tokenizer_file, str(seed)],
+        cwd=REPO,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    return process, log
+
+
+def said(log):
+    """(time, turn, tokens) of what the session told that it had."""
+    log.seek(0)
+    lines = log.read().decode().splitlines(keepends=True)
+    assert lines, "the session did not start"
+    assert lines[0].strip() == "ready", "".join(lines)
+    whole = [line.split() for line in lines[1:] if line.endswith("\n")]
+    return [(float(when), int(turn), int(tokens)) for when, turn, tokens in whole]
+
+
+def test_kill_9_at_random_moments(tiny_tokenizer, tmp_path):
+    """Every file left behind loads, and has all but the last second."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    path = folder / "talk.gnb"
+    tokenizer_file = tiny_tokenizer.save_model(tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    model = model_for(tokenizer)
+    draw = random.Random(0)
+    turns_before = 0
+    for seed in range(KILLS):
+        process, log = start(path, tokenizer_file, seed, tmp_path)
+        with log:
+            while process.poll() is None and os.fstat(log.fileno()).st_size == 0:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 4))
+            killed = time.time()
+            process.kill()
+            process.wait()
+            told = said(log)
+        loaded = gnb.ChatSession.load(path, model, tokenizer)
+        turns = {turn.id: turn for turn in loaded.tree}
+        assert len(turns) >= turns_before
+        turns_before = len(turns)
+        for when, turn, tokens in told:
+            if when < killed - 1:
+                assert turn in turns, f"turn {turn} of {killed - when:.2f} s before is not there"
+                assert len(turns[turn].tokens) >= tokens, f"{killed - when:.2f} s before"
+        for turn in turns.values():
+            if turn.role == "model":
+                assert "".join(record.text for record in turn.tokens) == turn.text
+        leftover = {file.name for file in folder.iterdir() if not file.name.endswith(".tmp")}
+        assert leftover <= {"talk.gnb", "talk.gnb.journal"}
+    loaded = gnb.ChatSession.load(path, model, tokenizer)
+    loaded.sampling = SAMPLING
+    assert loaded.chat("Still here?").tokens
