@@ -216,6 +216,11 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{folder / INDEX}: expected a weight_map from tensor names to files; {_REMEDY}"
         )
+    if len(where) > _MAX_TENSORS:
+        raise CheckpointError(
+            f"{folder / INDEX}: {len(where):,} tensors, expected at most {_MAX_TENSORS:,}; pass a "
+            "folder of Gemma 1, 2 or 3"
+        )
     for file in where.values():
         if Path(file).name != file:
             raise CheckpointError(
