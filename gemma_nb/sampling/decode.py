@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb import placement
+from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
 from gemma_nb.sampling.cache import StreamCache, grow, rewind, size_for
@@ -27,7 +28,7 @@ _prepared: dict[int, Params] = {}
 
 def decoding_weights(model: GemmaTransformer) -> Params:
     """The linen variables that decoding runs on: matrices as rows, the rest as it is."""
-    key = id(model)
+    key = id(model.params)  # the same in a model's copies with interventions
     if key not in _prepared:
         _prepared[key] = _prepare(model)
         weakref.finalize(model, _prepared.pop, key, None)
@@ -61,6 +62,7 @@ def _step(
     positions: jax.Array,
     last: jax.Array,
     controls: Controls,
+    interventions: Interventions | None,
     *,
     top_k: int,
 ) -> tuple[StreamCache, jax.Array, Evidence]:
@@ -73,6 +75,7 @@ def _step(
             cache=cache.to_model(transformer.config),
             positions=positions,
             return_hidden_states=True,
+            interventions=interventions,
         ),
     )
     assert output.hidden_states is not None
@@ -110,6 +113,7 @@ class Decoder:
         self._transformer = model.transformer
         self._mesh = model.mesh
         self._weights = decoding_weights(model)
+        self._interventions = model.interventions
         self._top_k = top_k
         self._cache: StreamCache | None = None
         self._seen: Any = None
@@ -131,6 +135,16 @@ class Decoder:
         if self._cache is not None and shared < len(self.ids):
             self._cache = rewind(self._cache, jnp.int32(shared))
         self.ids, self._next = self.ids[:shared], None
+
+    def intervene(self, interventions: Interventions | None) -> None:
+        """Computes under other interventions from now on; None takes them away.
+
+        What is cached stays up to where the old or the new ones start to act.
+        """
+        if interventions is not self._interventions:
+            both = (self._interventions, interventions)
+            self.keep(self.ids[: min(int(x.start) for x in both if x is not None)])
+        self._interventions = interventions
 
     def begin(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """Readies the stream to continue `ids`, reusing what the cache already holds of it.
@@ -219,6 +233,7 @@ class Decoder:
                 positions,
                 np.int32(last),
                 self._controls,
+                self._interventions,
                 top_k=self._top_k,
             )
             evidence = jax.device_get(evidence)
