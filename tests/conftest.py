@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import gemma_nb as gnb
+import tests.tiny
 import tests.typecheck
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("gemma_nb")
 
-TINY_CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
-
 
 @pytest.fixture(scope="session")
 def real_model() -> tuple[GemmaTransformer, Tokenizer]:
@@ -56,39 +55,13 @@ def real_model() -> tuple[GemmaTransformer, Tokenizer]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
     """Bytes and control pieces: one token per byte of UTF-8, except for spaces and line breaks."""
-    from gemma_nb.text.tokenizer import Tokenizer
-
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces = [*TINY_CONTROL, *bytes_, "\u2581", "\n"]
-    types = [3] * len(TINY_CONTROL) + [6] * len(bytes_) + [1] * 2  # control, byte, normal
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": pieces,
-        "tokenizer.ggml.scores": np.zeros(len(pieces), np.float32),
-        "tokenizer.ggml.token_type": np.array(types, np.int32),
-    }
-    for id_, role in enumerate(("padding", "eos", "bos", "unknown")):
-        metadata[f"tokenizer.ggml.{role}_token_id"] = id_
-    return Tokenizer.from_gguf(metadata, name="tiny tokenizer")
+    return tests.tiny.tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_tokenizer: Tokenizer) -> tuple[GemmaTransformer, Tokenizer]:
     """A random model of two sliding layers and a global one; it compiles in a moment."""
-    from gemma_nb.config import TransformerConfig, interleave
-
-    config = TransformerConfig(
-        num_embed=tiny_tokenizer.vocab_size,
-        embed_dim=32,
-        hidden_dim=64,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        layers=interleave(3, window=8, pattern=(False, False, True)),
-        query_pre_attn_scalar=16,
-        max_context=4096,
-    )
-    return gnb.GemmaTransformer.from_config(config, key=jax.random.key(0)), tiny_tokenizer
+    return tests.tiny.model(tiny_tokenizer.vocab_size), tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

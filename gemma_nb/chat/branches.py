@@ -294,6 +294,8 @@ class Planner:
 
     def _alternative(self, record: TokenRecord, token: int) -> TokenRecord | None:
         """`token` in the place of `record`, from its own evidence; None where that lacks it."""
+        if record.token_id == token:
+            return dataclasses.replace(record, text="", key=None)
         known = next((a for a in record.alternatives if a.token_id == token), None)
         if known is None:
             return None

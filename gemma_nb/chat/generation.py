@@ -56,7 +56,7 @@ class Generation:
         """Each choice with the position of the chosen token, until the reply is finished."""
         ids, limit = plan.all_ids, self._decoder.limit
         if len(ids) > limit:
-            self.out_of_room = True
+            self.out_of_room, reply.used = True, limit
             reply.finish("length", too_long(len(ids), limit))
             return
         try:

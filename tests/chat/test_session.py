@@ -12,30 +12,7 @@ import pytest
 
 import gemma_nb as gnb
 from gemma_nb.errors import BusyError, NonFiniteLogitsError, TextError
-
-SAMPLING = gnb.Sampling(seed=1, max_new_tokens=12)
-
-
-@pytest.fixture
-def make(tiny_model):
-    def make(**kwargs):
-        kwargs = {"sampling": SAMPLING, "cache_length": 400, "template": "none", **kwargs}
-        return gnb.ChatSession(*tiny_model, **kwargs)
-
-    return make
-
-
-def assert_parity(chat, turn, score):
-    """Every token of the turn was chosen from what a pass over the whole context computes."""
-    ids = chat.tokens(turn)
-    expected = score(ids)
-    for record in turn.tokens:
-        row = expected[record.position - 1]
-        assert ids[record.position] == record.token_id
-        assert record.logprob == pytest.approx(row[record.token_id], abs=2e-5)
-        for alternative in record.alternatives:
-            assert alternative.logprob == pytest.approx(row[alternative.token_id], abs=2e-5)
-
+from tests.chat.checks import SAMPLING, assert_parity
 
 # --- replies --------------------------------------------------------------------------------------
 
