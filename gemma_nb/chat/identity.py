@@ -95,6 +95,8 @@ def _hash_weights(model: GemmaTransformer) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         parts.append(f"{jax.tree_util.keystr(path)} {np.shape(leaf)}")
         parts.append(_sample(leaf).astype("<f4").tobytes())
+    if model.interventions is not None:
+        parts += model.interventions.describe()  # what of them is no array
     return _sha256(*parts)
 
 

@@ -495,3 +495,11 @@ def test_evidence_of_the_future_is_kept(monkeypatch):
     assert data["rows"] == {"rows": 1}
     assert columns["rows.top_k"].tolist() == [3]
     assert io.BytesIO(safetensors.numpy.save(columns)).getvalue()
+
+
+def test_an_intervention_makes_another_model(saved, tiny_model):
+    model, tokenizer = tiny_model
+    first, second = (model.intervene(gnb.AblateHeads({0: [head]})) for head in (0, 1))
+    with pytest.raises(ModelMismatchError, match="other weights"):
+        gnb.ChatSession.load(saved, first, tokenizer)
+    assert Identity.of(first, tokenizer) != Identity.of(second, tokenizer)
