@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.evidence import Evidence, observe
@@ -31,7 +32,8 @@ def score(
 ) -> list[Evidence]:
     """The evidence of `ids[start:]`, each chosen after all that stand before it.
 
-    Computed by the plain module from the model's own parameters, whatever the decoder stores.
+    Computed by the plain module from the model's own parameters, whatever the decoder stores, under
+    the model's interventions.
 
     Args:
       model: what computes.
@@ -65,7 +67,9 @@ def score(
         tokens, following = (np.pad(x, (0, _CHUNK - len(fed))) for x in (fed, given))
         positions = np.full(_CHUNK, EMPTY, np.int32)
         positions[: len(fed)] = begin + np.arange(len(fed))
-        cache, hidden = _feed(model.transformer, model.params, cache, tokens, positions)
+        cache, hidden = _feed(
+            *(model.transformer, model.params, cache, tokens, positions, model.interventions)
+        )
         first = max(start - 1 - begin, 0)
         if first < len(fed):
             rows = jax.device_get(
@@ -91,6 +95,7 @@ def _feed(
     cache: KVCache,
     tokens: jax.Array,
     positions: jax.Array,
+    interventions: Interventions | None,
 ) -> tuple[KVCache, jax.Array]:
     """Feeds tokens (T,); returns the cache and the states (T, D) behind their logits."""
     output: Any = transformer.apply(
@@ -99,6 +104,7 @@ def _feed(
         cache=cache,
         positions=positions[None],
         return_hidden_states=True,
+        interventions=interventions,
     )
     return output.cache, output.hidden_states[0]
 
