@@ -31,6 +31,30 @@ _PUBLIC = {
     "Trace": "gemma_nb.interp.trace",
     "trace": "gemma_nb.interp.trace",
     "list_sites": "gemma_nb.sites",
+    "logit_lens": "gemma_nb.interp.lens",
+    "token_statistics": "gemma_nb.interp.lens",
+    "residual_norms": "gemma_nb.interp.lens",
+    "direct_logit_attribution": "gemma_nb.interp.attribution",
+    "attention_rollout": "gemma_nb.interp.attribution",
+    "value_weighted_attention": "gemma_nb.interp.attribution",
+    "token_attribution": "gemma_nb.interp.gradients",
+    "head_statistics": "gemma_nb.interp.heads",
+    "head_scores": "gemma_nb.interp.heads",
+    "activation_patching": "gemma_nb.interp.patching",
+    "top_activations": "gemma_nb.interp.features",
+    "SparseAutoencoder": "gemma_nb.interp.features",
+    "steering_vector": "gemma_nb.interp.steering",
+    "LogitDifference": "gemma_nb.interp.metrics",
+    "Logit": "gemma_nb.interp.metrics",
+    "AblateHeads": "gemma_nb.interventions",
+    "AblateMLP": "gemma_nb.interventions",
+    "EditNeuron": "gemma_nb.interventions",
+    "ForceToken": "gemma_nb.interventions",
+    "KnockOut": "gemma_nb.interventions",
+    "Patch": "gemma_nb.interventions",
+    "ReplaceAttention": "gemma_nb.interventions",
+    "ScaleHeads": "gemma_nb.interventions",
+    "Steer": "gemma_nb.interventions",
     "plots": "gemma_nb.plots",
     # panels
     "ChatApp": "gemma_nb.app",
@@ -65,7 +89,30 @@ if TYPE_CHECKING:
     from gemma_nb.checkpoints.load import load
     from gemma_nb.config import TransformerConfig
     from gemma_nb.errors import CheckpointError
+    from gemma_nb.interp.attribution import (
+        attention_rollout,
+        direct_logit_attribution,
+        value_weighted_attention,
+    )
+    from gemma_nb.interp.features import SparseAutoencoder, top_activations
+    from gemma_nb.interp.gradients import token_attribution
+    from gemma_nb.interp.heads import head_scores, head_statistics
+    from gemma_nb.interp.lens import logit_lens, residual_norms, token_statistics
+    from gemma_nb.interp.metrics import Logit, LogitDifference
+    from gemma_nb.interp.patching import activation_patching
+    from gemma_nb.interp.steering import steering_vector
     from gemma_nb.interp.trace import Trace, trace
+    from gemma_nb.interventions import (
+        AblateHeads,
+        AblateMLP,
+        EditNeuron,
+        ForceToken,
+        KnockOut,
+        Patch,
+        ReplaceAttention,
+        ScaleHeads,
+        Steer,
+    )
     from gemma_nb.model import GemmaInputs, GemmaTransformer
     from gemma_nb.sampling.evidence import Capture
     from gemma_nb.sampling.methods import Sampling

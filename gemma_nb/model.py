@@ -286,8 +286,12 @@ class GemmaTransformer:
         return (
             f"<GemmaTransformer {self.title}: {c.num_params():,} parameters, {c.num_layers} "
             f"layers, {c.num_heads} heads on {c.num_kv_heads} key-value heads, "
-            f"{'/'.join(sorted(dtypes))}>"
+            f"{'/'.join(sorted(dtypes))}{self._under}>"
         )
+
+    @property
+    def _under(self) -> str:
+        return f", under {self.interventions}" if self.interventions is not None else ""
 
     @property
     def title(self) -> str:

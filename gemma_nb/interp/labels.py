@@ -14,6 +14,8 @@ from gemma_nb.sites import Site
 if TYPE_CHECKING:
     import xarray
 
+    from gemma_nb.text.tokenizer import Tokenizer
+
 # How an axis of a site is called in a labelled array.  A site that has both T and S is a map from
 # queries to keys; elsewhere T is simply the position.
 AXIS_NAMES: Mapping[str, str] = {
@@ -39,6 +41,7 @@ class Labels:
         for a text that is no conversation.
       roles: T names: "system", "user", "model" or "template"; None as `turns`.
       attrs: what every array carries: "model" and "interventions".
+      tokenizer: names tokens that are not in the text; None where there is none.
     """
 
     config: TransformerConfig
@@ -47,6 +50,12 @@ class Labels:
     turns: np.ndarray | None = None
     roles: tuple[str, ...] | None = None
     attrs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+
+    def piece(self, token: int) -> str:
+        """What a token stands for: its text, or without a tokenizer its number."""
+        known = self.tokenizer is not None and 0 <= token < self.tokenizer.vocab_size
+        return self.tokenizer.token_text(token) if known and self.tokenizer else str(token)
 
     def coords(
         self,
@@ -110,13 +119,19 @@ class Labels:
     def dataset(
         self, data: Mapping[str, tuple[Sequence[str], Any]], attrs: Any = (), **chosen: Any
     ) -> xarray.Dataset:
-        """Several of them: name -> (dims, values)."""
+        """Several of them: name -> (dims, values).
+
+        Where "token" is a variable, the text's own tokens are the coordinate "input_token".
+        """
         import xarray
 
         dims = list(dict.fromkeys(dim for names, _ in data.values() for dim in names))
+        coords = self.coords(dims, **chosen)
+        for name in [name for name in coords if name in data]:
+            coords[f"input_{name}"] = coords.pop(name)
         return xarray.Dataset(
             {name: (list(names), values) for name, (names, values) in data.items()},
-            coords=self.coords(dims, **chosen),
+            coords=coords,
             attrs={**self.attrs, **dict(attrs)},
         )
 

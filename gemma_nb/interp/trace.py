@@ -11,15 +11,18 @@ import numpy as np
 
 from gemma_nb.config import Sliding, TransformerConfig
 from gemma_nb.interp import store
+from gemma_nb.interp.display import Facts, pictures
 from gemma_nb.interp.labels import Labels, dims_of
 from gemma_nb.interp.passes import Pass, Selection
 from gemma_nb.interp.sizes import Chosen, Indices, refuse_too_large
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import SITES, Site, check_layers, site_of
+from gemma_nb.structure import draw
 from gemma_nb.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import xarray
+    from treescope import renderers, rendering_parts
 
 
 @dataclasses.dataclass(eq=False)
@@ -159,8 +162,9 @@ class Trace:
         return cls(labels, data)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weights do not travel with a trace.
-        return {**self.__dict__, "source": None}
+        # Weights and tokenizer do not travel with a trace.
+        labels = dataclasses.replace(self.labels_of, tokenizer=None)
+        return {**self.__dict__, "source": None, "labels_of": labels}
 
     def __copy__(self) -> Trace:
         return dataclasses.replace(self, data=dict(self.data))
@@ -169,6 +173,21 @@ class Trace:
         shapes = ", ".join(f"{name} {dict(x.sizes)}" for name, x in self.data.items())
         under = f", under {'; '.join(self.interventions)}" if self.interventions else ""
         return f"<Trace of {len(self.tokens)} tokens{under}: {shapes or 'nothing held yet'}>"
+
+    def __treescope_repr__(
+        self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
+    ) -> rendering_parts.Rendering:
+        shown: dict[str, Any] = {"tokens": Facts([" ".join(map(repr, self.labels))])}
+        if self.interventions:
+            shown["interventions"] = Facts(self.interventions)
+        about = f"<Trace {self.model_title}, {len(self.tokens)} tokens>"
+        return draw({**shown, **pictures(self.data)}, about, path, subtree_renderer)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        # Not `_repr_html_`: treescope would put that into the tree that it draws.
+        import treescope
+
+        return {"text/plain": repr(self), "text/html": treescope.render_to_html(self)}
 
     def _held(self, s: Site, chosen: Chosen) -> xarray.DataArray | None:
         """A part of what is held, where it is held."""
@@ -252,6 +271,7 @@ def trace(
             "model": model.title,
             "interventions": list(model.interventions.describe()) if model.interventions else [],
         },
+        tokenizer=tokenizer,
     )
     source = Pass(model, ids)
     made = Trace(labels, {}, source)

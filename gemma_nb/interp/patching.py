@@ -1,0 +1,382 @@
+"""Activation patching: which places of one run, put into another, bring its behaviour along.
+
+A sweep has a cell for each layer, position or head, and a cell is a run of the corrupted text with
+one place patched.  The model is causal and is computed layer by layer, so a cell differs from the
+unpatched run only behind the patched position and above the patched layer: nothing else is
+recomputed.  The cells of a layer go through each later layer as one batch.  Cells are packed two to
+a row, the rest of a text behind position p beside the rest behind T - p, so that rows are full; the
+keys and values before p come from the unpatched run.  The vocabulary is read at the end, where the
+metric looks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_nb import placement
+from gemma_nb.interp.labels import Labels
+from gemma_nb.interp.metrics import Metric, resolve
+from gemma_nb.interp.trace import Trace, trace
+from gemma_nb.interp.vocabulary import normalise
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.nn import Transformer
+from gemma_nb.nn.block import Block
+from gemma_nb.text.tokenizer import Tokenizer
+from gemma_nb.typing import EMPTY, Params
+
+if TYPE_CHECKING:
+    import xarray
+
+_AXES = ("layer", "position", "head")
+_SITES = ("residual_pre", "residual_mid", "residual", "attn_out", "mlp_out", "z")
+_ROWS = 16  # packed rows that go through a layer at a time
+_BATCH_TOKENS = 1024  # fewer rows where texts are long
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """One patch: of the whole text where position is None, of all heads where head is."""
+
+    position: int | None
+    head: int | None
+    place: tuple[int, ...]  # its indices in the result, behind the layer's
+
+    @property
+    def start(self) -> int:
+        return self.position or 0
+
+
+def activation_patching(
+    model: GemmaTransformer,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric,
+    *,
+    over: Sequence[str] = ("layer", "position"),
+    site: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: bool = True,
+) -> xarray.DataArray:
+    """Runs `corrupted` once for each cell, with one place replaced by what it was in `clean`.
+
+    Source: Meng et al. 2022, arXiv:2202.05262 (causal tracing); Heimersheim and Nanda 2024,
+    arXiv:2404.15255, on how to choose the texts and the metric.
+
+    What it does not mean: a cell that restores the metric is enough for it in this pair of texts,
+    not necessary, and one that does not may have a backup elsewhere.  Patches are made one at a
+    time, and their effects do not add up.
+
+    Args:
+      model: what computes both runs, under its interventions.
+      clean: a text or token ids (or a `Trace` of `model`): where values come from.
+      corrupted: a text or token ids of the same length: what is patched.
+      metric: `LogitDifference(a, b)`, `Logit(a)`, or any traceable function of the (V,) logits
+        after the last position.
+      over: the axes of the sweep, out of "layer", "position" and "head".  Without "position" a
+        cell patches all positions, without "head" all heads.
+      site: one of residual_pre, residual_mid, residual, attn_out, mlp_out and z; by default z where
+        heads are swept, the residual stream before the layer otherwise.
+      tokenizer: for texts and labels.
+      progress: shows a progress bar.
+
+    Returns:
+      The metric in every cell, float32, with `over` as dims.  `attrs` have its values in the two
+      unpatched runs, "clean" and "corrupted".
+
+    Raises:
+      ValueError: texts of different lengths, an unknown axis or site, heads of another site than
+        z, or a transformer of another library.
+    """
+    if not isinstance(model.transformer, Transformer):
+        raise ValueError("patching needs gnb.nn.Transformer on the same parameters")
+    axes, site = _checked(over, site)
+    traces = [
+        x if isinstance(x, Trace) else trace(model, x, tokenizer=tokenizer, sites=())
+        for x in (clean, corrupted)
+    ]
+    lengths = [len(t.tokens) for t in traces]
+    if lengths[0] != lengths[1]:
+        raise ValueError(
+            f"clean and corrupted must be of one length, got {lengths[0]} and {lengths[1]} tokens"
+        )
+    sweep = _Sweep(model, traces[0], traces[1], site, resolve(metric))
+    values = sweep.run(axes, progress)
+    ends = {
+        n: sweep.measure(t.get("final", positions=-1).values)
+        for n, t in zip(("clean", "corrupted"), traces, strict=True)
+    }
+    labels: Labels = traces[1].labels_of
+    array = labels.array(
+        values,
+        axes,
+        "patched",
+        {
+            "metric": str(sweep.metric),
+            "site": site,
+            **{name: float(value[0]) for name, value in ends.items()},
+        },
+    )
+    if "position" in axes:
+        array = array.assign_coords(clean_token=("position", list(traces[0].labels)))
+    return array
+
+
+def _checked(over: Sequence[str], site: str | None) -> tuple[tuple[str, ...], str]:
+    axes = (over,) if isinstance(over, str) else tuple(over)
+    if not axes or set(axes) - set(_AXES) or len(set(axes)) != len(axes):
+        raise ValueError(f"over must be some of {', '.join(_AXES)}, got {over!r}")
+    site = site or ("z" if "head" in axes else "residual_pre")
+    if site not in _SITES:
+        raise ValueError(f"site must be one of {', '.join(_SITES)}, got {site!r}")
+    if "head" in axes and site != "z":
+        raise ValueError(f'over="head" patches z, got site={site!r}')
+    return tuple(axis for axis in _AXES if axis in axes), site
+
+
+class _Sweep:
+    """All cells of one pair of texts."""
+
+    def __init__(
+        self, model: GemmaTransformer, clean: Trace, corrupted: Trace, site: str, metric: Any
+    ) -> None:
+        self.model, self.clean, self.corrupted = model, clean, corrupted
+        self.site, self.metric = site, metric
+        self.length = len(corrupted.tokens)
+        self.rows = max(1, min(_ROWS, _BATCH_TOKENS // self.length))
+        c = model.config
+        # The unpatched run's keys and values, which all cells share: (T, K, H) of each layer.
+        self.keys = [corrupted.get("k", i).values[0] for i in range(c.num_layers)]
+        self.values = [corrupted.get("v", i).values[0] for i in range(c.num_layers)]
+
+    def run(self, axes: tuple[str, ...], progress: bool) -> np.ndarray:
+        """The metric of every cell."""
+        from tqdm.auto import tqdm
+
+        c = self.model.config
+        sizes = {"layer": c.num_layers, "position": self.length, "head": c.num_heads}
+        found = np.zeros([sizes[axis] for axis in axes], np.float32)
+        batches = list(self._packed(axes))
+        layers = range(c.num_layers)
+        if "layer" not in axes:
+            raise ValueError('over must name "layer": patches are made in one layer at a time')
+        total = sum(c.num_layers - i for i in layers) * len(batches)
+        with tqdm(total=total, disable=not progress, desc="patching", unit="layer") as bar:
+            for layer in layers:
+                for batch in batches:
+                    states = self._cells(layer, batch, bar)
+                    last = np.stack([states[r, end - 1] for r, _, end, _ in batch.spans])
+                    measured = self.measure(self._final(last))
+                    for (_, _, _, cell), value in zip(batch.spans, measured, strict=True):
+                        found[(layer, *cell.place)] = value
+        return found
+
+    def measure(self, final: np.ndarray) -> np.ndarray:
+        """The metric of (cells, D) final-normed states."""
+        params, cap = self.model.params, self.model.config.final_logit_soft_cap
+        size = 2 if self.metric.rows() is not None else 8
+        found = []
+        for start in range(0, len(final), _ROWS * size):
+            some = final[start : start + _ROWS * size]
+            padded = np.pad(some, ((0, _ROWS * size - len(some)), (0, 0)))
+            table = params["embedder"]["input_embedding"]
+            static = self.metric if self.metric.rows() is None else None
+            traced = None if static is not None else self.metric
+            found.append(placement.fetch(_measure(cap, static, traced, table, padded))[: len(some)])
+        return np.concatenate(found)
+
+    def _final(self, residual: np.ndarray) -> np.ndarray:
+        """Final-normed, under the model's interventions."""
+        final = np.asarray(normalise(self.model, residual))
+        given = self.model.interventions
+        if given is None:
+            return final
+        from gemma_nb.sites import EVERYWHERE
+
+        at = jnp.full((len(final), 1), self.length - 1, jnp.int32)
+        return np.asarray(given.at(EVERYWHERE, at)("final", jnp.asarray(final)[:, None])[:, 0])
+
+    def _packed(self, axes: tuple[str, ...]) -> Iterator[_Batch]:
+        """The cells of one layer, two to a row where they fit, `rows` rows to a batch."""
+        heads = range(self.model.config.num_heads) if "head" in axes else [None]
+        places = range(self.length) if "position" in axes else [None]
+        cells = []
+        for p in places:
+            for h in heads:
+                place = tuple(i for i in (p, h) if i is not None)
+                cells.append(_Cell(p, h, place))
+        cells.sort(key=lambda cell: cell.start)
+        rows: list[list[_Cell]] = []
+        while cells:
+            row = [cells.pop(0)]
+            # The longest that still fits beside it.
+            free = row[0].start
+            fits = next((i for i, x in enumerate(cells) if self.length - x.start <= free), None)
+            if fits is not None:
+                row.append(cells.pop(fits))
+            rows.append(row)
+        for start in range(0, len(rows), self.rows):
+            yield _Batch.of(rows[start : start + self.rows], self.rows, self.length)
+
+    def _cells(self, layer: int, batch: _Batch, bar: Any) -> np.ndarray:
+        """(rows, T, D): the stream after the last layer, of one layer's patches."""
+        c = self.model.config
+        x = self.corrupted.get("residual_pre", layer).values[0][batch.source]
+        patch = self._patch(layer, batch)
+        for i in range(layer, c.num_layers):
+            x = _layer(
+                Block(c, c.layers[i]),
+                self.site,
+                self.model.params[f"layer_{i}"],
+                self.model.interventions,
+                np.int32(i),
+                x,
+                batch.positions,
+                batch.mask,
+                self.keys[i],
+                self.values[i],
+                # Above the patched layer nothing is patched; the same program serves.
+                patch if i == layer else patch.off(),
+            )
+            bar.update(1)
+        return np.asarray(placement.fetch(x))
+
+    def _patch(self, layer: int, batch: _Batch) -> _SlotPatch:
+        """Where and with what the slots of a batch are patched."""
+        values = self.clean.get(self.site, layer).values[0][batch.source]
+        acts: Any = np.zeros(batch.positions.shape, bool)
+        heads = np.ones((len(acts), acts.shape[1], self.model.config.num_heads), bool)
+        for row, start, end, cell in batch.spans:
+            acts[row, start : end if cell.position is None else start + 1] = True
+            if cell.head is not None:
+                heads[row, start:end] = np.arange(heads.shape[-1]) == cell.head
+        return _SlotPatch(acts, heads, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SlotPatch:
+    """A patch by slot: acts (R, T) bool, heads (R, T, N) bool, values (R, T, ...)."""
+
+    acts: np.ndarray
+    heads: np.ndarray
+    values: np.ndarray
+
+    def off(self) -> _SlotPatch:
+        return dataclasses.replace(self, acts=np.zeros_like(self.acts))
+
+
+jax.tree_util.register_dataclass(
+    _SlotPatch, data_fields=["acts", "heads", "values"], meta_fields=[]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Packed rows of cells.
+
+    Attributes:
+      positions: (R, T) absolute position of each slot, -1 where it is empty.
+      source: the same with 0 for -1, to gather by.
+      mask: (R, T, 2 T) which of the unpatched run's keys and of the row's own each slot sees.
+      spans: (row, first slot, slot behind the last, cell).
+    """
+
+    positions: np.ndarray
+    source: np.ndarray
+    mask: np.ndarray
+    spans: tuple[tuple[int, int, int, _Cell], ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[_Cell]], count: int, length: int) -> _Batch:
+        positions = np.full((count, length), EMPTY, np.int32)
+        mask = np.zeros((count, length, 2 * length), bool)
+        spans = []
+        for r, row in enumerate(rows):
+            start = 0
+            for cell in row:
+                size = length - cell.start
+                end = start + size
+                positions[r, start:end] = np.arange(cell.start, length)
+                mask[r, start:end, : cell.start] = True
+                own = slice(length + start, length + end)
+                mask[r, start:end, own] = np.tri(size, dtype=bool)
+                spans.append((r, start, end, cell))
+                start = end
+        return cls(positions, np.maximum(positions, 0), mask, tuple(spans))
+
+
+class _PatchedEdit:
+    """The model's own interventions, then a patch by slot."""
+
+    def __init__(self, own: Any, site: str, patch: _SlotPatch) -> None:
+        self.own, self.site, self.patch = own, site, patch
+        self.edits_attention = own is not None and own.edits_attention
+
+    def __call__(self, name: str, value: jax.Array, keys: Any = None) -> jax.Array:
+        if self.own is not None:
+            value = self.own(name, value, keys)
+        if name != self.site:
+            return value
+        acts = self.patch.acts.reshape(*self.patch.acts.shape, *(1,) * (value.ndim - 2))
+        if name == "z":
+            acts = acts & self.patch.heads[..., None]
+        return jnp.where(acts, self.patch.values.astype(value.dtype), value)
+
+    def edges(self, mask: jax.Array, keys: jax.Array) -> jax.Array:
+        return mask if self.own is None else self.own.edges(mask, keys)
+
+
+# Static: the block and the site.  Traced: parameters and layer, so one compilation for each kind
+# of layer serves the whole sweep.
+@partial(jax.jit, static_argnums=(0, 1))
+def _layer(
+    block: Block,
+    site: str,
+    params: Params,
+    interventions: Any,
+    layer: jax.Array,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    patch: _SlotPatch,
+) -> jax.Array:
+    """The stream (R, T, D) behind a layer."""
+    rows, length = positions.shape
+    own = None if interventions is None else interventions.at(layer, positions)
+
+    def cached(shared: jax.Array) -> jax.Array:
+        both = jnp.concatenate([shared, jnp.zeros_like(shared)])[None]
+        return jnp.broadcast_to(both, (rows, *both.shape[1:])).astype(x.dtype)
+
+    at = jnp.arange(length, dtype=jnp.int32)
+    cache = {
+        "k": cached(keys),
+        "v": cached(values),
+        "positions": jnp.broadcast_to(jnp.concatenate([at, at * 0 + EMPTY]), (rows, 2 * length)),
+        "end_index": jnp.full(rows, length, jnp.int32),
+    }
+    # Every slot is stored, the empty ones too, so that slots and mask agree.
+    counted = jnp.maximum(positions, 0)
+    edit = _PatchedEdit(own, site, patch)
+    x, _ = block.apply({"params": params}, x, counted, cache, mask, edit)
+    return x
+
+
+# Static: the soft-cap, and a metric that is a function.  Traced: the tokens of the others.
+@partial(jax.jit, static_argnums=(0, 1))
+def _measure(
+    cap: float | None, static: Any, traced: Any, table: jax.Array, final: jax.Array
+) -> jax.Array:
+    metric = static if static is not None else traced
+    rows = metric.rows()
+    used = table if rows is None else table[rows]
+    logits = final.astype(jnp.float32) @ used.T.astype(jnp.float32)
+    return metric.of(logits if cap is None else cap * jnp.tanh(logits / cap)).astype(jnp.float32)
