@@ -94,7 +94,7 @@ class Autosave:
             try:
                 self._flush()
                 self.error = None
-            except (OSError, ConversationError) as error:
+            except Exception as error:  # whatever it is: the next look may be luckier
                 self._failed(error)
 
     def fold(self) -> None:

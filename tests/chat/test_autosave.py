@@ -278,6 +278,19 @@ def test_a_full_disk_is_told_and_overcome(make, tmp_path, by_hand, monkeypatch):
     same(chat, path)
 
 
+def test_nothing_ends_the_thread(make, tmp_path, by_hand, monkeypatch):
+    """Also what nobody thought of is told, and tried again."""
+    chat = make(autosave=tmp_path / "talk.gnb")
+    with monkeypatch.context() as patch:
+        patch.setattr(autosave, "_partial_of", lambda chat: 1 / 0)
+        flush(chat)
+    with pytest.warns(ConversationWarning, match="division by zero"):
+        chat.chat("Hello")
+    monkeypatch.setattr(chat.keeper._autosave, "_retry_at", 0)
+    flush(chat)
+    same(chat, tmp_path / "talk.gnb")
+
+
 def test_a_file_that_cannot_be_begun_is_refused(make, tmp_path):
     with pytest.raises(ConversationError, match="cannot be written"):
         make(autosave=tmp_path / "nowhere" / "talk.gnb")
