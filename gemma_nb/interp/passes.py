@@ -12,6 +12,7 @@ in pieces that fill the layer's own key-value cache, so that no (N, T, T) array 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -77,6 +78,18 @@ class Pass:
         self._kept: dict[int, jax.Array] = {}
         layers, width = model.config.num_layers, model.config.embed_dim
         self._stride = max(1, -(-4 * (layers + 1) * size * width // _KEPT_BYTES))
+
+    @classmethod
+    def of(cls, model: GemmaTransformer, ids: np.ndarray) -> Pass:
+        """A pass of `ids`: the one that some trace still holds, or a new one.
+
+        So a panel that asks for one layer after the other computes the residual stream once.
+        """
+        key = (model.transformer, id(model.params), id(model.interventions), ids.tobytes())
+        found = _alive.get(key)
+        if found is None:
+            found = _alive[key] = cls(model, ids)
+        return found
 
     def capture(
         self, sites: Sequence[Site], layers: Sequence[int], select: Selection = ALL
@@ -252,6 +265,10 @@ class Pass:
                 value = np.take(value, rows, axis=1 if s.per_layer else 0)
             found[s.name] = value
         return found
+
+
+# A pass keeps its model alive, so the numbers in a key stand for what they stood for.
+_alive: weakref.WeakValueDictionary[tuple[Any, ...], Pass] = weakref.WeakValueDictionary()
 
 
 def _logits(model: GemmaTransformer, final: np.ndarray, dtype: str) -> np.ndarray:

@@ -273,7 +273,7 @@ def trace(
         },
         tokenizer=tokenizer,
     )
-    source = Pass(model, ids)
+    source = Pass.of(model, ids)
     made = Trace(labels, {}, source)
     select = Selection(chosen.positions, chosen.heads, dtype)
     values = source.capture(wanted, chosen.layers, select) if wanted else {}

@@ -10,6 +10,7 @@ import pytest
 import xarray
 
 import gemma_nb as gnb
+from gemma_nb.interp.passes import Pass
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_a_part_that_is_held_is_not_computed_again(long_text, monkeypatch):
 def test_fewer_residuals_are_kept_where_all_would_not_fit(tiny_model, long_text, monkeypatch):
     ids, trace = long_text
     monkeypatch.setattr("gemma_nb.interp.passes._KEPT_BYTES", 2 * 4 * 2048 * 32)
-    sparse = gnb.trace(tiny_model[0], ids, sites=())
+    sparse = gnb.Trace(trace.labels_of, {}, Pass(tiny_model[0], ids.astype(np.int32)))
     np.testing.assert_allclose(
         sparse.get("q", layers=1, positions=0), trace.get("q", layers=1, positions=0), atol=1e-6
     )
@@ -217,3 +218,15 @@ def test_saved_traces_are_read_back(tiny_model, trace, tmp_path):
     xarray.Dataset({"x": ("y", [1.0])}).to_netcdf(tmp_path / "other.nc", engine="scipy")
     with pytest.raises(ValueError, match="no trace"):
         gnb.Trace.load(tmp_path / "other.nc")
+
+
+def test_traces_of_one_text_share_its_pass(tiny_model):
+    model, _ = tiny_model
+    first = gnb.trace(model, [5, 6, 7], layers=0)
+    assert gnb.trace(model, [5, 6, 7], layers=1).source is first.source
+    for other in (
+        gnb.trace(model, [5, 6, 8]),
+        gnb.trace(model.intervene(gnb.AblateHeads({0: [0]})), [5, 6, 7]),
+        gnb.trace(model.edit("final_norm/scale", lambda w: w), [5, 6, 7]),
+    ):
+        assert other.source is not first.source
