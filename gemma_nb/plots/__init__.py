@@ -13,9 +13,31 @@ _PUBLIC = {
     "attention": "gemma_nb.plots.heatmap",
     "attention_grid": "gemma_nb.plots.grid",
     "attention_lines": "gemma_nb.plots.lines",
+    "logit_lens": "gemma_nb.plots.lens",
+    "entropy_curves": "gemma_nb.plots.curves",
+    "residual_norms": "gemma_nb.plots.curves",
+    "token_probabilities": "gemma_nb.plots.strips",
+    "token_strip": "gemma_nb.plots.strips",
+    "attribution_bars": "gemma_nb.plots.attributions",
+    "attribution_matrix": "gemma_nb.plots.attributions",
+    "patching": "gemma_nb.plots.patched",
+    "head_statistics": "gemma_nb.plots.scatter",
 }
 
-__all__ = ["attention", "attention_grid", "attention_lines"]
+__all__ = [
+    "attention",
+    "attention_grid",
+    "attention_lines",
+    "attribution_bars",
+    "attribution_matrix",
+    "entropy_curves",
+    "head_statistics",
+    "logit_lens",
+    "patching",
+    "residual_norms",
+    "token_probabilities",
+    "token_strip",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +53,12 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from gemma_nb.plots.attributions import attribution_bars, attribution_matrix
+    from gemma_nb.plots.curves import entropy_curves, residual_norms
     from gemma_nb.plots.grid import attention_grid
     from gemma_nb.plots.heatmap import attention
+    from gemma_nb.plots.lens import logit_lens
     from gemma_nb.plots.lines import attention_lines
+    from gemma_nb.plots.patched import patching
+    from gemma_nb.plots.scatter import head_statistics
+    from gemma_nb.plots.strips import token_probabilities, token_strip

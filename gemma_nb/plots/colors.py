@@ -12,9 +12,10 @@ from matplotlib.colors import ListedColormap, to_rgb
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 
-# Who speaks.  A role that is not listed here is grey.
-ROLES = {"system": PURPLE, "user": BLUE, "model": ORANGE}
-OTHER = "#8A9099"
+# Who speaks.  A role that is not listed here is grey.  Okabe and Ito's purple is too near to both
+# blue and grey for some eyes; this one is Paul Tol's ("Colour schemes", 2021).
+ROLES = {"system": "#882255", "user": BLUE, "model": ORANGE}
+OTHER = "#8A9099"  # such as the template's own tokens
 # Local layers are those with a sliding window.
 LOCAL, GLOBAL = GREEN, VERMILION
 
@@ -91,6 +92,11 @@ def text_on(rgba: np.ndarray | tuple[float, ...] | str) -> str:
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ (0.2126, 0.7152, 0.0722))
     return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
+
+
+def kind_color(kind: str) -> str:
+    """The colour of a layer by its kind: "global", "sliding 512"."""
+    return GLOBAL if kind == "global" else LOCAL if kind.startswith("sliding") else INK
 
 
 def role_color(role: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -107,7 +107,7 @@ def footer(
       ax: what stands above.
       handles: artists with labels.
       notes: sentences.
-      below: inches to keep free for tick labels.
+      below: inches that are taken already.
     """
     remarks = [Line2D([], [], linestyle="none", label=note) for note in notes]
     entries: list[Artist] = [*handles, *remarks]
@@ -125,7 +125,7 @@ def footer(
     lines = lines * -(-len(entries) // columns) if columns > 1 else lines
     figure = ax.get_figure()
     if isinstance(figure, NotebookFigure):
-        figure.grow_below(lines * _LINE + 0.1 + below)
+        figure.grow_below(lines * _LINE + 0.1)
     ax.legend(
         handles=entries,
         loc="upper left",
@@ -141,15 +141,43 @@ def footer(
     )
 
 
-def color_bar(mappable: ScalarMappable, ax: Axes, label: str, **kwargs: Any) -> Colorbar:
+def color_bar(mappable: ScalarMappable, ax: Axes, label: str) -> Colorbar:
     """A colour bar at the right of `ax`, which keeps its size."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
     width, height = inches(ax)
     long = min(height, max(0.6 * height, 1.4)) / height
-    inset = ax.inset_axes((1.0 + 0.12 / width, 1.0 - long, 0.11 / width, long))
-    bar = figure.colorbar(mappable, cax=inset, **kwargs)
-    bar.set_label(label, fontsize=SMALL)
+    place = (1.0 + 0.12 / width, 1.0 - long, 0.11 / width, long)
+    return _bar(mappable, ax, label, place, "vertical")
+
+
+def color_bar_below(
+    mappable: ScalarMappable, ax: Axes, label: str, *, below: float = 0.0
+) -> tuple[Colorbar, float]:
+    """A colour bar `below` inches under `ax`, of a figure that grows by it.
+
+    Returns:
+      The bar, and how many inches under the axes are taken now.
+    """
+    taken = below + 0.55
+    figure = ax.get_figure()
+    if isinstance(figure, NotebookFigure):
+        figure.grow_below(0.55 + below)
+    width, height = inches(ax)
+    place = (0.0, -(below + 0.2) / height, min(1.0, 2.8 / width), 0.1 / height)
+    return _bar(mappable, ax, label, place, "horizontal"), taken
+
+
+def _bar(
+    mappable: ScalarMappable,
+    ax: Axes,
+    label: str,
+    place: tuple[float, float, float, float],
+    orientation: Literal["vertical", "horizontal"],
+) -> Colorbar:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    inset = ax.inset_axes(place)
+    bar = figure.colorbar(mappable, cax=inset, orientation=orientation)
+    bar.set_label(label, fontsize=SMALL, **({"loc": "left"} if orientation == "horizontal" else {}))
     inset.tick_params(labelsize=SMALL, length=2)
     bar.outline.set_visible(False)
     return bar

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 
-from gemma_nb.plots.colors import FAINT, GLOBAL, INK, LOCAL, sequential
+from gemma_nb.plots.cells import blocks
+from gemma_nb.plots.colors import FAINT, INK, kind_color, sequential
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline, inches
-from gemma_nb.plots.heatmap import blocks
 from gemma_nb.plots.maps import (
     HATCH,
     badge_of,
@@ -189,7 +189,7 @@ def _label(
     names = [f"{layer}  {badge_of(kind)}" for layer, kind in zip(layers, kinds, strict=True)]
     ax.set_yticks(range(len(layers)), names, fontsize=SMALL)
     for tick, kind in zip(ax.get_yticklabels(), kinds, strict=True):
-        tick.set_color(LOCAL if window_of(kind) else GLOBAL)
+        tick.set_color(kind_color(kind))
     ax.set_ylabel("layer", fontsize=SMALL)
     ax.xaxis.tick_top()
     ax.set_xticks(range(len(heads)), [f"head {h}" if len(heads) < 5 else str(h) for h in heads])

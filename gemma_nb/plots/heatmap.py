@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from gemma_nb.plots.colors import FAINT, HIDDEN, VERMILION, role_color, sequential
+from gemma_nb.plots.cells import MOST_CELLS, blocks, cells
+from gemma_nb.plots.colors import FAINT, HIDDEN, ROLES, VERMILION, role_color, sequential
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
 from gemma_nb.plots.maps import (
     HATCH,
@@ -25,7 +24,6 @@ from gemma_nb.plots.maps import (
 from gemma_nb.plots.tokens import (
     MOST_LABELS,
     PITCH,
-    Span,
     Tokens,
     label_axis,
     label_inches,
@@ -37,9 +35,13 @@ if TYPE_CHECKING:
 
     from gemma_nb.interp.trace import Trace
 
-# A picture has about this many cells along an axis; more are drawn as blocks.
-MOST_CELLS = 640
-_CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
+
+class Group(NamedTuple):
+    """The tokens of one turn, as a mask of the keys."""
+
+    name: str
+    role: str
+    member: np.ndarray
 
 
 def attention(
@@ -74,7 +76,7 @@ def attention(
       start: first position shown, of both queries and keys.
       stop: position after the last one shown; None shows all.
       columns: "tokens", or "turns": one column for each turn of the conversation, with the sum of
-        the weights on its tokens.
+        the weights on its tokens, and one for the tokens of the template.
       scale: "linear", or "sqrt" to see small weights as well (the colour bar shows it).
       top: the weight with the darkest colour; None for the largest one shown.
       hide_bos: leave out position 0, where many heads park the weight that they have no use for
@@ -96,10 +98,10 @@ def attention(
         raise ValueError(f"columns must be 'tokens' or 'turns', got {columns!r}")
     what = _label(source)
     visible = p.reachable & (p.keys.positions > 0) if hide_bos else p.reachable
-    spans = _spans_of(p.keys) if columns == "turns" else []
-    figure, ax = _canvas(ax, p, spans)
-    if spans:
-        shown, places, what = *_by_turn(p, visible, spans), f"{what}, summed over each turn"
+    groups = _groups(p.keys) if columns == "turns" else []
+    figure, ax = _canvas(ax, p, groups)
+    if groups:
+        shown, places, what = *_by_turn(p, visible, groups), f"{what}, summed over each turn"
     else:
         shown, places = np.ma.masked_array(p.weights, ~visible), p.keys.positions
     largest = float(np.ma.filled(shown.max(), 0.0)) if top is None else top
@@ -107,55 +109,18 @@ def attention(
         PowerNorm(0.5, 0.0, largest or 1.0) if scale == "sqrt" else Normalize(0.0, largest or 1.0)
     )
     block = -(-len(p.queries) // MOST_CELLS)
-    drawn = blocks(shown, block, 1 if spans else block)
+    drawn = blocks(shown, block, 1 if groups else block)
     across = (places[0] - 0.5, places[-1] + 0.5)
     down = (p.queries.positions[-1] + 0.5, p.queries.positions[0] - 0.5)
     mesh = cells(ax, drawn, across, down, norm=norm, cmap=cmap or sequential())
-    handles = _marks(ax, p, spans, hide_bos, highlight)
-    _label_axes(ax, p, spans, highlight)
+    handles = _marks(ax, p, groups, hide_bos, highlight)
+    _label_axes(ax, p, groups, highlight)
     headline(ax, p.name, p.badge)
     footer(ax, handles, _remarks(p))
     if block > 1:
-        what += f"\n(the largest of each {block} × {1 if spans else block} cells)"
+        what += f"\n(the largest of each {block} × {1 if groups else block} cells)"
     color_bar(mesh, ax, what + (", square-root scale" if scale == "sqrt" else ""))
     return figure
-
-
-def cells(
-    ax: Axes,
-    values: np.ma.MaskedArray,
-    across: tuple[float, float],
-    down: tuple[float, float],
-    **kwargs: Any,
-) -> ScalarMappable:
-    """Draws (rows, columns) of values, masked ones left out: row 0 at down[1], the top.
-
-    Few cells are vector rectangles with seams between them; many are one image, embedded in vector
-    files cell by cell.
-    """
-    rows, columns = values.shape
-    if max(rows, columns) > MOST_LABELS:
-        extent = (*across, *down)
-        return ax.imshow(values, extent=extent, interpolation="none", aspect="auto", **kwargs)
-    x, y = np.linspace(*across, columns + 1), np.linspace(down[1], down[0], rows + 1)
-    row, column = np.nonzero(~np.ma.getmaskarray(values))
-    corners = np.stack([np.stack([x[column + i], y[row + j]], -1) for i, j in _CORNERS], 1)
-    squares = PolyCollection(list(corners), edgecolors="white", linewidths=0.4, **kwargs)
-    squares.set_array(values.compressed())
-    ax.add_collection(squares, autolim=False)
-    return squares
-
-
-def blocks(values: np.ma.MaskedArray, height: int, width: int) -> np.ma.MaskedArray:
-    """The largest visible value of each block of `height` by `width` cells."""
-    if height == width == 1:
-        return values
-    rows, columns = values.shape
-    filled = np.full((-(-rows // height) * height, -(-columns // width) * width), -np.inf)
-    filled[:rows, :columns] = values.filled(-np.inf)
-    largest = filled.reshape(filled.shape[0] // height, height, -1, width).max((1, 3))
-    empty = np.isneginf(largest)
-    return np.ma.masked_array(np.where(empty, 0.0, largest), empty)
 
 
 def _label(source: Trace | xarray.DataArray) -> str:
@@ -164,46 +129,51 @@ def _label(source: Trace | xarray.DataArray) -> str:
     return "attention weight" if name in (None, "attention") else str(name).replace("_", " ")
 
 
-def _canvas(ax: Axes | None, p: Pattern, spans: list[Span]) -> tuple[Figure, Axes]:
+def _canvas(ax: Axes | None, p: Pattern, groups: list[Group]) -> tuple[Figure, Axes]:
     """Axes that fit the cells, with room for the labels around them."""
     side = float(np.clip(PITCH * len(p.queries), 2.2, PITCH * MOST_LABELS))
-    above = 0.55 if spans else label_inches(p.keys)
+    above = 0.55 if groups else label_inches(p.keys)
     return canvas(
         ax,
-        max(2.2, 0.5 * len(spans)) if spans else side,
+        max(2.2, 0.5 * len(groups)) if groups else side,
         side,
         left=label_inches(p.queries) + 0.25,
         top=above + 0.5,
     )
 
 
-def _spans_of(tokens: Tokens) -> list[Span]:
+def _groups(tokens: Tokens) -> list[Group]:
+    """The turns, in order, and after them what belongs to none: the template's own tokens."""
     spans = tokens.spans()
     if not spans:
         raise ValueError(
             "columns='turns' needs to know the turns: make the trace with chat.trace(...)"
         )
-    return spans
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for span in sorted(spans, key=lambda span: span.role not in ROLES):
+        member = found.setdefault((span.name, span.role), np.zeros(len(tokens), bool))
+        member[span.first : span.last] = True
+    return [Group(name, role, member) for (name, role), member in found.items()]
 
 
 def _by_turn(
-    p: Pattern, visible: np.ndarray, spans: list[Span]
+    p: Pattern, visible: np.ndarray, groups: list[Group]
 ) -> tuple[np.ma.MaskedArray, np.ndarray]:
     """(queries, turns) sums, masked where no token of the turn can be seen; places 0, 1, ..."""
     weights = np.where(visible, p.weights, 0.0)
-    sums = np.stack([weights[:, s.first : s.last].sum(1) for s in spans], 1)
-    seen = np.stack([visible[:, s.first : s.last].any(1) for s in spans], 1)
-    return np.ma.masked_array(sums, ~seen), np.arange(len(spans))
+    sums = np.stack([weights[:, g.member].sum(1) for g in groups], 1)
+    seen = np.stack([visible[:, g.member].any(1) for g in groups], 1)
+    return np.ma.masked_array(sums, ~seen), np.arange(len(groups))
 
 
 def _marks(
-    ax: Axes, p: Pattern, spans: list[Span], hide_bos: bool, highlight: int | None
+    ax: Axes, p: Pattern, groups: list[Group], hide_bos: bool, highlight: int | None
 ) -> list[Artist]:
     """Hatching, the window's edge, what is hidden, the framed row; their legend entries."""
     rows = p.queries.positions
     handles: list[Artist] = []
-    if spans:
-        _hatch_turns(ax, p, spans)
+    if groups:
+        _hatch_turns(ax, p, groups)
         label = "no token of the turn can be attended to"
         handles.append(Patch(facecolor="white", edgecolor=FAINT, hatch=HATCH, label=label))
     else:
@@ -212,11 +182,11 @@ def _marks(
         share = float(p.weights[p.reachable[:, 0], 0].mean())
         label = f"position 0 left out: rows that reach it give it {share:.0%} of their weight"
         handles.append(Patch(facecolor=HIDDEN, label=label))
-        if not spans:
+        if not groups:
             seen = int(p.reachable[:, 0].sum())
             ax.add_patch(Rectangle((-0.5, -0.5), 1, seen, facecolor=HIDDEN, edgecolor="none"))
     if highlight is not None and rows[0] <= highlight <= rows[-1]:
-        left, right = (-0.5, len(spans) - 0.5) if spans else (rows[0] - 0.5, rows[-1] + 0.5)
+        left, right = (-0.5, len(groups) - 0.5) if groups else (rows[0] - 0.5, rows[-1] + 0.5)
         frame = Rectangle(
             (left, highlight - 0.5), right - left, 1, fill=False, ec=VERMILION, lw=1.2
         )
@@ -225,15 +195,15 @@ def _marks(
     return handles + role_handles(p.queries)
 
 
-def _hatch_turns(ax: Axes, p: Pattern, spans: list[Span]) -> None:
+def _hatch_turns(ax: Axes, p: Pattern, groups: list[Group]) -> None:
     top = p.queries.positions[0] - 0.5
-    for i, span in enumerate(spans):
-        seen = np.flatnonzero(p.reachable[:, span.first : span.last].any(1))
-        for first, last in ((0, seen[0]), (seen[-1] + 1, len(p.queries))):
-            if last > first:
-                box = Rectangle((i - 0.5, top + first), 1, last - first)
-                box.set(fill=False, hatch=HATCH, edgecolor=FAINT, linewidth=0.0)
-                ax.add_patch(box)
+    for i, group in enumerate(groups):
+        seen = np.r_[True, p.reachable[:, group.member].any(1), True]
+        edges = np.flatnonzero(seen[1:] != seen[:-1])
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            box = Rectangle((i - 0.5, top + first), 1, last - first)
+            box.set(fill=False, hatch=HATCH, edgecolor=FAINT, linewidth=0.0)
+            ax.add_patch(box)
 
 
 def _remarks(p: Pattern) -> list[str]:
@@ -242,18 +212,18 @@ def _remarks(p: Pattern) -> list[str]:
     return list(p.remarks)
 
 
-def _label_axes(ax: Axes, p: Pattern, spans: list[Span], highlight: int | None) -> None:
+def _label_axes(ax: Axes, p: Pattern, groups: list[Group], highlight: int | None) -> None:
     rows = p.queries.positions
     ax.set_ylim(rows[-1] + 0.5, rows[0] - 0.5)
     ax.xaxis.tick_top()
     ax.xaxis.set_label_position("top")
     bare(ax)
     always = [] if highlight is None else [highlight]
-    if spans:
+    if groups:
         ax.set_aspect("auto")
-        ax.set_xlim(-0.5, len(spans) - 0.5)
-        ax.set_xticks(range(len(spans)), [s.name for s in spans], rotation=90, fontsize=SMALL)
-        for tick, span in zip(ax.get_xticklabels(), spans, strict=True):
+        ax.set_xlim(-0.5, len(groups) - 0.5)
+        ax.set_xticks(range(len(groups)), [s.name for s in groups], rotation=90, fontsize=SMALL)
+        for tick, span in zip(ax.get_xticklabels(), groups, strict=True):
             tick.set_color(role_color(span.role))
         ax.set_xlabel("turn attended to", fontsize=SMALL)
     else:

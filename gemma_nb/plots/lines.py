@@ -53,8 +53,8 @@ def attention_lines(
 ) -> Figure:
     """One head's attention weights as lines between tokens.
 
-    The width of a line is proportional to its weight; the footer says what was left out.  Of a single query in a sliding layer, the keys that it can reach
-    are bracketed.
+    The width of a line is proportional to its weight; the footer says what was left out.  Of a
+    single query in a sliding layer, the keys that it can reach are bracketed.
 
     Args:
       source: a trace, or an array (layer, head, query, key) or (layer, query, key).

@@ -54,10 +54,15 @@ class Tokens:
 
     @classmethod
     def along(cls, array: xarray.DataArray | xarray.Dataset, dim: str) -> Tokens:
-        """Reads the coordinates of `dim`: "position", "query" or "key"."""
+        """Reads the coordinates of `dim`: "position", "query" or "key".
+
+        Where "token" is something else, a prediction, the text's own is "input_token".
+        """
         prefix = "" if dim == "position" else f"{dim}_"
         positions = array[dim].values
         names = [f"{prefix}{name}" for name in ("token", "role", "turn")]
+        if "input_token" in array.coords:
+            names[0] = "input_token"
         token, role, turn = (array[n].values if n in array.coords else None for n in names)
         return cls(
             labels=tuple(map(str, positions if token is None else token)),

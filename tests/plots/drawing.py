@@ -62,16 +62,14 @@ def area(patch) -> float:
 
 
 def overflows(figure: Figure) -> list[str]:
-    """Texts that stick out of the figure by more than a hair."""
+    """The sides at which something sticks out of the figure by more than a hair."""
     figure.draw_without_rendering()
-    width, height = figure.bbox.size
-    out = []
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        if not (text.get_visible() and text.get_text().strip()):
-            continue
-        box = text.get_window_extent()
-        if box.x0 < -2 or box.y0 < -2 or box.x1 > width + 2 or box.y1 > height + 2:
-            out.append(text.get_text())
-    return out
+    width, height = figure.get_size_inches()
+    box = figure.get_tightbbox()
+    beyond = {
+        "left": -box.x0,
+        "bottom": -box.y0,
+        "right": box.x1 - width,
+        "top": box.y1 - height,
+    }
+    return [f"{side} by {by:.2f} inches" for side, by in beyond.items() if by > 0.03]

@@ -128,7 +128,7 @@ def test_columns_collapse_to_turns(maps, layer):
 
 
 def test_turns_must_be_known():
-    with pytest.raises(ValueError, match="chat.trace"):
+    with pytest.raises(ValueError, match=r"chat\.trace"):
         gnb.plots.attention(make_attention(5, chat=False), 0, 0, columns="turns")
     with pytest.raises(ValueError, match="'tokens' or 'turns'"):
         gnb.plots.attention(make_attention(5), 0, 0, columns="words")

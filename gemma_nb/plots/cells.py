@@ -1,0 +1,133 @@
+"""Coloured cells: vectors while they are few, one image when they are many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import Normalize
+from matplotlib.lines import Line2D
+
+from gemma_nb.plots.colors import kind_color
+from gemma_nb.plots.figure import SMALL, bare
+from gemma_nb.plots.maps import badge_of
+from gemma_nb.plots.tokens import MOST_LABELS, Tokens, label_axis
+
+# A picture has about this many cells along an axis; more are drawn as blocks.
+MOST_CELLS = 640
+_CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))
+
+
+def cells(
+    ax: Axes,
+    values: np.ma.MaskedArray,
+    across: tuple[float, float],
+    down: tuple[float, float],
+    **kwargs: Any,
+) -> ScalarMappable:
+    """Draws (rows, columns) of values, masked ones left out: row 0 at down[1], the top.
+
+    Few cells are vector rectangles with seams between them; many are one image, embedded in vector
+    files cell by cell.
+    """
+    rows, columns = values.shape
+    if max(rows, columns) > MOST_LABELS:
+        extent = (*across, *down)
+        return ax.imshow(values, extent=extent, interpolation="none", aspect="auto", **kwargs)
+    x, y = np.linspace(*across, columns + 1), np.linspace(down[1], down[0], rows + 1)
+    row, column = np.nonzero(~np.ma.getmaskarray(values))
+    corners = np.stack([np.stack([x[column + i], y[row + j]], -1) for i, j in _CORNERS], 1)
+    squares = PolyCollection(list(corners), edgecolors="white", linewidths=0.4, **kwargs)
+    squares.set_array(values.compressed())
+    ax.add_collection(squares, autolim=False)
+    return squares
+
+
+def blocks(
+    values: np.ma.MaskedArray, height: int, width: int, center: float | None = None
+) -> np.ma.MaskedArray:
+    """Of each block of `height` by `width` cells the largest visible value.
+
+    With a `center`, the value that is farthest from it, on either side.
+    """
+    if height == width == 1:
+        return values
+    largest = _largest(values, height, width)
+    if center is None:
+        return largest
+    least = -_largest(-values, height, width)
+    return np.ma.where(largest - center >= center - least, largest, least)
+
+
+def _largest(values: np.ma.MaskedArray, height: int, width: int) -> np.ma.MaskedArray:
+    rows, columns = values.shape
+    filled = np.full((-(-rows // height) * height, -(-columns // width) * width), -np.inf)
+    filled[:rows, :columns] = values.filled(-np.inf)
+    largest = filled.reshape(filled.shape[0] // height, height, -1, width).max((1, 3))
+    empty = np.isneginf(largest)
+    return np.ma.masked_array(np.where(empty, 0.0, largest), empty)
+
+
+def sheet(
+    ax: Axes,
+    values: np.ndarray,
+    tokens: Tokens,
+    columns: Sequence[str],
+    *,
+    norm: Normalize,
+    cmap: Any,
+    kinds: Sequence[str] | None = None,
+    center: float | None = None,
+) -> tuple[ScalarMappable, str]:
+    """A table in colours: tokens down, anything else across.
+
+    Args:
+      ax: where.
+      values: (T, C); NaN leaves a cell empty.
+      tokens: of the rows.
+      columns: names of the columns.
+      norm: how values become colours.
+      cmap: with which colours.
+      kinds: of columns that are layers; they tell the local from the global ones.
+      center: the value from which both directions count, of signed values.
+
+    Returns:
+      What a colour bar needs, and the remark to append to its label where each colour stands for
+      several tokens.
+    """
+    rows = tokens.positions
+    block = -(-len(rows) // MOST_CELLS)
+    shown = blocks(np.ma.masked_invalid(values), block, 1, center)
+    down = (rows[-1] + 0.5, rows[0] - 0.5)
+    mesh = cells(ax, shown, (-0.5, len(columns) - 0.5), down, norm=norm, cmap=cmap)
+    ax.set_xlim(-0.5, len(columns) - 0.5)
+    ax.set_ylim(*down)
+    ax.set_aspect("auto")
+    ax.xaxis.tick_top()
+    ax.xaxis.set_label_position("top")
+    bare(ax)
+    name_columns(ax, columns, kinds)
+    label_axis(ax, "y", tokens)
+    farthest = "largest" if center is None else "strongest"
+    return mesh, f"\n(the {farthest} of each {block} tokens)" if block > 1 else ""
+
+
+def name_columns(ax: Axes, columns: Sequence[str], kinds: Sequence[str] | None = None) -> None:
+    """Names the columns 0, 1, ...; those of layers in the colours of local and global ones."""
+    upright = max(map(len, columns), default=0) > 3
+    ax.set_xticks(range(len(columns)), columns, rotation=90 if upright else 0, fontsize=SMALL - 0.5)
+    for tick, kind in zip(ax.get_xticklabels(), kinds or (), strict=False):
+        tick.set_color(kind_color(kind))
+
+
+def kind_handles(kinds: Sequence[str]) -> list[Artist]:
+    """Legend entries of the colours in which layers are named."""
+    return [
+        Line2D([], [], linestyle="none", marker="$n$", color=kind_color(kind), label=badge_of(kind))
+        for kind in dict.fromkeys(kinds)
+    ]

@@ -1,0 +1,183 @@
+"""Curves over the layers: norms of the residual stream, entropy of what it would predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from gemma_nb.plots.colors import BLACK, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION
+from gemma_nb.plots.figure import SMALL, canvas, footer, headline
+from gemma_nb.plots.labels import drawable, families, isolated
+from gemma_nb.plots.maps import computed_under
+from gemma_nb.plots.tokens import Tokens
+
+if TYPE_CHECKING:
+    import xarray
+
+_CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
+_DASHES = ("-", "--", ":", "-.")
+# More positions than this are shown by their median and spread.
+_MOST_CURVES = 12
+_NORMS = {
+    "residual": "residual stream after the layer",
+    "attn_out": "what attention adds",
+    "mlp_out": "what the feed-forward adds",
+}
+_ENTROPIES = {
+    "entropy": "entropy of the lens's prediction (nats)",
+    "kl": "KL divergence of the output from the lens (nats)",
+}
+
+
+def residual_norms(
+    norms: xarray.Dataset,
+    *,
+    ax: Axes | None = None,
+    hide_bos: bool = False,
+) -> Figure:
+    """How long the residual stream is after each layer, and what the layer added to it.
+
+    Lines are medians over the positions, bands hold the middle 80 % of them.  Position 0 has a line
+    of its own (dotted): its norm is often many times that of the others.
+
+    Args:
+      norms: of `gnb.residual_norms`: residual, attn_out, mlp_out (layer, position), L2 norms.
+      ax: where to draw; None makes a figure.
+      hide_bos: leave out the line of position 0; the picture says so.
+
+    Returns:
+      The figure, with a logarithmic axis.
+    """
+    figure, ax = canvas(ax, 4.4, 2.6, left=0.65, right=0.2, bottom=0.45)
+    layers = norms["layer"].values
+    handles: list[Line2D | Patch] = []
+    first = int(norms["position"].values[0]) == 0 and norms.sizes["position"] > 1
+    for color, (name, label) in zip((INK, BLUE, VERMILION), _NORMS.items(), strict=True):
+        if name not in norms:
+            continue
+        values = norms[name].transpose("layer", "position").values
+        _spread(ax, layers, values[:, 1:] if first else values, color)
+        handles.append(Line2D([], [], color=color, label=label))
+        if first and not hide_bos:
+            ax.plot(layers, values[:, 0], color=color, linewidth=1.0, linestyle=":")
+    ax.set_yscale("log")
+    _decorate(ax, norms, "L2 norm")
+    headline(ax, "Norms by layer")
+    notes = [_spread_note(norms.sizes["position"] - first)]
+    if first and hide_bos:
+        notes.append("position 0 is left out")
+    elif first:
+        handles.append(Line2D([], [], color=INK, linestyle=":", label="the same at position 0"))
+    footer(ax, handles, [*notes, *computed_under(norms)], below=0.35)
+    return figure
+
+
+def entropy_curves(
+    lens: xarray.Dataset,
+    *,
+    value: Literal["entropy", "kl"] = "entropy",
+    positions: Sequence[int] | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """How undecided the prediction is after each layer, or how far it is from the output.
+
+    Up to twelve positions have a curve each; of more, the line is the median, the band holds the
+    middle 80 %.
+
+    Args:
+      lens: of `gnb.logit_lens`: entropy and kl (layer, position), in nats.
+      value: "entropy" of the lens's distribution, or "kl", its divergence from the output.
+      positions: which; None for all.
+      ax: where to draw; None makes a figure.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: an unknown value or position.
+    """
+    if value not in _ENTROPIES:
+        raise ValueError(f"value must be one of {', '.join(map(repr, _ENTROPIES))}, got {value!r}")
+    chosen = lens[value].transpose("layer", "position")
+    if positions is not None:
+        known = chosen["position"].values
+        if missing := [p for p in positions if p not in known]:
+            raise ValueError(f"positions {missing} are not among {known[0]} to {known[-1]}")
+        chosen = chosen.sel(position=list(positions))
+    figure, ax = canvas(ax, 4.4, 2.6, left=0.55, right=0.2, bottom=0.45)
+    layers, count = chosen["layer"].values, chosen.sizes["position"]
+    handles: list[Line2D] = []
+    notes: list[str] = []
+    if count <= _MOST_CURVES:
+        handles = _one_by_one(ax, chosen)
+    else:
+        _spread(ax, layers, chosen.values, BLUE)
+        notes.append(_spread_note(count))
+    ax.set_ylim(bottom=0.0)
+    _decorate(ax, lens, _ENTROPIES[value])
+    headline(ax, "Logit lens by layer")
+    footer(ax, handles, [*notes, *computed_under(lens)], below=0.35)
+    if (legend := ax.get_legend()) is not None:
+        for text in legend.get_texts():
+            text.set_fontfamily(families([text.get_text()]))
+    return figure
+
+
+def _one_by_one(ax: Axes, values: xarray.DataArray) -> list[Line2D]:
+    handles = []
+    tokens = Tokens.along(values, "position")
+    for i, (position, token) in enumerate(zip(tokens.positions, tokens.labels, strict=True)):
+        style: dict[str, Any] = {
+            "color": _CYCLE[i % len(_CYCLE)],
+            "linestyle": _DASHES[i // len(_CYCLE)],
+        }
+        curve = values.isel(position=i).values
+        ax.plot(values["layer"].values, curve, linewidth=1.2, marker=".", markersize=3, **style)
+        label = f"after {position} {isolated(drawable(token))}"
+        handles.append(Line2D([], [], label=label, **style))
+    return handles
+
+
+def _spread(ax: Axes, layers: np.ndarray, values: np.ndarray, color: str) -> None:
+    low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
+    ax.fill_between(layers, low, high, color=color, alpha=0.18, linewidth=0)
+    ax.plot(layers, middle, color=color, linewidth=1.4, marker=".", markersize=3)
+
+
+def _spread_note(count: int) -> str:
+    return f"lines: medians of {count} positions; bands: the middle 80% of them"
+
+
+def _decorate(ax: Axes, data: xarray.Dataset, label: str) -> None:
+    layers = data["layer"].values
+    ax.set_xlabel("layer (ticks above: global layers)", fontsize=SMALL)
+    ax.set_ylabel(label, fontsize=SMALL)
+    ax.tick_params(labelsize=SMALL, length=2)
+    ax.grid(color=FAINT, linewidth=0.4)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    step = max(1, -(-len(layers) // 18))
+    ax.set_xticks(layers[::step])
+    if "layer_kind" not in data.coords:
+        ax.set_xlabel("layer", fontsize=SMALL)
+        return
+    kinds = [str(k) for k in data["layer_kind"].values]
+    wide = [i for i, kind in zip(layers, kinds, strict=True) if kind == "global"]
+    ax.plot(
+        wide,
+        [1.0] * len(wide),
+        transform=ax.get_xaxis_transform(),
+        linestyle="none",
+        marker="v",
+        markersize=4,
+        color=VERMILION,
+        clip_on=False,
+        gid="global layers",
+    )

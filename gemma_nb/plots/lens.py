@@ -1,0 +1,184 @@
+"""The logit lens as a table: what each layer would predict, at every position."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from gemma_nb.plots.cells import kind_handles, sheet
+from gemma_nb.plots.colors import VERMILION, sequential, text_on
+from gemma_nb.plots.figure import SMALL, canvas, color_bar, footer, headline, inches
+from gemma_nb.plots.labels import drawable, families
+from gemma_nb.plots.maps import computed_under
+from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
+
+if TYPE_CHECKING:
+    import xarray
+
+_CELL = 0.46  # inches across, of a cell with a token in it
+_LETTERS = 8
+_MEASURES = {
+    "probability": "probability of the token shown",
+    "logprob": "log-probability of the token shown (nats)",
+    "logit": "logit of the token shown",
+    "entropy": "entropy of the prediction (nats)",
+    "kl": "KL divergence of the output from the prediction (nats)",
+}
+
+
+def logit_lens(
+    lens: xarray.Dataset,
+    *,
+    value: Literal["probability", "logprob", "logit", "entropy", "kl"] = "probability",
+    rank: int = 0,
+    watch: int | str | None = None,
+    ax: Axes | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    cmap: str | Colormap | None = None,
+) -> Figure:
+    """What each layer would predict: positions down, layers across, the output at the right.
+
+    A row is named by the token that the model reads there; its cells show which token would follow.
+    A frame marks where that is the token that does follow in the text.  Beyond 64 positions the
+    cells are colours without tokens.
+
+    Args:
+      lens: of `gnb.logit_lens`.
+      value: what the colours are.
+      rank: which prediction is shown: 0 for the likeliest, up to k - 1.
+      watch: a watched token, by id or text: colours are its log-probability, and cells show its
+        rank (1: the likeliest) instead of a prediction.
+      ax: where to draw; None makes a figure.
+      start: first position shown, counted from the first one of the lens.
+      stop: the one after the last; None for all.
+      cmap: a matplotlib colour map; None for one whose equal steps look equal.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: an unknown value, a rank or watched token that the lens does not hold, or an empty
+        range of positions.
+    """
+    if value not in _MEASURES:
+        raise ValueError(f"value must be one of {', '.join(map(repr, _MEASURES))}, got {value!r}")
+    if not 0 <= rank < lens.sizes["rank"]:
+        raise ValueError(
+            f"rank {rank} is not here: the lens has ranks 0 to {lens.sizes['rank'] - 1}"
+        )
+    chosen = lens.isel(position=slice(start, stop))
+    if not chosen.sizes["position"]:
+        raise ValueError(
+            f"no position lies in start={start} to stop={stop}: there are {lens.sizes['position']}"
+        )
+    if watch is None:
+        numbers, words = chosen[value], chosen["token"].isel(rank=rank)
+        if "rank" in numbers.dims:
+            numbers = numbers.isel(rank=rank)
+        label = _MEASURES[value]
+        name = "Logit lens" if rank == 0 else f"Logit lens, prediction {rank + 1}"
+    else:
+        at = _watched(chosen, watch)
+        numbers = chosen["watched_logprob"].isel(watched=at)
+        words = (chosen["watched_rank"].isel(watched=at) + 1).astype(str)
+        token = drawable(str(chosen["watched_token"].values[at]))
+        label, value = f"log-probability of {token} (nats)", "logprob"
+        name = f"Logit lens: log-probability and rank of {token}"
+
+    values = numbers.transpose("position", "layer").values.astype(float)
+    tokens = Tokens.along(chosen, "position")
+    layers = [str(i) for i in chosen["layer"].values]
+    kinds = [str(k) for k in chosen["layer_kind"].values]
+    named = len(tokens) <= MOST_LABELS
+    figure, ax = canvas(
+        ax,
+        float(np.clip((_CELL if named else 0.2) * len(layers), 1.6, 12.0)),
+        float(np.clip(PITCH * 1.1 * len(tokens), 1.7, PITCH * MOST_LABELS)),
+        left=label_inches(tokens) + 0.25,
+        top=0.75,
+    )
+    norm = _norm(values, value)
+    mesh, remark = sheet(
+        ax, values, tokens, layers, norm=norm, cmap=cmap or sequential(), kinds=kinds
+    )
+    handles: list[Any] = []
+    if named and inches(ax)[0] / len(layers) > 0.7 * _CELL:
+        shown = words.transpose("position", "layer").values
+        _write(ax, shown, values, tokens, mesh)
+        if watch is None:
+            handles = _frame_hits(ax, shown, tokens)
+    ax.set_ylabel("position: the token read there", fontsize=SMALL)
+    ax.set_xlabel("layer", fontsize=SMALL)
+    headline(ax, name)
+    color_bar(mesh, ax, label + remark)
+    footer(ax, [*handles, *role_handles(tokens), *kind_handles(kinds)], computed_under(lens))
+    return figure
+
+
+def _watched(lens: xarray.Dataset, watch: int | str) -> int:
+    """Where a watched token is, by id or text."""
+    ids = [int(i) for i in lens["watched"].values] if "watched" in lens.dims else []
+    texts = [str(t) for t in lens["watched_token"].values] if ids else []
+    known: list[Any] = ids if isinstance(watch, int) else texts
+    if watch not in known:
+        raise ValueError(
+            f"{watch!r} is not watched: make the lens with watch=[...]; here are {texts or 'none'}"
+        )
+    return known.index(watch)
+
+
+def _norm(values: np.ndarray, value: str) -> Normalize:
+    """The scale of the colours: from zero where zero has a meaning."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if value == "probability":
+        return Normalize(0.0, 1.0)
+    if value in ("entropy", "kl"):
+        return Normalize(0.0, high or 1.0)
+    if value == "logprob":
+        return Normalize(low if low < 0 else -1.0, 0.0)
+    return Normalize(low, high if high > low else low + 1.0)
+
+
+def _write(
+    ax: Axes, words: np.ndarray, values: np.ndarray, tokens: Tokens, mesh: ScalarMappable
+) -> None:
+    """Puts a token into each cell, in black or white."""
+    labels = [[drawable(str(word), _LETTERS) for word in row] for row in words]
+    family = families({label for row in labels for label in row})
+    room = inches(ax)
+    size = min(SMALL - 1.0, 72 * room[1] / len(tokens) * 0.8, 72 * room[0] / len(words[0]) / 5.2)
+    for y, row, numbers in zip(tokens.positions, labels, values, strict=True):
+        for x, (label, number) in enumerate(zip(row, numbers, strict=True)):
+            ax.text(
+                x,
+                y,
+                label,
+                ha="center",
+                va="center",
+                fontsize=size,
+                fontfamily=family,
+                color=text_on(mesh.to_rgba(number)),
+                clip_on=True,
+            )
+
+
+def _frame_hits(ax: Axes, words: np.ndarray, tokens: Tokens) -> list[Any]:
+    """Frames the cells whose token is the next one of the text."""
+    found = False
+    for position, row, following in zip(
+        tokens.positions[:-1], words[:-1], tokens.labels[1:], strict=True
+    ):
+        for x in np.flatnonzero(row == following):
+            frame = Rectangle((x - 0.47, position - 0.45), 0.94, 0.9)
+            frame.set(fill=False, edgecolor=VERMILION, linewidth=0.9)
+            ax.add_patch(frame)
+            found = True
+    label = "the token that follows in the text"
+    return [Patch(fill=False, edgecolor=VERMILION, label=label)] if found else []

@@ -1,0 +1,169 @@
+"""Activation patching: the metric when one place takes its value from the other run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+
+from gemma_nb.plots.cells import cells, kind_handles, name_columns, sheet
+from gemma_nb.plots.colors import diverging, kind_color
+from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
+from gemma_nb.plots.maps import badge_of, computed_under
+from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
+
+if TYPE_CHECKING:
+    import xarray
+
+_OF_LAYER = ("layer", "head")
+
+
+def patching(
+    sweep: xarray.DataArray,
+    *,
+    ax: Axes | None = None,
+    top: float | None = None,
+    cmap: str | Colormap | None = None,
+) -> Figure:
+    """The result of `gnb.activation_patching`: the metric itself, wherever one place was patched.
+
+    White is the metric of the unpatched (corrupted) run: what is patched there changes nothing.
+    The colour bar marks the values of both unpatched runs.
+
+    Args:
+      sweep: over (layer, position), (layer, head), (position, head), or one of them.
+      ax: where to draw; None makes a figure.
+      top: the distance from the corrupted run's metric with the darkest colour; None for the
+        largest one, that of the clean run included.
+      cmap: a matplotlib colour map; None for one whose equal steps look equal.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: a sweep over three dimensions: select one place of the third.
+    """
+    if not 1 <= len(sweep.dims) <= 2 or not set(sweep.dims) <= {"layer", "position", "head"}:
+        raise ValueError(
+            "expected a sweep over one or two of layer, position and head, got dims "
+            f"{sweep.dims}: select one place of the others with .sel(...)"
+        )
+    mesh: ScalarMappable
+    base = float(sweep.attrs.get("corrupted", 0.0))
+    clean = float(sweep.attrs.get("clean", base))
+    reach = top or float(max(np.nanmax(np.abs(sweep.values - base)), abs(clean - base))) or 1.0
+    norm = Normalize(base - reach, base + reach)
+    colors = cmap or diverging()
+    remark = ""
+    if "position" in sweep.dims:
+        other = next((str(d) for d in sweep.dims if d != "position"), None)
+        values = sweep.transpose("position", ...).values.reshape(sweep.sizes["position"], -1)
+        tokens = _both_texts(sweep)
+        names, kinds = _columns(sweep, other)
+        figure, ax = canvas(
+            ax,
+            float(np.clip(0.24 * len(names), 1.6, 9.0)),
+            float(np.clip(PITCH * len(tokens), 1.4, PITCH * MOST_LABELS)),
+            left=label_inches(tokens) + 0.25,
+            top=0.75,
+            right=1.3,
+        )
+        mesh, remark = sheet(
+            ax, values, tokens, names, norm=norm, cmap=colors, kinds=kinds, center=base
+        )
+        ax.set_ylabel("position patched", fontsize=SMALL)
+        ax.set_xlabel(other or "", fontsize=SMALL)
+        handles = [*role_handles(tokens), *kind_handles(kinds or ())]
+    else:
+        rows = sweep.transpose(*[d for d in _OF_LAYER if d in sweep.dims])
+        rows = rows.expand_dims("layer") if "layer" not in rows.dims else rows
+        values = rows.values.reshape(rows.sizes["layer"], -1)
+        across = "head" if "head" in rows.dims else None
+        figure, ax = canvas(
+            ax,
+            max(1.4, 0.4 * values.shape[1]),
+            max(0.4, 0.22 * len(values)),
+            left=1.45,
+            top=0.75,
+            right=1.3,
+        )
+        mesh = _layers_by_heads(ax, rows, values, across, norm, colors)
+        handles = []
+    metric = str(sweep.attrs.get("metric", "metric"))
+    headline(ax, f"Patched: {sweep.attrs.get('site', 'activations')}")
+    _mark_runs(color_bar(mesh, ax, metric + remark), base, clean, reach)
+    notes = [f"unpatched: {clean:.4g} in the clean run, {base:.4g} in the corrupted one (white)"]
+    footer(ax, handles, [*notes, *computed_under(sweep)])
+    return figure
+
+
+def _mark_runs(bar: Colorbar, base: float, clean: float, reach: float) -> None:
+    """Ticks at both unpatched runs, by name, and at the ends."""
+    marks = {base: f"{base:.3g}  corrupted"}
+    if abs(clean - base) > 0.06 * reach:
+        marks[clean] = f"{clean:.3g}  clean"
+    for end in (base - reach, base + reach):
+        if all(abs(end - mark) > 0.06 * reach for mark in marks):
+            marks[end] = f"{end:.3g}"
+    bar.set_ticks(list(marks), labels=list(marks.values()))
+
+
+def _both_texts(sweep: xarray.DataArray) -> Tokens:
+    """The corrupted text; where the clean one differs, both."""
+    tokens = Tokens.along(sweep, "position")
+    if "clean_token" not in sweep.coords:
+        return tokens
+    pairs = zip(tokens.labels, map(str, sweep["clean_token"].values), strict=True)
+    labels = tuple(theirs if ours == theirs else f"{ours}←{theirs}" for theirs, ours in pairs)
+    return Tokens(labels, tokens.positions, tokens.roles, tokens.turns)
+
+
+def _columns(sweep: xarray.DataArray, dim: str | None) -> tuple[list[str], list[str] | None]:
+    """Names of the columns, and the layers' kinds where they are layers."""
+    if dim is None:
+        return [""], None
+    names = [str(i) for i in sweep[dim].values]
+    kinds = [str(k) for k in sweep["layer_kind"].values] if dim == "layer" else None
+    return names, kinds
+
+
+def _layers_by_heads(
+    ax: Axes,
+    rows: xarray.DataArray,
+    values: np.ndarray,
+    across: str | None,
+    norm: Normalize,
+    cmap: str | Colormap,
+) -> ScalarMappable:
+    count, width = values.shape
+    mesh = cells(
+        ax,
+        np.ma.masked_invalid(values),
+        (-0.5, width - 0.5),
+        (count - 0.5, -0.5),
+        norm=norm,
+        cmap=cmap,
+    )
+    ax.set_xlim(-0.5, width - 0.5)
+    ax.set_ylim(count - 0.5, -0.5)
+    ax.xaxis.tick_top()
+    ax.xaxis.set_label_position("top")
+    bare(ax)
+    name_columns(ax, [str(h) for h in rows[across].values] if across else [""])
+    ax.set_xlabel(across or "", fontsize=SMALL)
+    if "layer_kind" in rows.coords:
+        kinds = [str(k) for k in np.atleast_1d(rows["layer_kind"].values)]
+        layers = [int(i) for i in np.atleast_1d(rows["layer"].values)]
+        names = [f"{i}  {badge_of(k)}" for i, k in zip(layers, kinds, strict=True)]
+        ax.set_yticks(range(count), names, fontsize=SMALL)
+        for tick, kind in zip(ax.get_yticklabels(), kinds, strict=True):
+            tick.set_color(kind_color(kind))
+    else:
+        ax.set_yticks([])
+    ax.set_ylabel("layer", fontsize=SMALL)
+    return mesh

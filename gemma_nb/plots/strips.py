@@ -1,0 +1,306 @@
+"""A text in the colours of a number per token: probability, entropy, an attribution."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import Colormap, Normalize, to_hex
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextToPath
+
+from gemma_nb.plots.cells import cells
+from gemma_nb.plots.colors import INK, diverging, sequential, text_on
+from gemma_nb.plots.figure import (
+    NORMAL,
+    SMALL,
+    bare,
+    canvas,
+    color_bar_below,
+    footer,
+    headline,
+    inches,
+)
+from gemma_nb.plots.labels import drawable, families, isolated
+from gemma_nb.plots.maps import computed_under
+from gemma_nb.plots.tokens import Tokens, nice_step
+
+if TYPE_CHECKING:
+    import xarray
+
+    from gemma_nb.chat.events import Turn
+
+# Longer texts are cells without letters.
+MOST_WORDS = 500
+_ACROSS = 100  # cells of a line of such a text
+_WIDTH = 6.6  # inches
+_LINE = 0.22  # inches from one line of text to the next
+_LONGEST = 40  # characters of one token
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """A number per token.
+
+    Attributes:
+      label: what it is, with its unit.
+      top: its largest possible value; None where there is none.
+    """
+
+    label: str
+    top: float | None = None
+
+
+_MEASURES = {
+    "probability": _Measure("probability that the model gave the token", 1.0),
+    "surprisal": _Measure("surprisal of the token, −log probability (nats)"),
+    "entropy": _Measure("entropy of the prediction (nats)"),
+    "rank": _Measure("rank of the token (1: the model's first choice)"),
+}
+
+
+def token_probabilities(
+    source: Turn | xarray.Dataset,
+    *,
+    by: Literal["probability", "surprisal", "entropy", "rank"] = "probability",
+    ax: Axes | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    cmap: str | Colormap | None = None,
+) -> Figure:
+    """A reply, or a whole text, each token in the colour of how the model expected it.
+
+    Numbers are the model's own, before temperature and the sampler's other settings.  Darker is
+    more: of a probability, the likelier token; of surprisal, entropy and rank, the less expected.
+
+    Args:
+      source: a reply of a chat; or `gnb.token_statistics(trace)`, where the first token has no
+        number, as nothing came before it.
+      by: "probability"; "surprisal", its negative logarithm; "entropy" of the distribution that the
+        token was chosen from, all in nats; or "rank", from 1.
+      ax: where to draw; None makes a figure.
+      start: first token shown, counted from the first one of `source`.
+      stop: the one after the last; None for all.
+      cmap: a matplotlib colour map; None for one whose equal steps look equal.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: an unknown measure, no tokens (a user's turn has none), or an empty range.
+    """
+    if by not in _MEASURES:
+        raise ValueError(f"by must be one of {', '.join(map(repr, _MEASURES))}, got {by!r}")
+    labels, numbers, name, notes = _read(source, by)
+    first, last, _ = slice(start, stop).indices(len(labels))
+    if last <= first:
+        raise ValueError(f"no token lies in start={start} to stop={stop} of {len(labels)} tokens")
+    measure = _MEASURES[by]
+    shown = numbers[first:last]
+    bottom = 1.0 if by == "rank" else 0.0
+    top = measure.top or float(np.nanmax(np.append(shown, bottom)))
+    norm = Normalize(bottom, top if top > bottom else bottom + 1.0)
+    return _strip(
+        labels[first:last],
+        shown,
+        norm=norm,
+        cmap=cmap or sequential(),
+        label=measure.label,
+        title=f"{name} by {by}",
+        notes=notes,
+        first=first,
+        ax=ax,
+    )
+
+
+def token_strip(
+    values: xarray.DataArray,
+    *,
+    ax: Axes | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    top: float | None = None,
+    cmap: str | Colormap | None = None,
+) -> Figure:
+    """A text in the colours of any number per token, such as `gnb.token_attribution`.
+
+    Signed numbers are coloured in two directions from zero, which is white; others from zero up.
+
+    Args:
+      values: (position) with a `token` coordinate.
+      ax: where to draw; None makes a figure.
+      start: first position shown.
+      stop: position after the last one shown; None shows all.
+      top: the magnitude with the darkest colour; None for the largest one shown.
+      cmap: a matplotlib colour map; None for one whose equal steps look equal.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: another shape, or an empty range of positions.
+    """
+    if values.dims != ("position",):
+        raise ValueError(
+            f"expected one number per token, dims ('position',), got {values.dims}: select or sum "
+            "over the others first"
+        )
+    first, last, _ = slice(start, stop).indices(values.sizes["position"])
+    if last <= first:
+        raise ValueError(
+            f"no position lies in start={start} to stop={stop} of {values.sizes['position']} tokens"
+        )
+    chosen = values.isel(position=slice(first, last))
+    numbers = chosen.values.astype(float)
+    signed = bool((numbers < 0).any())
+    largest = top or float(np.nanmax(np.abs(numbers), initial=0.0)) or 1.0
+    name = str(values.name or "value").replace("_", " ")
+    units = values.attrs.get("units")
+    return _strip(
+        list(Tokens.along(chosen, "position").labels),
+        numbers,
+        norm=Normalize(-largest if signed else 0.0, largest),
+        cmap=cmap or (diverging() if signed else sequential()),
+        label=f"{name} ({units})" if units else name,
+        title=f"Text by {name}",
+        notes=computed_under(values),
+        first=int(chosen["position"].values[0]),
+        ax=ax,
+    )
+
+
+def _read(source: Any, by: str) -> tuple[list[str], np.ndarray, str, list[str]]:
+    """Labels and numbers of the tokens, what they make up, and remarks."""
+    if hasattr(source, "finish_reason"):
+        return *_of_turn(source, by), "Reply", []
+    labels = list(Tokens.along(source, "position").labels)
+    return labels, _of_statistics(source, by), "Text", computed_under(source)
+
+
+def _of_turn(turn: Any, by: str) -> tuple[list[str], np.ndarray]:
+    if not turn.tokens:
+        raise ValueError(f"{turn!r} has no tokens with evidence: pass a reply of the model")
+    records = turn.tokens
+    number = {
+        "probability": lambda r: math.exp(r.logprob),
+        "surprisal": lambda r: -r.logprob,
+        "entropy": lambda r: r.entropy,
+        "rank": lambda r: r.rank + 1,
+    }[by]
+    return [r.piece for r in records], np.array([number(r) for r in records], float)
+
+
+def _of_statistics(source: Any, by: str) -> np.ndarray:
+    if by == "surprisal":
+        return -source["logprob"].values.astype(float)
+    if by == "rank":
+        ranks = source["rank"].values
+        return np.where(ranks < 0, np.nan, ranks + 1.0)
+    return source[by].values.astype(float)
+
+
+def _strip(
+    labels: Sequence[str],
+    values: np.ndarray,
+    *,
+    norm: Normalize,
+    cmap: Any,
+    label: str,
+    title: str,
+    notes: Sequence[str],
+    first: int,
+    ax: Axes | None,
+) -> Figure:
+    if len(labels) > MOST_WORDS:
+        figure, ax, mappable = _draw_cells(ax, values, norm, cmap, first)
+        notes = [f"{_ACROSS} tokens on a line, in reading order", *notes]
+    else:
+        figure, ax, mappable = _draw_words(ax, labels, values, norm, cmap)
+    if np.isnan(values).any():
+        notes = ["without colour: the first token, which nothing predicts", *notes]
+    headline(ax, f"{title}, tokens {first} to {first + len(labels) - 1}")
+    below = 0.2 if len(labels) > MOST_WORDS else 0.0
+    _, below = color_bar_below(mappable, ax, label, below=below)
+    footer(ax, [], notes, below=below)
+    return figure
+
+
+def _draw_words(
+    ax: Axes | None, labels: Sequence[str], values: np.ndarray, norm: Normalize, cmap: Any
+) -> tuple[Figure, Axes, ScalarMappable]:
+    """Boxes with their tokens, wrapped like text; a line break begins a new line."""
+    texts = [drawable(label, _LONGEST) for label in labels]
+    font = FontProperties(family=families(texts), size=NORMAL)
+    width = _WIDTH if ax is None else inches(ax)[0]
+    boxes, lines = _wrap(labels, texts, font, width)
+    figure, ax = canvas(ax, width, lines * _LINE, left=0.2, right=0.2)
+    mappable = ScalarMappable(norm, cmap)
+    patches, colors = [], []
+    for text, value, (line, x, wide) in zip(texts, values, boxes, strict=True):
+        color = (1.0, 1.0, 1.0, 0.0) if np.isnan(value) else mappable.to_rgba(value)
+        patches.append(Rectangle((x, line + 0.08), wide, 0.84))
+        colors.append(color)
+        ink = INK if np.isnan(value) else text_on(color)
+        ax.text(
+            x + wide / 2, line + 0.52, isolated(text), ha="center", va="center_baseline",
+            fontproperties=font, color=ink, clip_on=True,
+        )  # fmt: skip
+    edges = [to_hex(INK) if c[3] == 0 else "none" for c in colors]
+    ax.add_collection(
+        PatchCollection(patches, facecolors=colors, edgecolors=edges, linewidths=0.3), autolim=False
+    )
+    ax.set_xlim(0.0, width)
+    # In axes of yours, lines keep their distance as long as they fit.
+    ax.set_ylim(max(float(lines), inches(ax)[1] / _LINE), 0.0)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    bare(ax)
+    return figure, ax, mappable
+
+
+def _wrap(
+    labels: Sequence[str], texts: Sequence[str], font: FontProperties, width: float
+) -> tuple[list[tuple[int, float, float]], int]:
+    """(line, left, width) in inches of every token's box, and the number of lines."""
+    measure = TextToPath().get_text_width_height_descent
+    boxes, line, x = [], 0, 0.0
+    for label, text in zip(labels, texts, strict=True):
+        wide = measure(isolated(text).replace(r"\$", "$"), font, ismath=False)[0] / 72 + 0.05
+        wide = min(wide, width)
+        if x and x + wide > width:
+            line, x = line + 1, 0.0
+        boxes.append((line, x, wide))
+        x += wide + 0.015
+        if label.endswith("\n"):
+            line, x = line + 1, 0.0
+    return boxes, boxes[-1][0] + 1
+
+
+def _draw_cells(
+    ax: Axes | None, values: np.ndarray, norm: Normalize, cmap: Any, first: int
+) -> tuple[Figure, Axes, ScalarMappable]:
+    """A cell per token, line under line, without letters."""
+    lines = -(-len(values) // _ACROSS)
+    padded = np.full(lines * _ACROSS, np.nan)
+    padded[: len(values)] = values
+    figure, ax = canvas(ax, _WIDTH, float(np.clip(0.12 * lines, 0.8, 8.0)), left=0.6, right=0.2)
+    grid = np.ma.masked_invalid(padded.reshape(lines, _ACROSS))
+    mappable = cells(ax, grid, (-0.5, _ACROSS - 0.5), (lines - 0.5, -0.5), norm=norm, cmap=cmap)
+    ax.set_xlim(-0.5, _ACROSS - 0.5)
+    ax.set_ylim(lines - 0.5, -0.5)
+    ax.set_aspect("auto")
+    bare(ax)
+    step = nice_step(lines, max(2, int(inches(ax)[1] / 0.15)))
+    rows = range(0, lines, step)
+    ax.set_yticks(rows, [str(first + _ACROSS * row) for row in rows])
+    ax.set_xticks(range(0, _ACROSS, 10), [f"+{i}" for i in range(0, _ACROSS, 10)])
+    ax.set_ylabel("token", fontsize=SMALL)
+    return figure, ax, mappable
