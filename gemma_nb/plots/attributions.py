@@ -168,7 +168,7 @@ def _one_position(
     token = (
         f" ({isolated(drawable(str(chosen['token'].item())))})" if "token" in chosen.coords else ""
     )
-    return chosen, f" after position {at}{token}"
+    return chosen, f"\nafter position {at}{token}"
 
 
 def _names(chosen: xarray.DataArray, dim: str) -> list[str]:
