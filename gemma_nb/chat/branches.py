@@ -12,6 +12,7 @@ from gemma_nb.chat.reply import token_label, token_record
 from gemma_nb.chat.scoring import score
 from gemma_nb.chat.tree import ConversationTree, Node
 from gemma_nb.errors import ContextFullError
+from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.methods import Sampling
 from gemma_nb.text.template import Template
@@ -31,6 +32,7 @@ class Plan:
       given: tokens after them that the user puts there.
       refused: ids that must not come right after these.
       origin: see `Turn`.
+      interventions: what is changed in the model; by default what is in the session's.
     """
 
     parent: Node
@@ -41,6 +43,7 @@ class Plan:
     given: tuple[TokenRecord, ...] = ()
     refused: frozenset[int] = frozenset()
     origin: Origin | None = None
+    interventions: Interventions | None = None
 
     @property
     def all_ids(self) -> list[int]:
@@ -78,6 +81,7 @@ class Planner:
         self._tokenizer = tokenizer
         self._template = template
         self._top_k = top_k
+        self._under: dict[int, Interventions | None] = {}
         self._never = (
             *template.forbidden_ids(tokenizer),
             # Some embeddings have rows that stand for no token.
@@ -99,7 +103,8 @@ class Planner:
     def reply(self, asked: Node, origin: Origin | None = None) -> Plan:
         """A new reply to a message."""
         ids, context = self.fit(_turns(asked))
-        return Plan(asked, ids, context, self.seeded(asked), origin=origin)
+        under = self._model.interventions
+        return Plan(asked, ids, context, self.seeded(asked), origin=origin, interventions=under)
 
     def spoken(self, node: Node) -> tuple[list[int], list[int]]:
         """Token ids of what stood before a reply when it was made, and its own."""
@@ -168,6 +173,7 @@ class Planner:
             kept=source.tokens[:first],
             given=source.tokens[first:drawn],
             origin=source.origin,
+            interventions=self.under(source),
         )
 
     def records(self, node: Node, sampling: Sampling) -> tuple[TokenRecord, ...]:
@@ -176,7 +182,9 @@ class Planner:
         ids = self._own_ids(source)
         kept = _shared(source.tokens, ids)
         before = self.contexts.before(_turns(asked), source.context)
-        return (*kept, *self.scored([*before, *ids], len(kept), len(before), sampling))
+        under = self.under(source)
+        rest = self.scored([*before, *ids], len(kept), len(before), sampling, under)
+        return (*kept, *rest)
 
     def edited(self, node: Node, text: str) -> Plan:
         """A reply with another text, all of it kept or given: nothing is left to draw.
@@ -192,12 +200,27 @@ class Planner:
         if len(before) + len(ids) > self.contexts.limit:
             raise ContextFullError(too_long(len(before) + len(ids), self.contexts.limit))
         kept = _shared(source.tokens, ids)
-        rest = self.scored([*before, *ids], len(kept), len(before), settings)
+        under = self._model.interventions
+        rest = self.scored([*before, *ids], len(kept), len(before), settings, under)
         origin = Origin("edit", source.id, len(kept), len(rest))
-        return Plan(asked, before, context, settings, kept, rest, origin=origin)
+        return Plan(
+            asked,
+            before,
+            context,
+            settings,
+            kept,
+            rest,
+            origin=origin,
+            interventions=under,
+        )
 
     def scored(
-        self, ids: Sequence[int], index: int, begin: int, sampling: Sampling
+        self,
+        ids: Sequence[int],
+        index: int,
+        begin: int,
+        sampling: Sampling,
+        under: Interventions | None,
     ) -> tuple[TokenRecord, ...]:
         """Records of given tokens, with the evidence of one pass over everything.
 
@@ -206,17 +229,25 @@ class Planner:
           index: of the first of them in the reply.
           begin: where in `ids` the reply begins.
           sampling: for the probabilities after the sampler.
+          under: what is changed in the model.
         """
         start = begin + index
-        evidence = score(self._model, ids, start, self.barred(sampling), self._top_k)
+        model = self._model.replace(interventions=under)
+        evidence = score(model, ids, start, self.barred(sampling), self._top_k)
         return tuple(
             token_record(self._tokenizer, found, index=index + i, position=start + i)
             for i, found in enumerate(evidence)
         )
 
-    def logprobs(self, ids: Sequence[int], start: int) -> list[float]:
-        """Log-probabilities in nats of `ids[start:]`, each after all that stand before it."""
-        evidence = score(self._model, ids, start, Sampling(seed=0), 1)
+    def logprobs(self, ids: Sequence[int], start: int, reply: Turn | None = None) -> list[float]:
+        """Log-probabilities in nats of `ids[start:]`, each after all that stand before it.
+
+        Under the interventions that `reply` was made under, or else the session's model has.
+        """
+        model = self._model
+        if reply is not None:
+            model = model.replace(interventions=self.under(reply))
+        evidence = score(model, ids, start, Sampling(seed=0), 1)
         return [float(found.logprob) for found in evidence]
 
     def label(self, token: int) -> str:
@@ -235,11 +266,12 @@ class Planner:
     ) -> Plan:
         """A sibling of a reply that begins with `kept` and then `given`."""
         source, asked = _turn(node), _asked(node)
+        under = self.under(source)
         ids, context, moved = self._room(node, len(kept) + len(given), sampling)
         before = [*ids, *(record.token_id for record in kept)]
         if moved:
             # Seen in another context than before: what holds there is computed anew.
-            kept = self.scored(before, 0, len(ids), sampling)
+            kept = self.scored(before, 0, len(ids), sampling, under)
         first = len(kept)
         known = None
         if len(given) == 1 and not moved and first < len(source.tokens):
@@ -247,11 +279,46 @@ class Planner:
         if known is not None:
             put: tuple[TokenRecord, ...] = (known,)
         else:
-            put = self.scored([*before, *given], first, len(ids), sampling)
+            put = self.scored([*before, *given], first, len(ids), sampling, under)
         # A token drawn under a condition of its own counts as given.
         count = len(put) + bool(refused)
         origin = Origin(kind, source.id, first, count)
-        return Plan(asked, ids, context, sampling, kept, put, refused, origin)
+        return Plan(asked, ids, context, sampling, kept, put, refused, origin, under)
+
+    def intervene(
+        self,
+        node: Node,
+        index: int,
+        items: Sequence[Intervention],
+        sampling: Sampling | None,
+    ) -> Plan:
+        """The same reply under interventions that act on the choice of the token at `index`."""
+        source = _turn(node)
+        settings = self._with_seed_of(source, sampling)
+        plan = self._continue(node, "intervene", source.tokens[:index], settings)
+        changed = self._model.intervene(*items, start=len(plan.all_ids) - 1)
+        return dataclasses.replace(plan, interventions=changed.interventions)
+
+    def under(self, turn: Turn) -> Interventions | None:
+        """What a reply was computed under.
+
+        Raises:
+          ValueError: interventions of a conversation that was loaded: only their names are saved.
+        """
+        own = self._model.interventions
+        if turn.interventions == (() if own is None else own.describe()):
+            return own
+        if turn.id not in self._under:
+            raise ValueError(
+                f"this reply was made under {'; '.join(turn.interventions) or 'no interventions'}, "
+                "which is not kept with a conversation and not what the model has now: intervene "
+                "again with chat.intervene(...)"
+            )
+        return self._under[turn.id]
+
+    def remember(self, turn_id: int, interventions: Interventions | None) -> None:
+        """Notes what a reply is made under, for as long as the session lives."""
+        self._under[turn_id] = interventions
 
     def _go_on(self, node: Node, kind: Branching, sampling: Sampling) -> Plan:
         """A sibling of a reply that came to its end, in which that end is refused."""

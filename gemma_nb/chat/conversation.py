@@ -277,13 +277,16 @@ class Conversation:
                 raise ContextFullError(reply.finish_detail)
 
     def _new_reply(self, plan: Plan, turn_id: int | None = None) -> Reply:
+        turn_id = self._new_id() if turn_id is None else turn_id
+        self._planner.remember(turn_id, plan.interventions)
         return Reply(
-            self._new_id() if turn_id is None else turn_id,
+            turn_id,
             self.tokenizer,
             self.template,
             plan.sampling,
             origin=plan.origin,
             context=plan.context,
+            interventions=() if plan.interventions is None else plan.interventions.describe(),
         )
 
     def _events(self, records: Sequence[TokenRecord], reply: Reply) -> Iterator[TokenEvent]:

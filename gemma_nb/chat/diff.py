@@ -132,15 +132,22 @@ def compare(planner: Planner, a: Node, b: Node) -> Diff:
     same_message = firsts == replies
     index = shared_prefix(spoken[0][1], spoken[1][1]) if same_message else 0
 
+    def logprobs(where: int, ids: list[int]) -> list[float]:
+        """Of `ids[index:]` in the place of a branch; NaN where nothing was said there."""
+        before, reply = spoken[where][0], replies[where]
+        if reply is None or reply.turn is None:
+            return [math.nan] * len(ids[index:])
+        return planner.logprobs([*before, *ids], len(before) + index, reply.turn)
+
     def side(own: int, other: int) -> Side:
-        (before, ids), (there, others) = spoken[own], spoken[other]
+        (_, ids), (_, others) = spoken[own], spoken[other]
         swapped = list(ids)
         if same_message and index < min(len(ids), len(others)):
             swapped[index] = others[index]
-        here = _logprobs(planner, before, ids, index)
-        under = _logprobs(planner, there, swapped, index)
+        here = logprobs(own, ids)
+        under = logprobs(other, swapped)
         # The token at the parting is itself seen in the other's place.
-        under[:1] = _logprobs(planner, there, ids[: index + 1], index)
+        under[:1] = logprobs(other, ids[: index + 1])
         turn, reply = firsts[own].turn, replies[own]
         assert turn is not None
         tokens = tuple(
@@ -159,10 +166,3 @@ def _reply_from(nodes: Sequence[Node]) -> Node | None:
         if node.turn is not None and node.turn.role == "model":
             return node
     return nodes[-1].shown or nodes[-1].newest
-
-
-def _logprobs(planner: Planner, before: list[int], ids: list[int], index: int) -> list[float]:
-    """Log-probabilities of `ids[index:]` after `before`; NaN where nothing was said there."""
-    if not before:
-        return [math.nan] * len(ids[index:])
-    return planner.logprobs([*before, *ids], len(before) + index)

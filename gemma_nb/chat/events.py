@@ -17,7 +17,7 @@ Role = Literal["user", "model"]
 # edited: the user wrote it.
 FinishReason = Literal["stop", "length", "cancelled", "interrupted", "error", "edited"]
 # How a turn came to stand beside another one.
-Branching = Literal["fork", "resume", "edit", "regenerate"]
+Branching = Literal["fork", "resume", "edit", "regenerate", "intervene"]
 # From this share of the context on, the user is warned.
 WARN_FROM = 0.8
 
@@ -186,6 +186,7 @@ class Turn:
       sampling: the settings of a reply, its seed included.
       origin: where it branched off; None for what was simply said next.
       context: what a reply was made in; None for the user's messages.
+      interventions: what a reply was computed under, one line for each.
     """
 
     id: int
@@ -199,6 +200,7 @@ class Turn:
     sampling: Sampling | None = None
     origin: Origin | None = None
     context: Context | None = None
+    interventions: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         end = f", {len(self.tokens)} tokens, {self.finish_reason}" if self.role == "model" else ""

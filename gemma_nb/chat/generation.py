@@ -35,6 +35,7 @@ class Generation:
     def run(self, plan: Plan, reply: Reply) -> Iterator[list[TokenRecord]]:
         """Makes the reply; yields the records that became certain, after each token."""
         self.out_of_room = False
+        self._decoder.intervene(plan.interventions)
         reply.used = len(plan.ids)
         reply.keep(plan.kept)
         for record in plan.given:

@@ -44,6 +44,7 @@ class Reply:
         *,
         origin: Origin | None = None,
         context: Context | None = None,
+        interventions: tuple[str, ...] = (),
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.finish_detail = ""
@@ -54,6 +55,7 @@ class Reply:
         self._tokenizer = tokenizer
         self._template = template
         self._origin = origin
+        self._interventions = interventions
         self._stop_ids = template.stop_ids(tokenizer)
         self._text = StreamingDetokenizer(tokenizer)
         self._stops = StopMatcher(
@@ -140,6 +142,7 @@ class Reply:
             sampling=self.sampling,
             origin=self._origin,
             context=dataclasses.replace(self.context, used=self.used),
+            interventions=self._interventions,
         )
 
     def _context_ids(self) -> tuple[int, ...]:

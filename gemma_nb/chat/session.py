@@ -10,7 +10,9 @@ from gemma_nb.chat import diff as diffs
 from gemma_nb.chat.branches import Plan, locate
 from gemma_nb.chat.events import Origin, TokenEvent, TokenRecord, Turn
 from gemma_nb.chat.kept import KeptConversation
+from gemma_nb.chat.speakers import speakers
 from gemma_nb.chat.tree import Node
+from gemma_nb.interventions import Intervention
 from gemma_nb.sampling.methods import Sampling
 
 if TYPE_CHECKING:
@@ -143,6 +145,41 @@ class ChatSession(KeptConversation):
         node, index = self._place(at, turn)
         given = self._given(with_token)
         return self._start(lambda: self._planner.fork(node, index, given, sampling))
+
+    def intervene(
+        self,
+        *interventions: Intervention,
+        at: TokenRecord | int = 0,
+        turn: Turn | int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Turn:
+        """Makes a reply once more while the model is changed, from some token on.
+
+            chat.intervene(gnb.AblateHeads({5: [1]}), at=12)
+
+        The new reply stands beside the old one, the baseline, with the same tokens before `at`, the
+        same seed and so the same random key in each place: whatever differs is what the
+        interventions do.  They act from the position that chooses the token at `at` on; what is
+        cached before it is used as it is.  `Turn.interventions` lists them, and `trace` of the turn
+        is computed under them.  Later messages are answered by the session's own model again.
+
+        Args:
+          *interventions: see `gemma_nb.interventions`.
+          at: a token of the reply, or its index.
+          turn: the reply; None is that of `at`, or the last one.
+          sampling: settings in place of the reply's; a seed in it is used as it is.
+
+        Raises:
+          ValueError: no interventions, no such token or turn, or something that the model does not
+            have.
+        """
+        if not interventions:
+            raise ValueError("name at least one intervention, such as gnb.AblateHeads({5: [1]})")
+        self._refuse_if_busy()
+        node, index = self._place(at, turn)
+        return self._exhaust(
+            self._start(lambda: self._planner.intervene(node, index, interventions, sampling))
+        )
 
     def edit(self, turn: Turn | int, text: str) -> Turn:
         """Says something else in the place of a turn, on a branch of its own.
@@ -312,7 +349,8 @@ class ChatSession(KeptConversation):
         """Computes what happened inside the model up to and including a turn.
 
         The whole context of that turn is run through the plain forward pass in the precision of
-        the model's parameters, so positions are those of the turn's token records.
+        the model's parameters, so positions are those of the turn's token records, and under the
+        interventions that the turn was made under.
 
         Args:
           turn: a turn of any branch; None is the last reply.
@@ -324,12 +362,21 @@ class ChatSession(KeptConversation):
         """
         from gemma_nb.interp.trace import trace
 
+        node = self._reply_node(None) if turn is None else self.tree.find(turn)
+        ids, last = self._planner.tokens(node), node.turn
+        assert last is not None
+        model = self.model
+        if last.role == "model":
+            model = model.replace(interventions=self._planner.under(last))
+        path = self.tree.path_to(last)
+        turns, roles = speakers(self._planner.contexts, self.tokenizer, path, last.context, ids)
         return trace(
-            self.model,
-            self.tokens(turn),
+            *(model, ids),
             tokenizer=self.tokenizer,
             sites=sites,
             layers=layers,
+            turns=turns,
+            roles=roles,
         )
 
     def tokens(self, turn: Turn | int | None = None) -> list[int]:
