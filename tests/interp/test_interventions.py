@@ -266,3 +266,19 @@ def test_a_change_keeps_what_it_does_not_concern_in_the_cache(tiny_model):
     evidence = decoder.prefill(decoder.begin(IDS.tolist(), greedy))
     expected = np.asarray(jax.nn.log_softmax(logits(model, IDS)))[-1]
     close(evidence.logprobs, expected[evidence.ids], atol=5e-5)
+
+
+def test_a_steering_vector_is_the_mean_difference_of_prompts(case):
+    model, ids = case
+    sides = [ids[:6], ids[3:11]], [ids[10:20]]
+    vector = gnb.steering_vector(model, *sides, layer=3)
+    last = [[gnb.trace(model, x).residual.values[3, -1] for x in side] for side in sides]
+    close(vector, np.mean(last[0], axis=0) - np.mean(last[1], axis=0), atol=1e-5)
+    mean = gnb.steering_vector(model, [ids[:6]], [ids[10:20]], 3, positions="mean")
+    rows = [gnb.trace(model, x).residual.values[3, 1:].mean(0) for x in (ids[:6], ids[10:20])]
+    close(mean, rows[0] - rows[1], atol=1e-5)
+    model.intervene(gnb.Steer(3, vector, 2.0))
+    with pytest.raises(ValueError, match="residual stream"):
+        gnb.steering_vector(model, *sides, layer=3, site="z")
+    with pytest.raises(ValueError, match="at least one prompt"):
+        gnb.steering_vector(model, [], [ids], layer=3)
