@@ -7,7 +7,7 @@ import fnmatch
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import flax
 import jax
@@ -38,6 +38,9 @@ class GemmaTransformer:
       transformer: what computes with `params`: our linen module, or another one behind its
         interface (see `wrap`).
       info: what is known about the checkpoint; None for a model made by hand.
+      storage: what single tokens are decoded from on a CPU: "exact", the layers' weights as they
+        are, or "int8", a copy of them with eight bits per weight and a scale per row.  Scoring,
+        tracing and prompts use `params`' own precision either way.
       interventions: what is changed in every computation, see `intervene`; None changes nothing.
     """
 
@@ -45,6 +48,7 @@ class GemmaTransformer:
     config: TransformerConfig = flax.struct.field(pytree_node=False)
     transformer: Transformer | Wrapped = flax.struct.field(pytree_node=False)
     info: ModelInfo | None = flax.struct.field(pytree_node=False, default=None)
+    storage: Literal["exact", "int8"] = flax.struct.field(pytree_node=False, default="exact")
     interventions: Interventions | None = None
 
     @classmethod

@@ -14,7 +14,9 @@ import numpy as np
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
-from gemma_nb.sampling.evidence import Evidence, observe
+from gemma_nb.sampling.choose import observe
+from gemma_nb.sampling.evidence import Evidence
+from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling, distribution
 from gemma_nb.typing import EMPTY, KVCache, Params
 
@@ -128,7 +130,8 @@ def _observe(
     def row(seen: jax.Array, at: Any) -> tuple[jax.Array, Evidence]:
         logits, token, given = at
         seen = seen.at[token].set(True)
-        return seen, observe(logits, distribution(logits, controls, seen), given, top_k)
+        dist = distribution(logits, controls, seen)
+        return seen, observe(Scores.of(logits), dist, given, top_k)
 
     # Row by row: the repetition penalty depends on what was seen so far.
     return jax.lax.scan(row, seen, (logits, tokens, following))[1]

@@ -60,7 +60,9 @@ def load(
     Args:
       source: a released name (see `gnb.list_models()`) or a path: a GGUF file (any of its files
         where it is split), an official Orbax checkpoint folder, or a Hugging Face folder.
-      dtype: of the parameters: "bfloat16" (the default) or "float32".
+      dtype: of the parameters: "bfloat16" (the default) or "float32"; "int8" keeps them in
+        bfloat16 and decodes from an int8 copy of the layers, which is faster and less exact (see
+        `gemma_nb.sampling.weights`).
       mesh: devices to spread the parameters over, see `gemma_nb.placement`; "auto" takes all.
       revision: of a released model at its hub.
       upcast_activations_to_float32: compute activations in float32 whatever the parameters' dtype,
@@ -88,8 +90,13 @@ def load(
     use_compilation_cache()
     own = params["embedder"]["input_embedding"].dtype
     activations = jnp.float32 if upcast_activations_to_float32 else own
-    transformer = Transformer(config, dtype=activations)
-    model = GemmaTransformer(config=config, transformer=transformer, params=params, info=info)
+    model = GemmaTransformer(
+        config=config,
+        transformer=Transformer(config, dtype=activations),
+        params=params,
+        info=info,
+        storage="int8" if dtype == "int8" else "exact",
+    )
     return model, tokenizer
 
 
@@ -225,14 +232,11 @@ def use_compilation_cache() -> None:
 
 
 def _dtype_name(dtype: str | None) -> str:
-    name = "bfloat16" if dtype is None else dtype
-    if name == "int8":
-        raise ValueError(
-            "dtype='int8' is not available yet; use 'bfloat16' (the default) or 'float32'"
-        )
-    if name not in converted.DTYPES:
-        raise ValueError(f"expected dtype 'bfloat16' or 'float32', got {dtype!r}")
-    return name
+    if dtype in (None, "int8"):
+        return "bfloat16"
+    if dtype not in converted.DTYPES:
+        raise ValueError(f"expected dtype 'bfloat16', 'float32' or 'int8', got {dtype!r}")
+    return dtype
 
 
 @contextlib.contextmanager

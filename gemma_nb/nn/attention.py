@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,45 +11,71 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gemma_nb.config import LayerSpec, TransformerConfig
+from gemma_nb.config import LayerSpec, Sliding, TransformerConfig
 from gemma_nb.nn.layers import Einsum, RMSNorm
 from gemma_nb.nn.masks import visible
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import apply_rope
+from gemma_nb.nn.storage import concatenate, preparing
 from gemma_nb.typing import LayerCache
 
 # Stands for -infinity in masked scores: finite, so that a row with no visible key stays finite.
 MASKED = -2.3819763e38
 
+# So many keys one thread reads faster than two.
+_SHORT = 2048
 
-def extend_cache(cache: LayerCache, new: LayerCache) -> LayerCache:
-    """`cache` with the `new` keys, values and positions written behind what it holds.
+
+def extend_cache(
+    cache: LayerCache, new: LayerCache, *, ring: bool = False
+) -> tuple[LayerCache, LayerCache]:
+    """What the new tokens attend to, and `cache` with their keys, values and positions.
 
     Tokens at position -1 are padding (on the right) and are not stored, so a padded prompt leaves
-    the cache as the bare prompt does.  What does not fit is dropped: the caller counts.
+    the cache as the bare prompt does.
+
+    A ring holds one window: token n lies in slot n % S, where it displaces the one that has just
+    left the window.  Several tokens at once may displace keys that the first of them still needs,
+    so they attend to the old and the new side by side.  In a cache that is not a ring, what does
+    not fit is dropped: the caller counts.
 
     Args:
       cache: k and v (B, S, K, H), positions (B, S), end_index (B,).
       new: k and v (B, T, K, H), positions (B, T).
+      ring: whether the cache is a ring.
+
+    Returns:
+      k, v and positions to attend to, over S slots or (several tokens, ring) S + T; and the cache.
     """
     end = cache["end_index"]
     batch, length = new["positions"].shape
+    size = cache["positions"].shape[1]
     new = {name: value.astype(cache[name].dtype) for name, value in new.items()}
     if batch == length == 1:
         # One token of one stream: written in place, where a scatter would copy the cache.
+        slot = end[0] % size if ring else end[0]
 
         def write(name: str) -> jax.Array:
-            at = (0, end[0]) + (0,) * (cache[name].ndim - 2)
+            at = (0, slot) + (0,) * (cache[name].ndim - 2)
             return lax.dynamic_update_slice(cache[name], new[name], at)
 
-        return {**{name: write(name) for name in new}, "end_index": end + 1}
+        written = {name: write(name) for name in new}
+        return written, {**written, "end_index": end + 1}
 
-    size = cache["positions"].shape[1]
     real = new["positions"] >= 0
-    slots = jnp.where(real, end[:, None] + jnp.arange(length), size)  # `size`: dropped
+    added = real.sum(axis=1, dtype=end.dtype)
+    index = jnp.arange(length)
+    slots = end[:, None] + index
+    if ring:
+        real = real & (index >= added[:, None] - size)  # the last of those that share a slot
+        slots = slots % size
+    slots = jnp.where(real, slots, size)  # `size`: dropped
     rows = jnp.arange(batch)[:, None]
     written = {n: cache[n].at[rows, slots].set(v, mode="drop") for n, v in new.items()}
-    return {**written, "end_index": end + real.sum(axis=1, dtype=end.dtype)}
+    seen = written
+    if ring:
+        seen = {n: jnp.concatenate([cache[n], v], axis=1) for n, v in new.items()}
+    return seen, {**written, "end_index": end + added}
 
 
 def attend(
@@ -81,16 +108,40 @@ def attend(
         return jax.nn.softmax(scores, axis=-1).astype(q.dtype)
 
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    if batch == length == kv_heads == 1:
-        # The decode step of the small models: plain matrices are what XLA:CPU multiplies fast.
-        weights = weigh((k[0, :, 0] @ q[0, 0].T).T, mask[0])
-        return weights[None, None], (weights @ v[0, :, 0])[None, None]
-
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    if batch == 1:
+        # Products of plain matrices: XLA's CPU backend transposes what an einsum of five axes
+        # makes.
+        pairs = [
+            _attend_one(grouped[0, :, g], k[0, :, g], v[0, :, g], mask[0], weigh)
+            for g in range(kv_heads)
+        ]
+        weights, z = (jnp.concatenate(parts, axis=1)[None] for parts in zip(*pairs, strict=True))
+        return weights, z
+
     scores = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k)
     weights = weigh(scores, mask[:, :, None, None])
     gathered = jnp.einsum("BTKGS,BSKH->BTKGH", weights, v)
     return weights.reshape(batch, length, heads, -1), gathered.reshape(q.shape)
+
+
+def _attend_one(
+    q: Float[Array, "T G H"],
+    k: Float[Array, "S H"],
+    v: Float[Array, "S H"],
+    mask: Bool[Array, "T S"],
+    weigh: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[Float[Array, "T G S"], Float[Array, "T G H"]]:
+    """`attend` of one stream and one key-value head."""
+    length, heads, _ = q.shape
+    if length == 1 and len(k) <= _SHORT:
+        # Products of a matrix and a vector stay on this thread; handing one of them to another
+        # thread would take longer than it does.
+        weights = weigh(jnp.stack([k @ q[0, n] for n in range(heads)]), mask)
+        return weights[None], jnp.stack([weights[n] @ v for n in range(heads)])[None]
+    scores = (q.reshape(length * heads, -1) @ k.T).reshape(length, heads, -1)
+    weights = weigh(scores, mask[:, None])
+    return weights, (weights.reshape(length * heads, -1) @ v).reshape(q.shape)
 
 
 def attend_edited(
@@ -163,11 +214,29 @@ class Attention(nn.Module):
             self._key_norm = RMSNorm()
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        if self.config.num_heads == self.config.num_kv_heads:
+        c = self.config
+        if c.num_heads == c.num_kv_heads:
             qkv = self.qkv_einsum(x)
             return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
-        kv = self.kv_einsum(x)
-        return self.q_einsum(x), kv[..., 0, :, :], kv[..., 1, :, :]
+        if self.has_variable("prepared", "qkv"):
+            # One product instead of two small ones.
+            y: jax.Array = self.get_variable("prepared", "qkv")(x)
+            y = y.reshape(*x.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+            q, k, v = jnp.split(y, (c.num_heads, c.num_heads + c.num_kv_heads), axis=-2)
+            return q, k, v
+        q, kv = self.q_einsum(x), self.kv_einsum(x)
+        if preparing(self):
+            parts = [self.q_einsum.stored(), self.kv_einsum.stored()]
+            self.put_variable("prepared", "qkv", concatenate(parts))
+        return q, kv[..., 0, :, :], kv[..., 1, :, :]
+
+    def _is_ring(self, cache: LayerCache, attention_mask: jax.Array | None) -> bool:
+        """Whether the cache is one window long, so that more tokens go round in it.
+
+        A caller with a mask speaks of slots, which then must not mean another token later.
+        """
+        kind, size = self.spec.kind, cache["positions"].shape[1]
+        return isinstance(kind, Sliding) and size == kind.window and attention_mask is None
 
     def __call__(
         self,
@@ -191,7 +260,7 @@ class Attention(nn.Module):
         seen: LayerCache = {"k": k, "v": v, "positions": positions}
         new_cache = None
         if cache is not None:
-            seen = new_cache = extend_cache(cache, seen)
+            seen, new_cache = extend_cache(cache, seen, ring=self._is_ring(cache, attention_mask))
         mask = visible(positions, seen["positions"], spec.kind, attention_mask)
         cap = c.attn_logits_soft_cap
         if edit is not None and edit.edits_attention:

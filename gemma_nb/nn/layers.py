@@ -5,46 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gemma_nb.nn.storage import Stored, preparing, product
+
 # Parameters that nobody loads are only ever tested against themselves; a small normal keeps
 # random models finite at any depth.
 _INIT = nn.initializers.normal(0.02)
-
-
-@flax.struct.dataclass
-class Rows:
-    """A weight stored as (out, in) rows, the layout in which one token streams it from memory.
-
-    XLA's CPU backend runs `x @ rows.T` for one x near memory bandwidth when each output's inputs
-    lie together, and several times slower in the official layouts.  Rows stand in the linen
-    collection `prepared` beside (or instead of) the official parameter that they were made from.
-    """
-
-    values: Float[Array, "out inner"]
-
-    def __call__(self, x: Float[Array, "*lead inner"]) -> Float[Array, "*lead out"]:
-        """x times the weight, in x's dtype."""
-        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        if x.shape[0] == 1:
-            x = materialize(x[0])
-        return (x @ self.values.T.astype(x.dtype)).reshape(*lead, -1)
-
-
-def materialize(x: Float[Array, " n"]) -> Float[Array, " n"]:
-    """x itself, but computed once before whatever reads it.
-
-    XLA's CPU fusion would otherwise inline the computation of x into the matrix-vector product
-    that follows and redo it for every output row.  A conditional is the one boundary it keeps
-    (`lax.optimization_barrier` is dropped before fusion); its predicate is not provable, but holds
-    for every number but +inf, for which the other branch is right too.
-    """
-    return lax.cond(x[0] < jnp.inf, lambda a: a, lambda a: a + 0.0, x)
 
 
 class Einsum(nn.Module):
@@ -68,20 +39,27 @@ class Einsum(nn.Module):
             [i for i, axis in enumerate(weight) if axis not in out],
         )
 
+    def stored(self) -> Stored:
+        """The weight that the module was given in both layouts of `Stored`, in its own dtype."""
+        w: jax.Array = self.get_variable("params", self.weight_name)
+        out, inner = self._axes()
+        size = math.prod(self.shape[axis] for axis in out)
+        rows = w.transpose(*out, *inner).reshape(size, -1)
+        if inner + out == list(range(len(self.shape))):
+            return Stored(rows=rows, columns=w)  # the same array, not a copy of it
+        return Stored(rows=rows, columns=w.transpose(*inner, *out).reshape(-1, size))
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the map; computes in x's dtype."""
         out, inner = self._axes()
         if self.has_variable("prepared", self.weight_name):
-            stored: Rows = self.get_variable("prepared", self.weight_name)
+            stored: Stored = self.get_variable("prepared", self.weight_name)
             y = stored(x.reshape(*x.shape[: x.ndim - len(inner)], -1))
             return y.reshape(*y.shape[:-1], *(self.shape[axis] for axis in out))
         w = self.param(self.weight_name, _INIT, self.shape)
-        # `init` makes every collection mutable, and must not fill this one.
-        if self.is_mutable_collection("prepared") and not self.is_initializing():
-            size = math.prod(self.shape[axis] for axis in out)
-            rows = Rows(w.transpose(*out, *inner).reshape(size, -1))
-            self.put_variable("prepared", self.weight_name, rows)
+        if preparing(self):
+            self.put_variable("prepared", self.weight_name, self.stored())
         return jnp.einsum(self.eqn, x, w.astype(x.dtype))
 
 
@@ -131,4 +109,4 @@ class Embedder(nn.Module):
 
     def decode(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
         """Logits of normalised hidden states, in float32."""
-        return Rows(self.table)(x.astype(jnp.float32))
+        return product(x.astype(jnp.float32), self.table)

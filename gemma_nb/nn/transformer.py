@@ -17,6 +17,7 @@ from gemma_nb.config import TransformerConfig
 from gemma_nb.nn.block import Block
 from gemma_nb.nn.layers import Embedder, RMSNorm
 from gemma_nb.nn.observe import observe
+from gemma_nb.nn.storage import pack
 from gemma_nb.sites import EVERYWHERE
 from gemma_nb.typing import KVCache, Params
 
@@ -186,19 +187,25 @@ class Transformer(nn.Module):
             batch_size=batch_size, dtype=dtype, cache_length=cache_length, sharding=sharding
         )
 
-    def prepare(self, params: Params) -> Params:
-        """The collection `prepared` for `params`: its matrices as rows, in their own dtype.
+    def prepare(self, params: Params, *, int8: bool = False, columns: Any = None) -> Params:
+        """The collection `prepared` for `params`, see `gemma_nb.nn.storage`.
 
-        A pure function of the official tree.  `apply({"params": params, "prepared": prepared},
-        ...)` computes what `apply({"params": params}, ...)` does.
+        A pure function of the official tree: `apply({"params": params, "prepared": prepared}, ...)`
+        computes what `apply({"params": params}, ...)` does, up to rounding and `int8`.
+
+        Args:
+          params: the official tree.
+          int8: store the rows, which single tokens use, in int8 with a scale per row.
+          columns: dtype of a second copy for several tokens at once; None computes these from the
+            rows.
         """
+        return _prepare(self, params, int8, columns)
 
-        return _prepare(self, params)
 
-
-# Static: the module.  Module-level, so that a second call does not trace again.
-@jax.jit(static_argnums=0)
-def _prepare(transformer: Transformer, params: Params) -> Params:
+# Static: all but the params.  Module-level, so that a second call does not trace again.
+@jax.jit(static_argnums=(0, 2, 3))
+def _prepare(transformer: Transformer, params: Params, int8: bool, columns: Any) -> Params:
     probe = jnp.zeros((1, 1), jnp.int32)
     _, state = transformer.apply({"params": params}, probe, mutable=["prepared"])
-    return cast(Params, state)["prepared"]
+    prepared = pack(cast(Params, state)["prepared"], int8=int8, columns=columns)
+    return cast(Params, prepared)

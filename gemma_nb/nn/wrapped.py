@@ -18,8 +18,8 @@ from flax import linen as nn
 from jax import lax
 
 from gemma_nb.config import Global, TransformerConfig
-from gemma_nb.nn.layers import Rows
 from gemma_nb.nn.masks import visible
+from gemma_nb.nn.storage import product
 from gemma_nb.nn.transformer import Info, Output, Transformer
 from gemma_nb.typing import EMPTY, KVCache, Params
 
@@ -74,9 +74,9 @@ class Wrapped:
             batch_size=batch_size, dtype=dtype, cache_length=cache_length, sharding=sharding
         )
 
-    def prepare(self, params: Params) -> Params:
+    def prepare(self, params: Params, *, int8: bool = False, columns: Any = None) -> Params:
         """No other storage: the module knows the official tree only."""
-        del params
+        del params, int8, columns
         return {}
 
     def apply(
@@ -118,7 +118,7 @@ class Wrapped:
     def _unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """As `Transformer.unembed`: every Gemma's head is its embedding."""
         table = params["embedder"]["input_embedding"]
-        logits = Rows(table)(hidden.astype(jnp.float32))
+        logits = product(hidden.astype(jnp.float32), table)
         cap = self.config.final_logit_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

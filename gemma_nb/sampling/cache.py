@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gemma_nb import placement
-from gemma_nb.config import TransformerConfig
-from gemma_nb.typing import EMPTY, KVCache
+from gemma_nb.config import Sliding, TransformerConfig
+from gemma_nb.typing import EMPTY, KVCache, LayerCache
 
 # A cache starts small and grows, since a step reads all slots, used or not.  Each size is one
 # compilation.
-SIZES = (1024, 4096, 16_384, 32_768, 131_072)
+SIZES = (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
 
 
 @flax.struct.dataclass
@@ -21,97 +24,222 @@ class StreamCache:
     """The cache of a single stream.
 
     Keys and values are matrices at the boundary of the jitted step: XLA's CPU backend updates a
-    donated (S, K*H) argument in place, and copies a (1, S, K, H) one several times a step.  All
-    layers hold the same positions, so these are kept once.
+    donated (S, K*H) argument in place, and copies a (1, S, K, H) one several times a step.
+
+    A sliding layer's cache may be a ring of one window, so that its cost does not grow with the
+    context.  All other layers hold the same positions, as all rings do, so these are kept once.
 
     Attributes:
-      k: per layer (S, K*H).
-      v: per layer (S, K*H).
+      k: per layer (S, K*H), or (W, K*H) where it is a ring.
+      v: as k.
       positions: (S,) int32; -1 where the slot is empty.
-      end_index: () int32, slots in use.
+      ring_positions: (W,) int32, of the rings; None where there are none.
+      end_index: () int32, tokens held.
+      rings: per layer, whether it is a ring.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     positions: jax.Array
+    ring_positions: jax.Array | None
     end_index: jax.Array
+    rings: tuple[bool, ...] = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def empty(cls, config: TransformerConfig, size: int, mesh: Mesh | None = None) -> StreamCache:
+    def empty(
+        cls,
+        config: TransformerConfig,
+        size: int,
+        mesh: Mesh | None = None,
+        *,
+        roll: bool = False,
+    ) -> StreamCache:
         """A float32 cache of `size` slots (float32: converting bfloat16 keys costs more than
-        reading twice the bytes), split over the devices of `mesh` as the parameters are."""
-        shape = (size, config.num_kv_heads * config.head_dim)
+        reading twice the bytes), split over the devices of `mesh` as the parameters are.
+
+        Args:
+          config: the model's numbers.
+          size: S.
+          mesh: None for one device.
+          roll: make the sliding layers rings.
+        """
         split, whole = placement.stream_sharding(config, mesh), placement.everywhere(mesh)
+        width = config.num_kv_heads * config.head_dim
+        window = _window(config)
+        rings = tuple(
+            roll and isinstance(spec.kind, Sliding) and spec.kind.window == window
+            for spec in config.layers
+        )
+        ring = min(size, window)
 
         def zeros() -> tuple[jax.Array, ...]:
             # One array each: a donated buffer must not be passed twice.
-            return tuple(jnp.zeros(shape, jnp.float32, device=split) for _ in config.layers)
+            slots = (ring if is_ring else size for is_ring in rings)
+            return tuple(jnp.zeros((n, width), jnp.float32, device=split) for n in slots)
 
-        positions = jnp.full(size, EMPTY, jnp.int32, device=whole)
-        return cls(zeros(), zeros(), positions, jnp.zeros((), jnp.int32, device=whole))
+        def nowhere(slots: int) -> jax.Array:
+            return jnp.full(slots, EMPTY, jnp.int32, device=whole)
+
+        return cls(
+            k=zeros(),
+            v=zeros(),
+            positions=nowhere(size),
+            ring_positions=nowhere(ring) if any(rings) else None,
+            end_index=jnp.zeros((), jnp.int32, device=whole),
+            rings=rings,
+        )
 
     @property
     def size(self) -> int:
         """S, slots allocated."""
         return self.positions.shape[0]
 
+    @property
+    def ring_size(self) -> int:
+        """W, slots of a ring; 0 where there are none."""
+        return 0 if self.ring_positions is None else self.ring_positions.shape[0]
+
     def to_model(self, config: TransformerConfig) -> KVCache:
         """The same as the model's own cache, with a batch of one."""
         heads = (1, -1, config.num_kv_heads, config.head_dim)
-        positions, end = self.positions[None], self.end_index[None]
-        return {
-            f"layer_{i}": {
-                "k": k.reshape(heads),
-                "v": v.reshape(heads),
-                "positions": positions,
-                "end_index": end,
-            }
-            for i, (k, v) in enumerate(zip(self.k, self.v, strict=True))
-        }
 
-    @classmethod
-    def from_model(cls, cache: KVCache) -> StreamCache:
-        """The inverse of `to_model`."""
+        def layer(i: int) -> LayerCache:
+            positions = self.ring_positions if self.rings[i] else self.positions
+            assert positions is not None
+            return {
+                "k": self.k[i].reshape(heads),
+                "v": self.v[i].reshape(heads),
+                "positions": positions[None],
+                "end_index": self.end_index[None],
+            }
+
+        return {f"layer_{i}": layer(i) for i in range(len(self.k))}
+
+    def updated(self, cache: KVCache) -> StreamCache:
+        """The inverse of `to_model`, for what a step made of this cache."""
         layers = [cache[f"layer_{i}"] for i in range(len(cache))]
 
         def matrix(x: jax.Array) -> jax.Array:
             return x.reshape(x.shape[1], -1)
 
-        return cls(
+        def positions(of_rings: bool) -> jax.Array | None:
+            held = zip(layers, self.rings, strict=True)
+            return next((c["positions"][0] for c, ring in held if ring == of_rings), None)
+
+        plain = positions(False)
+        return StreamCache(
             k=tuple(matrix(layer["k"]) for layer in layers),
             v=tuple(matrix(layer["v"]) for layer in layers),
-            positions=layers[0]["positions"][0],
+            positions=self.positions if plain is None else plain,
+            ring_positions=positions(True),
             end_index=layers[0]["end_index"][0],
+            rings=self.rings,
         )
+
+    def with_rings(self, rows: np.ndarray, length: int) -> StreamCache:
+        """The cache with only its first `length` tokens in use, its rings made anew.
+
+        Args:
+          rows: (ring layers, 2, n, K*H) keys and values of the last n tokens before `length`,
+            n = min(length, W).
+          length: at most the tokens held.
+        """
+        size = self.ring_size
+        count = rows.shape[2]
+        held = np.arange(length - count, length)
+        slots = held % size
+        positions = np.full(size, EMPTY, np.int32)
+        positions[slots] = held
+        new = np.zeros((*rows.shape[:2], size, rows.shape[3]), np.float32)
+        new[:, :, slots] = rows
+        k, v = list(self.k), list(self.v)
+        for index, i in enumerate(i for i, ring in enumerate(self.rings) if ring):
+            # Copies: a step is given the arrays to keep.
+            k[i], v[i] = (jnp.array(new[index, part], copy=True) for part in (0, 1))
+        cache = self.replace(k=tuple(k), v=tuple(v))  # type: ignore[attr-defined]
+        cache = rewind(cache, jnp.int32(length))
+        return cache.replace(ring_positions=jnp.asarray(positions))
 
 
 @jax.jit(donate_argnums=0)
 def rewind(cache: StreamCache, length: jax.Array) -> StreamCache:
-    """`cache` with only its first `length` slots in use."""
-    used = jnp.arange(cache.size) < length
+    """`cache` with only its first `length` tokens in use, of those that it still holds."""
+
+    def cut(positions: jax.Array | None) -> jax.Array | None:
+        return None if positions is None else jnp.where(positions < length, positions, EMPTY)
+
     return cache.replace(  # type: ignore[attr-defined]
-        positions=jnp.where(used, cache.positions, EMPTY),
+        positions=cut(cache.positions),
+        ring_positions=cut(cache.ring_positions),
         end_index=jnp.minimum(cache.end_index, length),
     )
 
 
-# Static: the new size.  Not donated: the arrays change shape.
-@jax.jit(static_argnums=1)
-def grow(cache: StreamCache, size: int) -> StreamCache:
-    """`cache` with room for `size` slots."""
-    more = size - cache.size
+# Static: the sizes.  Not donated: the arrays change shape.
+@jax.jit(static_argnums=(1, 2))
+def _widen(cache: StreamCache, size: int, ring: int) -> StreamCache:
+    def pad(x: jax.Array, slots: int, value: int = 0) -> jax.Array:
+        more = ((0, slots - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.pad(x, more, constant_values=value)
 
-    def widen(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, more), (0, 0)))
+    def wide(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        held = zip(arrays, cache.rings, strict=True)
+        return tuple(pad(x, ring if is_ring else size) for x, is_ring in held)
 
+    rolled = cache.ring_positions
     return StreamCache(
-        k=tuple(map(widen, cache.k)),
-        v=tuple(map(widen, cache.v)),
-        positions=jnp.pad(cache.positions, (0, more), constant_values=EMPTY),
+        k=wide(cache.k),
+        v=wide(cache.v),
+        positions=pad(cache.positions, size, EMPTY),
+        ring_positions=None if rolled is None else pad(rolled, ring, EMPTY),
         end_index=cache.end_index,
+        rings=cache.rings,
     )
+
+
+def grow(cache: StreamCache, size: int, config: TransformerConfig) -> StreamCache:
+    """`cache` with room for `size` slots; rings grow up to one window."""
+    return _widen(cache, size, min(size, _window(config)))
 
 
 def size_for(length: int, limit: int) -> int:
     """Slots to allocate for `length` positions when there will be at most `limit`."""
     return min(next((size for size in SIZES if size >= length), limit), limit)
+
+
+def next_size(size: int, limit: int) -> int | None:
+    """The size after `size`, or None where there is none."""
+    return None if size >= limit else size_for(size + 1, limit)
+
+
+def _window(config: TransformerConfig) -> int:
+    """The smallest window of the sliding layers."""
+    windows = [spec.kind.window for spec in config.layers if isinstance(spec.kind, Sliding)]
+    return min(windows, default=config.max_context)
+
+
+class Archive:
+    """Keys and values of the sliding layers for every token, on the host.
+
+    What a ring has overwritten is needed again when a conversation is taken back, and it cannot be
+    recomputed from one window: each layer's keys depend on the window below.  So each step's
+    keys and values are kept; taking back copies one window.
+    """
+
+    def __init__(self) -> None:
+        self._rows: np.ndarray | None = None
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        """Keeps rows (ring layers, 2, n, K*H) of the tokens from position `start` on."""
+        stop = start + rows.shape[2]
+        if self._rows is None or self._rows.shape[2] < stop:
+            room = np.empty((*rows.shape[:2], max(1024, 2 * stop), rows.shape[3]), rows.dtype)
+            if self._rows is not None:
+                room[:, :, :start] = self._rows[:, :, :start]
+            self._rows = room
+        self._rows[:, :, start:stop] = rows
+
+    def last(self, count: int, stop: int) -> np.ndarray:
+        """Rows (ring layers, 2, count, K*H) of the `count` tokens before position `stop`."""
+        assert self._rows is not None
+        return self._rows[:, :, stop - count : stop]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,46 +18,42 @@ from gemma_nb import placement
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
-from gemma_nb.sampling.cache import StreamCache, grow, rewind, size_for
-from gemma_nb.sampling.evidence import Evidence, observe
-from gemma_nb.sampling.methods import Controls, Sampling, distribution, draw
+from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewind, size_for
+from gemma_nb.sampling.choose import choose
+from gemma_nb.sampling.evidence import Evidence
+from gemma_nb.sampling.head import Scores
+from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import BUCKETS, chunks
-from gemma_nb.typing import Params
-
-# Prepared weights of the models that are alive: sessions of one model share them.
-_prepared: dict[int, Params] = {}
+from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
 
 
-def decoding_weights(model: GemmaTransformer) -> Params:
-    """The linen variables that decoding runs on: matrices as rows, the rest as it is."""
-    key = id(model.params)  # the same in a model's copies with interventions
-    if key not in _prepared:
-        _prepared[key] = _prepare(model)
-        weakref.finalize(model, _prepared.pop, key, None)
-    return _prepared[key]
+@functools.cache
+def compiled(transformer: Transformer, weights: Any, top_k: int) -> Any:
+    """The jitted step of a model.
+
+    All but the module (its configuration), the structure of the weights and the number of
+    alternatives is traced, so a compilation is made per (number of tokens, cache size) and no
+    setting adds one.
+
+    Args:
+      transformer: the module.
+      weights: the tree structure of its `DecodingWeights`.  The step takes their leaves, since
+        flattening hundreds of arrays anew takes part of a millisecond.
+      top_k: number of alternatives.
+    """
+
+    def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
+        return _step(transformer, jax.tree.unflatten(weights, leaves), *args, top_k=top_k)
+
+    # XLA:CPU uses half of AVX-512's width unless it is told otherwise: products of a matrix and a
+    # vector then take up to 1.7 times as long.
+    options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+    return jax.jit(step, donate_argnums=(1, 2), compiler_options=options)
 
 
-def _prepare(model: GemmaTransformer) -> Params:
-    if model.mesh is not None:
-        # Rows join axes that a mesh splits, which would put all of them on every device.
-        return {"params": model.params}
-    prepared = model.transformer.prepare(model.params)
-    replaced = flax.traverse_util.flatten_dict(prepared)
-    flat = flax.traverse_util.flatten_dict(dict(model.params))
-    kept = {path: leaf for path, leaf in flat.items() if path not in replaced}
-    return {"params": flax.traverse_util.unflatten_dict(kept), "prepared": prepared}
-
-
-# Static: the module (its configuration) and the number of alternatives.  Traced: everything else,
-# so a compilation is made per (number of tokens, cache size) and no setting adds one.
-@partial(
-    jax.jit,
-    static_argnames=("transformer", "top_k"),
-    donate_argnames=("cache", "seen"),
-)
 def _step(
     transformer: Transformer,
-    weights: Params,
+    weights: DecodingWeights,
     cache: StreamCache,
     seen: jax.Array,
     tokens: jax.Array,
@@ -65,30 +63,47 @@ def _step(
     interventions: Interventions | None,
     *,
     top_k: int,
-) -> tuple[StreamCache, jax.Array, Evidence]:
-    """Feeds tokens (1, T), and chooses the one after index `last`."""
-    output = cast(
-        Output,
-        transformer.apply(
-            weights,
-            tokens,
-            cache=cache.to_model(transformer.config),
-            positions=positions,
-            return_hidden_states=True,
-            interventions=interventions,
-        ),
+) -> tuple[StreamCache, jax.Array, Evidence, jax.Array | None]:
+    """Feeds tokens (1, T), and chooses the one after index `last`.
+
+    The last result holds the new tokens' keys and values on the layers whose cache is a ring,
+    (layers, 2, T, K*H) float32, or None.
+    """
+    result = transformer.apply(
+        weights.variables,
+        tokens,
+        cache=cache.to_model(transformer.config),
+        positions=positions,
+        return_hidden_states=True,
+        interventions=interventions,
+        mutable=["intermediates"] if any(cache.rings) else False,
     )
+    output, rows = cast(Output, result), None
+    if any(cache.rings):
+        output, state = cast(Any, result)
+        rows = _new_rows(state["intermediates"], cache.rings)
     assert output.hidden_states is not None
     assert output.cache is not None
     # Only the last token's logits: the vocabulary is most of a small model's work.
-    logits = cast(
-        jax.Array, transformer.apply(weights, output.hidden_states[0, last], method="unembed")
-    )
+    hidden = output.hidden_states[0, last]
+    if weights.head is not None:
+        cap = transformer.config.final_logit_soft_cap
+        scores = weights.head.scores(hidden, weights.table, cap)
+    else:
+        logits = transformer.apply(weights.variables, hidden, method="unembed")
+        scores = Scores.of(cast(jax.Array, logits))
     padded = jnp.where(positions[0] >= 0, tokens[0], seen.shape[0])
     seen = seen.at[padded].set(True, mode="drop")
-    dist = distribution(logits, controls, seen)
-    token = draw(dist, controls, positions[0, last])
-    return StreamCache.from_model(output.cache), seen, observe(logits, dist, token, top_k)
+    evidence = choose(scores, controls, seen, positions[0, last], top_k)
+    return cache.updated(output.cache), seen, evidence, rows
+
+
+def _new_rows(sown: Any, rings: Sequence[bool]) -> jax.Array:
+    """Keys and values (ring layers, 2, T, K*H) that a step has added, float32."""
+    layers = [sown[f"layer_{i}"]["attn"] for i, ring in enumerate(rings) if ring]
+    rows = [[layer[site][0][0] for site in ("k", "v")] for layer in layers]
+    stacked = jnp.stack([jnp.stack(pair) for pair in rows])
+    return stacked.reshape(*stacked.shape[:3], -1).astype(jnp.float32)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -99,6 +114,10 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 class Decoder:
     """One stream of tokens: what is in the cache, and the next choice.
+
+    While a choice is on its way to the host, the step that feeds it is already running, on the
+    guess that its token will be wanted: what the host does between two tokens costs no time.  A
+    step that nobody asks for is taken back.
 
     Not thread-safe: the session that owns it holds a lock.
 
@@ -114,11 +133,17 @@ class Decoder:
         self._mesh = model.mesh
         self._weights = decoding_weights(model)
         self._interventions = model.interventions
-        self._top_k = top_k
+        self._leaves, structure = jax.tree.flatten(self._weights)
+        self._step = compiled(model.transformer, structure, top_k)
+        # Rings of a spread cache would have to be gathered; somebody else's module knows none.
+        self._roll = self._mesh is None and isinstance(model.transformer, Transformer)
         self._cache: StreamCache | None = None
+        self._archive = Archive()
         self._seen: Any = None
         self._controls: Controls | None = None
         self._next: int | None = None  # the token chosen last, not yet fed
+        self._ahead: _Made | None = None  # what the step that feeds it makes
+        self._compiling: set[int] = set()  # cache sizes, on another thread
 
     @property
     def full(self) -> bool:
@@ -127,14 +152,22 @@ class Decoder:
 
     def reset(self) -> None:
         """Forgets everything; the next prompt is computed from its first token."""
-        self.ids, self._cache, self._next = [], None, None
+        self.ids, self._cache, self._next, self._ahead = [], None, None, None
+        self._archive = Archive()
 
     def keep(self, ids: Sequence[int]) -> None:
         """Takes back what is in the cache beyond the prefix that it shares with `ids`."""
         shared = _common_prefix(self.ids, ids)
-        if self._cache is not None and shared < len(self.ids):
-            self._cache = rewind(self._cache, jnp.int32(shared))
-        self.ids, self._next = self.ids[:shared], None
+        held = len(self.ids) + (self._ahead is not None)
+        if self._cache is not None and shared < held:
+            ring = self._cache.ring_size
+            # A ring has lost what the token before the last saw first.
+            if held > ring > 0 and shared + 1 < held:
+                rows = self._archive.last(min(shared, ring), shared)
+                self._cache = self._cache.with_rings(rows, shared)
+            else:
+                self._cache = rewind(self._cache, jnp.int32(shared))
+        self.ids, self._next, self._ahead = self.ids[:shared], None, None
 
     def intervene(self, interventions: Interventions | None) -> None:
         """Computes under other interventions from now on; None takes them away.
@@ -163,11 +196,10 @@ class Decoder:
             raise ValueError(f"a context must hold 1 to {self.limit} tokens, got {len(ids)}")
         self.keep(ids[:-1])
         config = self._transformer.config
-        size = size_for(len(ids) + 1, self.limit)
         if self._cache is None:
-            self._cache = StreamCache.empty(config, size, self._mesh)
-        elif self._cache.size < size:
-            self._cache = grow(self._cache, size)
+            size = size_for(len(ids) + 1, self.limit)
+            self._cache = StreamCache.empty(config, size, self._mesh, roll=self._roll)
+        self._make_room(len(ids) + 1)
         self._controls = Controls.of(sampling, config.num_embed)
         seen = np.zeros(config.num_embed, bool)
         seen[self.ids] = True
@@ -188,10 +220,11 @@ class Decoder:
           The evidence on the host, or None where `between` ended it.
         """
         result = None
-        for fed, (tokens, positions, last) in enumerate(chunks(ids, len(self.ids))):
-            if fed and between is not None and not between(len(self.ids)):
+        for tokens, positions, last in chunks(ids, len(self.ids)):
+            if result is not None and between is not None and not between(len(self.ids)):
                 return None
-            result = self._feed(tokens, positions, last)
+            fed = [int(token) for token in tokens[0, : last + 1]]
+            result = self._take(fed, self._feed(tokens, positions, last))
         return result
 
     def step(self) -> Evidence:
@@ -202,8 +235,12 @@ class Decoder:
         """
         if self._next is None or self.full:
             raise RuntimeError("step() needs a prefilled stream with room for one more token")
-        token, position = [[self._next]], [[len(self.ids)]]
-        return self._feed(np.array(token, np.int32), np.array(position, np.int32), 0)
+        made = self._ahead or self._feed_one(np.array([[self._next]], np.int32), len(self.ids))
+        self._ahead = None
+        position = len(self.ids) + 1
+        if position < self.limit:
+            self._ahead = self._feed_one(made.evidence.token.reshape(1, 1), position)
+        return self._take([self._next], made)
 
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
         """Compiles every step that a short conversation needs, and leaves the stream empty."""
@@ -216,31 +253,79 @@ class Decoder:
             if progress is not None:
                 progress((i + 1) / len(sizes))
 
-    def _feed(self, tokens: np.ndarray, positions: np.ndarray, last: int) -> Evidence:
-        assert self._cache is not None
-        assert self._controls is not None
-        fed = [int(token) for token in tokens[0, : last + 1]]
-        size = size_for(len(self.ids) + len(fed), self.limit)
-        if self._cache.size < size:
-            self._cache = grow(self._cache, size)
-        try:
-            self._cache, self._seen, evidence = _step(
-                self._transformer,
-                self._weights,
-                self._cache,
-                self._seen,
-                tokens,
-                positions,
-                np.int32(last),
-                self._controls,
-                self._interventions,
-                top_k=self._top_k,
-            )
-            evidence = jax.device_get(evidence)
-        except BaseException:
-            # The cache was donated, so what is left of it cannot be trusted.
-            self.reset()
-            raise
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _feed_one(self, token: Any, position: int) -> _Made:
+        return self._feed(token, np.array([[position]], np.int32), 0)
+
+    def _feed(self, tokens: Any, positions: np.ndarray, last: int) -> _Made:
+        """Starts a step; what it makes is not there yet."""
+        self._make_room(int(positions[0, last]) + 1)
+        args = (self._seen, tokens, positions, np.int32(last), self._controls, self._interventions)
+        with self._undone():
+            self._cache, self._seen, *made = self._step(self._leaves, self._cache, *args)
+        return _Made(*made)
+
+    def _take(self, fed: Sequence[int], made: _Made) -> Evidence:
+        """Waits for what a step has made of `fed`, and keeps it."""
+        with self._undone():
+            evidence, rows = jax.device_get((made.evidence, made.rows))
+        if rows is not None:
+            self._archive.write(len(self.ids), rows[:, :, : len(fed)])
         self.ids.extend(fed)
         self._next = int(evidence.token)
-        return evidence
+        self._compile_ahead()
+        return cast(Evidence, evidence)
+
+    @contextlib.contextmanager
+    def _undone(self) -> Iterator[None]:
+        """A step that fails has been given the cache, so what is left cannot be trusted."""
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
+
+    def _make_room(self, length: int) -> None:
+        assert self._cache is not None
+        size = size_for(length, self.limit)
+        if self._cache.size < size:
+            self._cache = grow(self._cache, size, self._transformer.config)
+
+    def _compile_ahead(self) -> None:
+        """Compiles the steps for the next cache size on another thread, before they are needed."""
+        assert self._cache is not None
+        size = next_size(self._cache.size, self.limit)
+        soon = 2 * len(self.ids) >= self._cache.size
+        # Several hosts must run the same programs in the same order.
+        if size is None or size in self._compiling or not soon or self._mesh is not None:
+            return
+        self._compiling.add(size)
+        empty = partial(StreamCache.empty, self._transformer.config, size, roll=self._roll)
+        run = partial(self._step, self._leaves)
+        settings = (self._controls, self._interventions)
+        # Not a daemon: XLA must not be stopped in the middle of a compilation when Python ends.
+        thread = threading.Thread(target=_compile, args=(run, empty, *settings))
+        thread.name = "gemma-nb-compile"
+        thread.start()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What a step makes beside the cache, on the device."""
+
+    evidence: Evidence
+    rows: jax.Array | None
+
+
+def _compile(
+    step: Callable[..., Any],
+    empty: Callable[[], StreamCache],
+    controls: Controls,
+    interventions: Interventions | None,
+) -> None:
+    """Runs the steps that come first at a cache size, on nothing."""
+    for length in (1, *BUCKETS[:2]):
+        seen, tokens = jnp.zeros(controls.banned.shape, bool), np.zeros((1, length), np.int32)
+        positions = np.arange(length, dtype=np.int32)[None]
+        step(empty(), seen, tokens, positions, np.int32(0), controls, interventions)

@@ -6,11 +6,6 @@ import dataclasses
 
 import flax
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
-from gemma_nb.sampling.methods import Distribution
-from gemma_nb.sampling.top_k import top_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,31 +51,3 @@ class Evidence:
     logprobs: jax.Array
     probabilities: jax.Array
     finite: jax.Array
-
-
-def observe(
-    logits: Float[Array, " V"], dist: Distribution, token: Int[Array, ""], k: int
-) -> Evidence:
-    """Evidence of choosing `token` from `logits` through `dist`.
-
-    Args:
-      logits: the model's, float32.
-      dist: what the sampler made of them.
-      token: the chosen id.
-      k: number of alternatives; at most V are returned.
-    """
-    log_total = jax.nn.logsumexp(logits)
-    # H = -sum p log p = log Z - sum p x, with p = exp(x - log Z).
-    entropy = log_total - jnp.sum(jnp.exp(logits - log_total) * logits)
-    values, ids = top_k(logits, min(k, logits.shape[0]))
-    return Evidence(
-        token=token,
-        logprob=logits[token] - log_total,
-        probability=dist.probability(token),
-        entropy=entropy,
-        rank=jnp.sum(logits > logits[token], dtype=jnp.int32),
-        ids=ids,
-        logprobs=values - log_total,
-        probabilities=dist.probability(ids),
-        finite=jnp.isfinite(entropy),
-    )

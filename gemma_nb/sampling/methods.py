@@ -219,6 +219,11 @@ def _rank_threshold(scores: jax.Array, k: jax.Array, p: jax.Array) -> jax.Array:
     return lax.cond((k == 0) & (p >= 1), lambda: jnp.float32(-jnp.inf), by_shortlist)
 
 
+def uniform_at(controls: Controls, position: Int[Array, ""]) -> Float[Array, ""]:
+    """The random number in [0, 1) that decides at `position`; the reply's key makes it."""
+    return jax.random.uniform(jax.random.fold_in(controls.key, position))
+
+
 def draw(dist: Distribution, controls: Controls, position: Int[Array, ""]) -> Int[Array, ""]:
     """The token id drawn for `position`: the same key and position always draw the same.
 
@@ -228,7 +233,7 @@ def draw(dist: Distribution, controls: Controls, position: Int[Array, ""]) -> In
     block = 128
     weights = jnp.where(dist.scores >= dist.threshold, jnp.exp(dist.scores - dist.log_total), 0.0)
     padded = jnp.pad(weights, (0, -weights.shape[0] % block)).reshape(-1, block)
-    uniform = jax.random.uniform(jax.random.fold_in(controls.key, position))
+    uniform = uniform_at(controls, position)
 
     def invert(w: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First index whose running sum exceeds target, and what is left of target there."""

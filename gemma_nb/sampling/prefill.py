@@ -9,8 +9,8 @@ import numpy as np
 from gemma_nb.typing import EMPTY
 
 # Prompt lengths that are compiled.  Few, since each costs seconds the first time.
-BUCKETS = (32, 128, 512)
-_SMALL = 128
+BUCKETS = (16, 64, 256)
+_SMALL = 64
 
 
 def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:

@@ -11,6 +11,10 @@ import gemma_nb as gnb
 
 pytestmark = pytest.mark.real
 
+# The head of a decode step is exact for the likeliest tokens only, see
+# `tests/sampling/test_faithful.py`: what it is off by, all log-probabilities share.
+HEAD = 1e-3
+
 QUESTIONS = [
     ("What is the capital of France?", "Paris"),
     ("What colour is the sky?", "blue"),
@@ -68,10 +72,10 @@ def test_evidence_is_a_softmax_of_the_full_logits(chat):
         order = np.argsort(-row)
         assert [a.token_id for a in record.alternatives] == order[:10].tolist()
         np.testing.assert_allclose(
-            [a.logprob for a in record.alternatives], row[order[:10]], atol=2e-4
+            [a.logprob for a in record.alternatives], row[order[:10]], atol=HEAD
         )
-        assert record.logprob == pytest.approx(row[record.token_id], abs=2e-4)
-        assert record.entropy == pytest.approx(-(np.exp(row) * row).sum(), abs=2e-4)
+        assert record.logprob == pytest.approx(row[record.token_id], abs=HEAD)
+        assert record.entropy == pytest.approx(-(np.exp(row) * row).sum(), abs=5 * HEAD)
         assert record.rank == int((row > row[record.token_id]).sum())
 
 
@@ -89,7 +93,7 @@ def test_traces_see_the_same_choice(chat):
     log_p = np.asarray(jax.nn.log_softmax(logits))
     chosen = [record.token_id for record in turn.tokens]
     np.testing.assert_allclose(
-        log_p[np.arange(len(rows)), chosen], [r.logprob for r in turn.tokens], atol=2e-4
+        log_p[np.arange(len(rows)), chosen], [r.logprob for r in turn.tokens], atol=HEAD
     )
 
 

@@ -18,9 +18,8 @@ import pytest
 from gemma_nb.model import GemmaInputs, GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import StreamCache, grow, rewind
-from gemma_nb.sampling.decode import decoding_weights
 from gemma_nb.sampling.prefill import chunks
-from gemma_nb.typing import Params
+from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
 from tests.parity import recording
 from tests.parity.cases import REAL
 from tests.parity.measure import NOISE_FACTOR, logits_error
@@ -36,26 +35,26 @@ TURNS = ((350, 20), (125, 40), (140, 30))
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def step(
     transformer: Transformer,
-    weights: Params,
+    weights: DecodingWeights,
     cache: StreamCache,
     tokens: jax.Array,
     positions: jax.Array,
 ) -> tuple[StreamCache, jax.Array]:
     """One step as the decoder makes it, with the logits of all its positions."""
     output = transformer.apply(
-        weights,
+        weights.variables,
         tokens,
         cache=cache.to_model(transformer.config),
         positions=positions,
         return_hidden_states=True,
     )
-    logits = transformer.apply(weights, output.hidden_states[0], method="unembed")
-    return StreamCache.from_model(output.cache), logits
+    logits = transformer.apply(weights.variables, output.hidden_states[0], method="unembed")
+    return cache.updated(output.cache), logits
 
 
 def cached_logits(model: GemmaTransformer, ids: list[int]) -> Iterator[np.ndarray]:
     """Logits of every position of three turns, piece by piece."""
-    cache = StreamCache.empty(model.config, 512)
+    cache = StreamCache.empty(model.config, 512, roll=True)
     start = 0
     for prompt, reply in TURNS:
         pieces = list(chunks(ids[start : start + prompt], start))
@@ -63,12 +62,12 @@ def cached_logits(model: GemmaTransformer, ids: list[int]) -> Iterator[np.ndarra
             pieces += list(chunks(ids[position : position + 1], position))
         for tokens, positions, last in pieces:
             if positions.max() >= cache.size:
-                cache = grow(cache, 1024)
+                cache = grow(cache, 1024, model.config)
             weights = decoding_weights(model)
             cache, logits = step(model.transformer, weights, cache, tokens, positions)
             yield np.asarray(logits[: last + 1])
         start += prompt + reply
-        # As a stopped reply leaves it: one token too many, taken back.
+        # As a stopped reply leaves it: one token too many, taken back.  A ring can give that back.
         cache, _ = step(model.transformer, weights, cache, np.array([[9]]), np.array([[start]]))
         cache = rewind(cache, jnp.int32(start))
 

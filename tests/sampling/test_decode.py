@@ -1,13 +1,15 @@
 """The compiled step: cache reuse, buckets and evidence, against passes without a cache."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma_nb.sampling import prefill
-from gemma_nb.sampling.cache import StreamCache, grow, rewind, size_for
-from gemma_nb.sampling.decode import Decoder, _step
+from gemma_nb.sampling.cache import StreamCache, grow, next_size, rewind, size_for
+from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.methods import Sampling
 
 GREEDY = Sampling(temperature=0, seed=0)
@@ -34,7 +36,7 @@ def assert_evidence(evidence, log_probabilities):
     assert int(evidence.rank) == (log_probabilities > log_probabilities[token] + 1e-6).sum()
 
 
-@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 100, 128, 129, 161])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 64, 65, 100, 161])
 def test_any_bucket_gives_the_same_evidence(decoder, score, length):
     ids = random_ids(length)
     evidence = decoder.prefill(decoder.begin(ids, Sampling(seed=1)))
@@ -113,7 +115,7 @@ def test_a_failed_step_leaves_a_stream_that_starts_over(decoder, score, monkeypa
     def fail(*args, **kwargs):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("gemma_nb.sampling.decode._step", fail)
+    monkeypatch.setattr(decoder, "_step", fail)
     with pytest.raises(MemoryError):
         decoder.step()
     monkeypatch.undo()
@@ -124,10 +126,10 @@ def test_a_failed_step_leaves_a_stream_that_starts_over(decoder, score, monkeypa
 def test_settings_do_not_recompile(decoder):
     ids = random_ids(9)
     decoder.prefill(decoder.begin(ids, GREEDY))
-    compiled = _step._cache_size()
+    compiled = decoder._step._cache_size()
     for sampling in (Sampling(seed=5), Sampling(temperature=2, top_k=3, forbidden=(8,), seed=6)):
         decoder.prefill(decoder.begin(random_ids(9, seed=sampling.seed), sampling))
-    assert _step._cache_size() == compiled
+    assert decoder._step._cache_size() == compiled
 
 
 def test_the_repetition_penalty_sees_prompt_and_reply(decoder):
@@ -154,21 +156,82 @@ def test_chunks_cover_the_prompt_in_order():
 
 
 def test_cache_sizes():
-    assert size_for(10, 4096) == 1024
-    assert size_for(1025, 4096) == 4096
-    assert size_for(10, 300) == 300
+    assert size_for(10, 4096) == 256
+    assert size_for(1025, 4096) == 2048
+    assert size_for(10, 200) == 200
     assert size_for(5000, 6000) == 6000
+    assert next_size(256, 4096) == 512
+    assert next_size(4096, 5000) == 5000
+    assert next_size(5000, 5000) is None
 
 
-def test_rewinding_and_growing_keep_the_model_form(tiny_model):
-    config = tiny_model[0].config
-    cache = StreamCache.empty(config, 8)
+@pytest.mark.parametrize("roll", [False, True])
+def test_rewinding_and_growing_keep_the_model_form(tiny_model, roll):
+    config = tiny_model[0].config  # a window of 8
+    cache = StreamCache.empty(config, 8, roll=roll)
     cache = cache.replace(positions=jnp.arange(8, dtype=jnp.int32), end_index=jnp.int32(8))
     back = rewind(cache, jnp.int32(3))
     assert back.positions.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
     assert int(back.end_index) == 3
-    wide = grow(back, 12)
-    assert wide.k[0].shape == (12, 16)
+    wide = grow(back, 12, config)
+    assert wide.k[0].shape == ((8 if roll else 12), 16)
+    assert wide.k[2].shape == (12, 16)
     assert wide.positions.tolist() == [0, 1, 2] + [-1] * 9
-    again = StreamCache.from_model(wide.to_model(config))
+    again = wide.updated(wide.to_model(config))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), wide, again))
+
+
+@pytest.mark.parametrize("back", [60, 59, 52, 51, 31, 7, 1])
+def test_a_stream_that_is_taken_back_goes_on_exactly(decoder, score, back):
+    """What the rings have overwritten comes back; the window is 8, the reply 60 tokens."""
+    ids = random_ids(7)
+    evidences = [decoder.prefill(decoder.begin(ids, GREEDY))]
+    evidences += [decoder.step() for _ in range(60)]
+    said = [*ids, *(int(e.token) for e in evidences)]
+    context = [*said[:back], *random_ids(3, seed=back)]
+    rest = decoder.begin(context, Sampling(seed=4))
+    assert len(rest) == len(context) - back
+    evidences = [decoder.prefill(rest), *(decoder.step() for _ in range(20))]
+    tokens = [*context, *(int(e.token) for e in evidences)]
+    expected = score(tokens)
+    for i, evidence in enumerate(evidences):
+        assert_evidence(evidence, expected[len(context) - 1 + i])
+
+
+def test_a_step_ahead_that_nobody_asks_for_is_taken_back(decoder, score):
+    ids = random_ids(30)
+    decoder.prefill(decoder.begin(ids, GREEDY))
+    chosen = int(decoder.step().token)
+    assert decoder._ahead is not None  # it has fed `chosen` already
+    assert decoder.ids[:-1] == ids
+    other = [*decoder.ids, chosen + 1]
+    assert decoder.begin(other, GREEDY) == other[-1:]
+    assert_evidence(decoder.prefill(other[-1:]), score(other)[-1])
+
+
+def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch):
+    monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96, 192))
+    decoder = Decoder(tiny_model[0], limit=150, top_k=5)
+    calls = []
+    run = decoder._step
+
+    def step(leaves, cache, seen, tokens, *rest):
+        calls.append((cache.size, tokens.shape[1], threading.current_thread().name))
+        return run(leaves, cache, seen, tokens, *rest)
+
+    monkeypatch.setattr(decoder, "_step", step)
+    decoder.prefill(decoder.begin(random_ids(20), GREEDY))
+    for _ in range(5):
+        decoder.step()
+    for thread in threading.enumerate():
+        if thread.name == "gemma-nb-compile":
+            thread.join()
+    assert [call[:2] for call in calls if call[2] == "gemma-nb-compile"] == [
+        (96, 1),
+        (96, 16),
+        (96, 64),
+    ]
+    assert not any(size == 96 for size, _, thread in calls if thread != "gemma-nb-compile")
+    for _ in range(40):
+        decoder.step()
+    assert decoder._cache.size == 96

@@ -83,7 +83,9 @@ def test_probabilities_are_those_of_the_definition(sampling, seed, spread):
     # Tokens at the very edge of a nucleus may fall on either side of it, since its sum is rounded;
     # what that moves is a ten-thousandth of the probability at most.
     assert np.abs(actual - expected).sum() / 2 < 1e-4
-    np.testing.assert_allclose(actual, expected, atol=3e-6 + 3e-4 * expected.max())
+    settled = (actual == 0) == (expected == 0)
+    tolerance = 3e-6 + 3e-4 * expected.max()
+    np.testing.assert_allclose(actual[settled], expected[settled], atol=tolerance)
     assert actual.sum() == pytest.approx(1, abs=1e-4)
 
 

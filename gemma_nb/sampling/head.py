@@ -1,0 +1,96 @@
+"""The vocabulary head of one decode step: int8 logits everywhere, exact ones where it matters."""
+
+from __future__ import annotations
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from gemma_nb.nn.storage import materialize, quantise
+from gemma_nb.sampling.top_k import top_k
+
+# How many of the likeliest tokens are known exactly, and in order.
+SHORTLIST = 256
+
+# The largest int16 that activations are rounded to, and the largest sum of their magnitudes: times
+# int8 rows of at most 127 each, that stays below 2**31.
+_LARGEST, _SUM = 32_000, 16.9e6
+
+
+@flax.struct.dataclass
+class Scores:
+    """The logits of one choice.
+
+    Attributes:
+      logits: (V,) float32.
+      values: (n,) float32, the largest of them in descending order; n <= SHORTLIST.
+      ids: (n,) int32, whose they are.
+    """
+
+    logits: jax.Array
+    values: jax.Array
+    ids: jax.Array
+
+    @classmethod
+    def of(cls, logits: Float[Array, " V"]) -> Scores:
+        """Scores of exact logits."""
+        return cls(logits, *top_k(logits, min(SHORTLIST, logits.shape[0])))
+
+
+@flax.struct.dataclass
+class Int8Head:
+    """The embedding table's rows in int8: half of the bytes that one token has to read.
+
+    Attributes:
+      rows: (V, D) int8, see `gemma_nb.nn.storage.quantise`.
+      scale: (V,) float32.
+      inputs: (D,) float32.
+    """
+
+    rows: jax.Array
+    scale: jax.Array
+    inputs: jax.Array
+
+    @classmethod
+    def of(cls, table: Float[Array, "V D"]) -> Int8Head:
+        """The head of an embedding table."""
+        return cls(*_quantise(table))
+
+    def scores(
+        self, hidden: Float[Array, " D"], table: Float[Array, "V D"], soft_cap: float | None
+    ) -> Scores:
+        """Scores of one final-normed hidden state.
+
+        The logits of the shortlist are computed from `table` as the plain head does; the others
+        carry the error of int8 rows (for Gemma 3 270M 0.05 of a logit).  The shortlist is chosen
+        by the approximate logits, so it is an observation, not a bound: a token whose logit is off
+        by more than its distance from the shortlist's edge keeps the approximate one.
+
+        Over 1,280 tokens of English with Gemma 3 270M, the distribution lay within a mean KL
+        divergence of 1.2e-4 of the plain head's, the first choice was always the same, and the
+        twenty largest log-probabilities were off by 3e-5 in the median and by 1.3e-3 at most.
+
+        Args:
+          hidden: what the plain head would be given.
+          table: the embedding table.
+          soft_cap: bound on the logits, `soft_cap * tanh(logit / soft_cap)`.
+        """
+        hidden = hidden.astype(jnp.float32)
+        scaled = hidden * self.inputs
+        size = jnp.abs(scaled)
+        step = jnp.maximum(size.max() / _LARGEST, size.sum() / _SUM) + 1e-30
+        rounded = materialize(jnp.round(scaled / step).astype(jnp.int16))
+        sums = jnp.dot(rounded, self.rows.T, preferred_element_type=jnp.int32)
+        rough = sums.astype(jnp.float32) * (step * self.scale)
+        _, ids = top_k(rough, min(SHORTLIST, rough.shape[0]))
+        exact = table[ids].astype(jnp.float32) @ hidden
+        if soft_cap is not None:
+            rough, exact = (soft_cap * jnp.tanh(x / soft_cap) for x in (rough, exact))
+        values, order = lax.top_k(exact, exact.shape[0])
+        ids = ids[order]
+        return Scores(rough.at[ids].set(values, unique_indices=True), values, ids)
+
+
+_quantise = jax.jit(quantise)

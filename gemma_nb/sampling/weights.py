@@ -1,0 +1,100 @@
+"""The weights that decoding runs on: other storages of the official parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from pathlib import Path
+from typing import Any, cast
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from gemma_nb.checkpoints import memory
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.nn import Transformer
+from gemma_nb.sampling.head import Int8Head
+from gemma_nb.typing import Params
+
+
+@flax.struct.dataclass
+class DecodingWeights:
+    """What a step is given.
+
+    Attributes:
+      variables: of linen: the official tree under "params", and `prepared` (see
+        `gemma_nb.nn.storage`) where it is faster.
+      head: the vocabulary head of a single token; None for the plain one.
+    """
+
+    variables: Params
+    head: Int8Head | None = None
+
+    @property
+    def table(self) -> jax.Array:
+        """(V, D), the embedding."""
+        table: jax.Array = self.variables["params"]["embedder"]["input_embedding"]
+        return table
+
+
+# What is in use: sessions of one model, and of models that share all parameters, share it.
+_made: weakref.WeakValueDictionary[Any, DecodingWeights] = weakref.WeakValueDictionary()
+
+
+def decoding_weights(model: GemmaTransformer) -> DecodingWeights:
+    """The weights that decoding `model` runs on; made anew only where nobody holds them."""
+    # They hold the parameters, whose identities therefore stay theirs.
+    key = (model.transformer, model.storage, *map(id, jax.tree.leaves(model.params)))
+    made = _made.get(key)
+    if made is None:
+        made = _made[key] = _make(model)
+    return made
+
+
+def _make(model: GemmaTransformer) -> DecodingWeights:
+    official = DecodingWeights({"params": model.params})
+    # Joined axes would undo what a mesh splits, accelerators are fast in the official layout, and
+    # somebody else's module knows no other.
+    plain = model.mesh is not None or jax.default_backend() != "cpu"
+    if plain or not isinstance(model.transformer, Transformer):
+        return official
+    int8 = model.storage == "int8"
+    prepared = model.transformer.prepare(model.params, int8=int8, columns=_columns(model))
+    weights = DecodingWeights({"params": _without(model.params, prepared), "prepared": prepared})
+    if weights.table.dtype == jnp.float32 and not int8:
+        return weights  # whoever asks for float32 asks for exactness
+    return dataclasses.replace(weights, head=Int8Head.of(weights.table))
+
+
+def _without(params: Params, prepared: Params) -> Params:
+    """`params` less what `prepared` stands for: every array that is passed costs time."""
+    flat = flax.traverse_util.flatten_dict(dict(params))
+    replaced = flax.traverse_util.flatten_dict(prepared)
+    joined = {(*path[:-1], name) for path in replaced if path[-1] == "qkv" for name in _JOINED}
+    kept = {p: x for p, x in flat.items() if p not in replaced and p[:-1] not in joined}
+    return cast(Params, flax.traverse_util.unflatten_dict(kept))
+
+
+# What stands in one `qkv`.
+_JOINED = ("q_einsum", "kv_einsum")
+
+
+def _columns(model: GemmaTransformer) -> Any:
+    """The dtype of the copy that several tokens at once are computed from; None for no copy."""
+    layers = model.config.num_params() - model.config.num_embed * model.config.embed_dim
+    dtype = jnp.bfloat16 if has_matrix_unit() else jnp.float32
+    if model.params["embedder"]["input_embedding"].dtype == jnp.float32 and dtype == jnp.bfloat16:
+        return None  # bfloat16 would not hold them
+    room = memory.available()
+    return dtype if not room or 4 * layers * jnp.dtype(dtype).itemsize < room else None
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware that is made for it (AMX)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False

@@ -1,0 +1,96 @@
+"""Other storages of a weight, against products in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_nb.nn.storage import Stored, materialize, product, quantise
+
+OUT, INNER = 96, 160
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return jax.random.normal(jax.random.key(0), (OUT, INNER)).astype(jnp.bfloat16)
+
+
+def tokens(count, seed=1):
+    return jax.random.normal(jax.random.key(seed), (count, INNER)) * 3
+
+
+def exact(x, rows):
+    return np.asarray(x, np.float64) @ np.asarray(rows.astype(jnp.float32), np.float64).T
+
+
+def error(y, expected):
+    return np.abs(np.asarray(y, np.float64) - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("columns", [None, jnp.bfloat16, jnp.float32])
+def test_float_storages_are_as_exact_as_float32(weight, count, columns):
+    x = tokens(count)
+    stored = Stored(weight, columns=None if columns is None else weight.T.astype(columns))
+    y = jax.jit(lambda s, x: s(x))(stored, x)
+    assert y.dtype == jnp.float32
+    plain = error(x @ weight.T.astype(jnp.float32), exact(x, weight))
+    assert error(y, exact(x, weight)) < max(2 * plain, 5e-7)
+
+
+def test_bfloat16_activations_stay_bfloat16(weight):
+    x = tokens(3).astype(jnp.bfloat16)
+    for count in (1, 3):
+        y = jax.jit(lambda s, x: s(x))(Stored(weight, columns=weight.T), x[:count])
+        assert y.dtype == jnp.bfloat16
+        assert error(y.astype(jnp.float32), exact(x[:count].astype(jnp.float32), weight)) < 2**-8
+
+
+def test_extreme_activations_are_split_exactly(weight):
+    """From subnormal to enormous, and exact zeros."""
+    x = tokens(4) * jnp.asarray([1e-38, 1e30, 0.0, 1e-5])[:, None]
+    y = jax.jit(lambda s, x: s(x))(Stored(weight, columns=weight.T), x)
+    expected = exact(x, weight)
+    for row in (1, 3):
+        assert error(y[row], expected[row]) < 5e-7
+    assert (y[2] == 0).all()
+
+
+def test_what_is_not_finite_stays_so(weight):
+    for bad in (jnp.nan, jnp.inf):
+        y = Stored(weight, columns=weight.T)(tokens(2).at[0, 3].set(bad))
+        assert not np.isfinite(y[0]).any()
+        assert np.isfinite(y[1]).all()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_int8_rows(weight, power):
+    uneven = weight * jnp.linspace(0.1, 9, INNER, dtype=jnp.bfloat16)
+    rows, scale, inputs = quantise(uneven, power)
+    assert rows.dtype == jnp.int8
+    assert int(jnp.abs(rows.astype(jnp.int32)).max(axis=1).min()) == 127
+    step = scale[:, None] * inputs
+    restored = rows.astype(jnp.float32) * step
+    assert (jnp.abs(restored - uneven.astype(jnp.float32)) <= 0.501 * step).all()
+    x = tokens(1)
+    y = jax.jit(lambda s, x: s(x))(Stored(rows, scale, inputs), x)
+    assert error(y, exact(x, restored)) < 1e-6
+
+
+def test_rows_and_columns_of_zeros_stay_zeros():
+    rows, scale, inputs = quantise(jnp.zeros((2, 5)))
+    assert (rows == 0).all()
+    assert (scale == 1).all()
+    assert (inputs == 1).all()
+
+
+def test_products_keep_leading_axes(weight):
+    x = tokens(6).reshape(2, 3, INNER)
+    assert product(x, weight).shape == (2, 3, OUT)
+    assert Stored(weight, columns=weight.T)(x).shape == (2, 3, OUT)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int16, jnp.int8])
+def test_materialize_changes_nothing(dtype):
+    x = jnp.asarray([127, 3, -128], dtype)
+    assert (jax.jit(materialize)(x) == x).all()

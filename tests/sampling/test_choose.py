@@ -1,0 +1,108 @@
+"""The choice among a shortlist, against the choice among the whole vocabulary."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_nb.sampling.choose import choose, observe
+from gemma_nb.sampling.head import SHORTLIST, Int8Head, Scores
+from gemma_nb.sampling.methods import Controls, Sampling, distribution
+
+VOCABULARY = 4096 * 4
+
+
+@jax.jit
+def chosen(logits, controls, position):
+    seen = jnp.zeros(logits.shape, bool)
+    return choose(Scores.of(logits), controls, seen, position, 20)
+
+
+@jax.jit
+def observed(logits, controls, token):
+    seen = jnp.zeros(logits.shape, bool)
+    return observe(Scores.of(logits), distribution(logits, controls, seen), token, 20)
+
+
+def logits_of(seed, spread=3.0):
+    return (np.random.default_rng(seed).normal(size=VOCABULARY) * spread).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0),
+        Sampling(temperature=0, forbidden=tuple(range(0, VOCABULARY, 3))),
+        Sampling(top_k=1),
+        Sampling(top_k=64, top_p=0.95),
+        Sampling(top_k=SHORTLIST, temperature=1.7),
+        Sampling(top_k=20, top_p=0.5, temperature=0.4),
+        Sampling(top_k=40, min_p=0.2),
+        Sampling(top_k=30, forbidden=tuple(range(0, VOCABULARY, 2))),
+        Sampling(top_k=500),  # more than the shortlist holds
+        Sampling(top_p=0.9),
+        Sampling(),
+    ],
+    ids=str,
+)
+def test_the_shortlist_gives_the_evidence_of_the_whole(sampling):
+    for seed in range(5):
+        logits = logits_of(seed)
+        controls = Controls.of(dataclasses.replace(sampling, seed=seed), VOCABULARY)
+        evidence = chosen(logits, controls, jnp.int32(seed))
+        expected = observed(logits, controls, evidence.token)
+        assert float(evidence.probability) > 0
+        for field in dataclasses.fields(evidence):
+            a, b = getattr(evidence, field.name), getattr(expected, field.name)
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6, err_msg=field.name)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says():
+    logits = logits_of(7, spread=2.0)
+    sampling = Sampling(top_k=30, top_p=0.9, temperature=0.8, seed=5)
+    controls = Controls.of(sampling, VOCABULARY)
+    count = 4000
+    evidence = jax.jit(jax.vmap(chosen, (None, None, 0)))(logits, controls, jnp.arange(count))
+    p = np.asarray(evidence.probabilities[0])
+    ids = np.asarray(evidence.ids[0])
+    drawn = np.array([(np.asarray(evidence.token) == i).sum() for i in ids])
+    assert (drawn[p == 0] == 0).all()
+    common = p * count > 20
+    chi2 = ((drawn[common] - p[common] * count) ** 2 / (p[common] * count)).sum()
+    assert chi2 < 3 * common.sum()
+
+
+def test_nan_logits_are_reported():
+    logits = logits_of(0)
+    logits[17] = np.nan
+    assert not chosen(logits, Controls.of(Sampling(seed=0), VOCABULARY), jnp.int32(0)).finite
+
+
+@pytest.fixture(scope="module")
+def table():
+    return (jax.random.normal(jax.random.key(0), (VOCABULARY, 128)) * 0.3).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 50.0])
+def test_the_int8_head_is_exact_where_it_matters(table, soft_cap):
+    hidden = jax.random.normal(jax.random.key(1), (128,)) * 2
+    scores = jax.jit(Int8Head.scores, static_argnums=3)(Int8Head.of(table), hidden, table, soft_cap)
+    exact = np.asarray(table.astype(jnp.float32), np.float64) @ np.asarray(hidden, np.float64)
+    if soft_cap is not None:
+        exact = soft_cap * np.tanh(exact / soft_cap)
+    order = np.argsort(-exact)
+    # The likeliest hundred are all on the shortlist, in order, with the plain head's logits.
+    assert scores.ids[:100].tolist() == order[:100].tolist()
+    np.testing.assert_allclose(scores.values, exact[np.asarray(scores.ids)], rtol=1e-5)
+    np.testing.assert_allclose(scores.logits[scores.ids], scores.values)
+    assert np.abs(np.asarray(scores.logits) - exact).max() < 0.01 * np.abs(exact).max()
+
+
+def test_sums_of_the_widest_model_stay_in_range():
+    """5,376 equal activations against rows of the largest int8: the largest sum there can be."""
+    table = jnp.ones((64, 5376), jnp.bfloat16)
+    hidden = jnp.ones(5376)
+    scores = Int8Head.of(table).scores(hidden, table, None)
+    np.testing.assert_allclose(scores.logits, 5376.0, rtol=1e-3)
