@@ -26,6 +26,9 @@ from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import BUCKETS, chunks
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
 
+# The name of the threads that compile what is not needed yet.
+COMPILING = "gemma-nb-compile"
+
 
 @functools.cache
 def compiled(transformer: Transformer, weights: Any, top_k: int) -> Any:
@@ -306,7 +309,7 @@ class Decoder:
         settings = (self._controls, self._interventions)
         # Not a daemon: XLA must not be stopped in the middle of a compilation when Python ends.
         thread = threading.Thread(target=_compile, args=(run, empty, *settings))
-        thread.name = "gemma-nb-compile"
+        thread.name = COMPILING
         thread.start()
 
 

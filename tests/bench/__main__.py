@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -16,28 +17,41 @@ from pathlib import Path
 import gemma_nb as gnb
 from tests.bench import startup
 from tests.bench.bandwidth import read_bandwidth
-from tests.bench.contestants import Contestant, contestants, seconds_of, seconds_per_token
-from tests.bench.names import LLAMA, NAMES, OURS, installed
-from tests.bench.report import Quantity, table
+from tests.bench.contestants import (
+    Contestant,
+    contestants,
+    seconds_of,
+    seconds_per_token,
+    settle,
+)
+from tests.bench.names import LLAMA, NAMES, OURS, OURS_INT8, installed
+from tests.bench.report import Quantity, record, table
 
-PREFILL = 256
+PROMPTS = (64, 256)  # tokens
+RESULTS = Path(__file__).parents[2] / "assets" / "benchmarks.json"
 
 
 def rates(made: Mapping[str, Contestant], rounds: int, count: int) -> list[Quantity]:
     """Decoding and prefill, in interleaved rounds after one that warms up."""
     decode: dict[str, list[float]] = defaultdict(list)
-    prefill: dict[str, list[float]] = defaultdict(list)
-    prompt = [2, *range(1000, 1000 + PREFILL - 1)]
+    prefill: dict[int, dict[str, list[float]]] = {n: defaultdict(list) for n in PROMPTS}
+    prompts = {length: [2, *range(1000, 1000 + length - 1)] for length in PROMPTS}
     for contestant in made.values():
-        seconds_per_token(contestant, 2)
-        contestant.prefill(prompt)
+        seconds_per_token(contestant, count)
+        for prompt in prompts.values():
+            contestant.prefill(prompt)
+        settle()
     for _ in range(rounds):
         for name, contestant in made.items():
+            settle()
             decode[name].append(1 / seconds_per_token(contestant, count))
-            prefill[name].append(PREFILL / seconds_of(partial(contestant.prefill, prompt)))
+            for length, prompt in prompts.items():
+                settle()
+                seconds = seconds_of(partial(contestant.prefill, prompt))
+                prefill[length][name].append(length / seconds)
     return [
         Quantity("decode, tokens/s", decode, True),
-        Quantity(f"prefill of {PREFILL}, tokens/s", prefill, True),
+        *(Quantity(f"prefill of {n}, tokens/s", prefill[n], True) for n in PROMPTS),
     ]
 
 
@@ -52,7 +66,9 @@ def starts(rounds: int) -> tuple[list[Quantity], list[str]]:
     load: dict[str, list[float]] = defaultdict(list)
     first: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: Path(scratch, name) for name in NAMES if installed(name)}
+        # Both of ours start alike.
+        starting = (name for name in NAMES if installed(name) and name != OURS_INT8)
+        folders = {name: Path(scratch, name) for name in starting}
         model, tokenizer = gnb.load("gemma3-270m", progress=False)
         for name, folder in folders.items():
             folder.mkdir()
@@ -79,7 +95,7 @@ def starts(rounds: int) -> tuple[list[Quantity], list[str]]:
         Quantity("first token, second start, s", first, False),
         Quantity("first token, empty caches, s", {OURS: [cold["first token"]]}, False),
     ]
-    return quantities, list(folders)
+    return quantities, [OURS, OURS_INT8, *(name for name in folders if name != OURS)]
 
 
 def _phases(title: str, marks: Mapping[str, float]) -> str:
@@ -119,12 +135,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds: does it run at all")
     quick = parser.parse_args().quick
-    print(conditions())
+    where = conditions()
+    print(where)
     # Start-up first: afterwards the other contestants' memory would crowd the page cache.
     started, names = starts(rounds=1 if quick else 3)
     measured = rates(contestants(names), rounds=2 if quick else 9, count=8 if quick else 48)
-    print(floor())
+    allowed = floor()
+    print(allowed)
     print(table([*measured, *started]))
+    if not quick:
+        results = {
+            "conditions": where,
+            "floor": allowed,
+            "quantities": record([*measured, *started]),
+        }
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"written to {RESULTS.name}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 
 import gemma_nb as gnb
-from gemma_nb.sampling.decode import Decoder
-from tests.bench.names import HF_BF16, LLAMA, OURS, installed
+from gemma_nb.sampling.decode import COMPILING, Decoder
+from tests.bench.names import HF_BF16, LLAMA, OURS, OURS_INT8, installed
 
 if TYPE_CHECKING:
     from gemma_nb.model import GemmaTransformer
@@ -73,6 +74,13 @@ class Ours:
         self._decoder.reset()
         rest = self._decoder.begin(ids, gnb.Sampling(temperature=0, seed=0))
         self._decoder.prefill(rest)
+
+
+def settle() -> None:
+    """Waits for what a step compiles for later on another thread."""
+    for thread in threading.enumerate():
+        if thread.name == COMPILING:
+            thread.join()
 
 
 def hugging_face(model: GemmaTransformer, name: str) -> Any:
@@ -173,6 +181,8 @@ def contestants(names: Sequence[str]) -> dict[str, Contestant]:
         for name in filter(installed, names):
             if name == OURS:
                 made[name] = Ours(model, tokenizer)
+            elif name == OURS_INT8:
+                made[name] = Ours(model.replace(storage="int8"), tokenizer)
             elif name == LLAMA:
                 # The file is mapped into memory: on POSIX it may be unlinked while in use.
                 made[name] = LlamaCpp(joined_gguf(Path(folder)), tokenizer)

@@ -40,6 +40,20 @@ class Quantity:
         return max(abs(x / middle - 1) for x in self.values[OURS]) if middle else 0.0
 
 
+def record(quantities: Sequence[Quantity]) -> list[dict[str, object]]:
+    """All rounds, medians and ratios, as JSON can hold them."""
+    return [
+        {
+            "title": q.title,
+            "higher_is_better": q.higher_is_better,
+            "rounds": {name: list(values) for name, values in q.values.items() if values},
+            "medians": {name: q.median(name) for name in q.values if q.values[name]},
+            "gemma_nb is better": {name: q.advantage(name) for name in q.values if name != OURS},
+        }
+        for q in quantities
+    ]
+
+
 def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 

@@ -9,7 +9,7 @@ import pytest
 
 from gemma_nb.sampling import prefill
 from gemma_nb.sampling.cache import StreamCache, grow, next_size, rewind, size_for
-from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.decode import COMPILING, Decoder
 from gemma_nb.sampling.methods import Sampling
 
 GREEDY = Sampling(temperature=0, seed=0)
@@ -224,14 +224,14 @@ def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch):
     for _ in range(5):
         decoder.step()
     for thread in threading.enumerate():
-        if thread.name == "gemma-nb-compile":
+        if thread.name == COMPILING:
             thread.join()
-    assert [call[:2] for call in calls if call[2] == "gemma-nb-compile"] == [
+    assert [call[:2] for call in calls if call[2] == COMPILING] == [
         (96, 1),
         (96, 16),
         (96, 64),
     ]
-    assert not any(size == 96 for size, _, thread in calls if thread != "gemma-nb-compile")
+    assert not any(size == 96 for size, _, thread in calls if thread != COMPILING)
     for _ in range(40):
         decoder.step()
     assert decoder._cache.size == 96
