@@ -143,7 +143,8 @@ def _framed(small: np.ma.MaskedArray) -> np.ma.MaskedArray:
     )
     side = len(large)
     margin = round(side * (1 / _FILLED - 1) / 2)
-    cell = np.ma.masked_all((side + 2 * margin, side + 2 * margin))
+    wide = (side + 2 * margin, side + 2 * margin)
+    cell = np.ma.masked_array(np.zeros(wide), np.ones(wide, bool))
     cell[margin : margin + side, margin : margin + side] = large
     return cell
 

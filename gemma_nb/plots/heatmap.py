@@ -73,7 +73,7 @@ def attention(
       layer: index of the layer.
       head: index of the query head; None only for an array without heads.
       ax: where to draw; None makes a figure of a size that fits the labels.
-      start: first position shown, of both queries and keys.
+      start: first position shown, of both queries and keys; turns are summed from the beginning.
       stop: position after the last one shown; None shows all.
       columns: "tokens", or "turns": one column for each turn of the conversation, with the sum of
         the weights on its tokens, and one for the tokens of the template.
@@ -93,9 +93,10 @@ def attention(
       ValueError: a layer or head that the source does not hold, an empty range of positions, or
         turns that are not known.
     """
-    p = pattern(source, layer, head, start=start, stop=stop)
     if columns not in ("tokens", "turns"):
         raise ValueError(f"columns must be 'tokens' or 'turns', got {columns!r}")
+    # A turn's sum is that of all its tokens, whichever rows are shown.
+    p = pattern(source, layer, head, start=start, stop=stop, every_key=columns == "turns")
     what = _label(source)
     visible = p.reachable & (p.keys.positions > 0) if hide_bos else p.reachable
     groups = _groups(p.keys) if columns == "turns" else []
@@ -179,7 +180,8 @@ def _marks(
     else:
         handles += hatch_unreachable(ax, p)
     if hide_bos and p.keys.positions[0] == 0:
-        share = float(p.weights[p.reachable[:, 0], 0].mean())
+        rows_that_reach = p.weights[p.reachable[:, 0], 0]
+        share = float(rows_that_reach.mean()) if rows_that_reach.size else 0.0
         label = f"position 0 left out: rows that reach it give it {share:.0%} of their weight"
         handles.append(Patch(facecolor=HIDDEN, label=label))
         if not groups:

@@ -129,7 +129,7 @@ def _bracket(ax: Axes, p: Pattern, query: int) -> Artist:
     assert p.window is not None
     low = max(query - p.window + 1, int(p.keys.positions[0])) - 0.5
     box = Rectangle((0.985, low), 0.015, query + 0.5 - low, facecolor=LOCAL, edgecolor="none")
-    box.set_label(f"what position {query} can reach: {p.window} positions")
+    box.set_label(f"what position {query} can reach: {min(p.window, query + 1)} positions")
     ax.add_patch(box)
     return box
 

@@ -77,6 +77,7 @@ def pattern(
     *,
     start: int = 0,
     stop: int | None = None,
+    every_key: bool = False,
 ) -> Pattern:
     """The map of one head, cut to positions `start` to `stop` of queries and keys.
 
@@ -86,6 +87,7 @@ def pattern(
       head: index of the head; None for an array without heads.
       start: first position, negative from the end.
       stop: position after the last; None for all.
+      every_key: leave the keys before `start` in.
 
     Raises:
       ValueError: a layer or head that the source does not have, or no position in the range.
@@ -103,7 +105,7 @@ def pattern(
             remarks.append(f"KV group {group}: heads {_listed(sharing)} share keys and values")
     elif head is not None:
         raise ValueError(f"this array has no heads: leave out head={head}")
-    maps = maps_of_layer(source, layer, [] if head is None else [head], start, stop)
+    maps = maps_of_layer(source, layer, [] if head is None else [head], start, stop, every_key)
     return Pattern(
         weights=maps.transpose(..., "query", "key").values.reshape(maps.sizes["query"], -1),
         queries=Tokens.along(maps, "query"),
@@ -141,7 +143,12 @@ def layers_and_heads(source: Any) -> tuple[Sequence[int], Sequence[int], dict[in
 
 
 def maps_of_layer(
-    source: Any, layer: int, heads: Sequence[int], start: int, stop: int | None
+    source: Any,
+    layer: int,
+    heads: Sequence[int],
+    start: int,
+    stop: int | None,
+    every_key: bool = False,
 ) -> xarray.DataArray:
     """([head,] query, key) of one layer, cut to positions `start` to `stop`.
 
@@ -162,7 +169,8 @@ def maps_of_layer(
         raise ValueError(
             f"no position lies in start={start} to stop={stop}; the positions are 0 to {length - 1}"
         )
-    return chosen.sel(query=slice(first, last - 1), key=slice(first, last - 1))
+    keys = slice(None if every_key else first, last - 1)
+    return chosen.sel(query=slice(first, last - 1), key=keys)
 
 
 def check(index: int | None, known: Sequence[int], what: str) -> None:

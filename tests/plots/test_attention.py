@@ -127,6 +127,15 @@ def test_columns_collapse_to_turns(maps, layer):
     save(figure)
 
 
+def test_turns_are_whole_whichever_rows_are_shown(sixty):
+    """The rows of a global layer still add up to one."""
+    axes = gnb.plots.attention(sixty, 2, 0, columns="turns", start=50).axes[0]
+    assert len(axes.get_yticklabels()) == 10
+    np.testing.assert_allclose(drawn(axes).reshape(10, 5).sum(1), 1, rtol=1e-5)
+    hidden = gnb.plots.attention(sixty, 0, 0, columns="turns", start=50, hide_bos=True).axes[0]
+    assert "position 0 left out: rows that reach it give it 0%" in notes(hidden)
+
+
 def test_turns_must_be_known():
     with pytest.raises(ValueError, match=r"chat\.trace"):
         gnb.plots.attention(make_attention(5, chat=False), 0, 0, columns="turns")
@@ -311,6 +320,7 @@ def test_lines_of_one_query_bracket_what_it_can_reach(sixty):
     assert set(segments[:, 0, 1]) == {30}
     (box,) = axes.patches
     assert (box.get_y(), box.get_height()) == (22.5, 8)
+    assert "what position 30 can reach: 8 positions" in notes(axes)
     assert "position 0 left out: these rows give it 0%" in notes(axes)
     with pytest.raises(ValueError, match="not among the positions 0 to 59"):
         gnb.plots.attention_lines(sixty, 0, 2, queries=[60])
