@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb import placement
+from gemma_nb.interp import programs
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer, Wrapped
 from gemma_nb.nn.block import Block
-from gemma_nb.nn.masks import visible
-from gemma_nb.sites import EVERYWHERE, Site
+from gemma_nb.sites import Site
 from gemma_nb.typing import EMPTY, LayerCache, Params, empty_cache
 
 # Texts are padded to one of these lengths, so that a growing conversation seldom recompiles.
@@ -121,7 +121,8 @@ class Pass:
         """(1, padded T, D): the stream before `layer`; of index L after the last one."""
         start = max((i for i in self._kept if i <= layer), default=None)
         if start is None:
-            start, self._kept[0] = 0, _embed(self._ours, self._params, self._tokens, *self._edits)
+            start, given = 0, (self._ours, self._params, self._tokens, *self._edits)
+            self._kept[0] = programs.embed(*given)
         x = self._kept[start]
         for i in range(start, layer):
             x, _ = cast(tuple[jax.Array, Any], self._through(i, x, (), ALL))
@@ -167,7 +168,7 @@ class Pass:
         """The stream after a layer (None where it is known already), and some of its sites."""
         advance = layer + 1 not in self._kept
         call = partial(
-            _block,
+            programs.run_block,
             Block(self.model.config, self.model.config.layers[layer]),
             sites,
             select.dtype,
@@ -234,7 +235,7 @@ class Pass:
         if s.name == "embed":
             return self._rows(s, self.residual(0)[0], select)
         last = self.residual(self.model.config.num_layers)
-        final, rms = _finish(self._ours, self._params, last, *self._edits)
+        final, rms = programs.finish(self._ours, self._params, last, *self._edits)
         if s.name == "final_rms":
             return self._rows(s, rms[0], select)
         if s.name == "final":
@@ -245,7 +246,7 @@ class Pass:
     def _capture_wrapped(
         self, sites: Sequence[Site], layers: Sequence[int], select: Selection
     ) -> dict[str, np.ndarray]:
-        values = _capture(
+        values = programs.capture_wrapped(
             self.model.transformer,
             tuple(sites),
             tuple(layers),
@@ -278,162 +279,6 @@ def _logits(model: GemmaTransformer, final: np.ndarray, dtype: str) -> np.ndarra
         rows = final[start : start + _VOCABULARY_ROWS]
         padded = np.zeros((_VOCABULARY_ROWS, final.shape[1]), final.dtype)
         padded[: len(rows)] = rows
-        logits = _unembed(model.transformer, model.params, padded, dtype)
+        logits = programs.unembed(model.transformer, model.params, padded, dtype)
         result[start : start + len(rows)] = placement.fetch(logits)[: len(rows)]
     return result
-
-
-# Static: the module and the dtype.
-@partial(jax.jit, static_argnums=(0, 3))
-def _unembed(transformer: Any, params: Params, hidden: jax.Array, dtype: str) -> jax.Array:
-    return transformer.apply({"params": params}, hidden, method="unembed").astype(dtype)
-
-
-def _encode(module: Any, tokens: jax.Array, edit: Any) -> jax.Array:
-    x = module.embedder.encode(tokens if edit is None else edit("tokens", tokens))
-    return x if edit is None else edit("embed", x)
-
-
-def _normalise(module: Any, x: jax.Array, edit: Any) -> jax.Array:
-    x = module.final_norm(x)
-    return x if edit is None else edit("final", x)
-
-
-# Static: the module.
-@jax.jit(static_argnums=0)
-def _embed(
-    transformer: Transformer,
-    params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    interventions: Any,
-) -> jax.Array:
-    edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
-    return cast(jax.Array, transformer.apply({"params": params}, tokens, edit, method=_encode))
-
-
-# Static: the module.
-@jax.jit(static_argnums=0)
-def _finish(
-    transformer: Transformer,
-    params: Params,
-    x: jax.Array,
-    positions: jax.Array,
-    interventions: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Final-normed states (1, T, D) and what they were divided by (1, T)."""
-    edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
-    final, state = transformer.apply(
-        {"params": params}, x, edit, method=_normalise, mutable=["intermediates"]
-    )
-    return final, state["intermediates"]["final_norm"]["rms"][0]
-
-
-# Static: the block (kind and sizes), the sites, the dtype, and whether the stream goes on.
-# Traced: parameters, the layer's number and all that is selected, so layers share a compilation.
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames=("cache",))
-def _block(
-    block: Block,
-    sites: tuple[Site, ...],
-    dtype: str,
-    advance: bool,
-    params: Params,
-    interventions: Any,
-    layer: jax.Array,
-    heads: jax.Array | None,
-    x: jax.Array,
-    positions: jax.Array,
-    cache: LayerCache | None,
-    rows: jax.Array | None,
-) -> tuple[jax.Array | None, LayerCache | None, dict[str, jax.Array]]:
-    """(stream (1, T, D), cache, site name -> (T, ...) or (N, T, S))."""
-    edit = None if interventions is None else interventions.at(layer, positions)
-    (after, cache), state = block.apply(
-        {"params": params}, x, positions, cache, None, edit, mutable=["intermediates"]
-    )
-    sown = state["intermediates"]
-
-    def value(s: Site) -> jax.Array:
-        if s.name == "head_out":
-            array = head_outputs(params, sown["attn"]["z"][0])
-        elif s.name == "scores":
-            array = _scores(block, sown, positions, cache, edit)
-        else:
-            array = s.value(sown)
-        array = array[0]
-        if rows is not None:
-            array = array[rows]
-        if heads is not None and "N" in s.dims:
-            array = array[:, heads]
-        # The model keeps queries in front; a map is read head by head.
-        array = array.transpose(1, 0, 2) if s.is_map else array
-        return array.astype(dtype)
-
-    return after if advance else None, cache, {s.name: value(s) for s in sites}
-
-
-def head_outputs(params: Params, z: jax.Array) -> jax.Array:
-    """(B, T, N, D): each head's part of attention's output before any post-norm.
-
-    Args:
-      params: of one layer.
-      z: (B, T, N, H).
-    """
-    w = params["attn"]["attn_vec_einsum"]["w"]
-    return jnp.einsum("BTNH,NHD->BTND", z, w.astype(z.dtype))
-
-
-def _scores(
-    block: Block,
-    sown: Mapping[str, Any],
-    positions: jax.Array,
-    cache: LayerCache | None,
-    edit: Any,
-) -> jax.Array:
-    """(B, T, N, S) float32 scores as the softmax sees them, -inf where it sees none."""
-    q, k, keys = sown["attn"]["q"][0], sown["attn"]["k"][0], positions
-    if cache is not None:
-        k, keys = cache["k"].astype(q.dtype), cache["positions"]
-    batch, length, heads, head_dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
-    scores = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k).astype(jnp.float32)
-    scores = scores.reshape(batch, length, heads, -1)
-    cap = block.config.attn_logits_soft_cap
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
-    mask = visible(positions, keys, block.spec.kind)[:, :, None]
-    mask = jnp.broadcast_to(mask, scores.shape)
-    if edit is not None:
-        mask = edit.edges(mask, keys)
-    return jnp.where(mask, scores, -jnp.inf)
-
-
-# Static: the module, and what is captured, since both decide what is computed at all.
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _capture(
-    transformer: Wrapped,
-    wanted: tuple[Site, ...],
-    layers: tuple[int, ...],
-    dtype: str,
-    params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-) -> dict[str, jax.Array]:
-    """Of another library's module, in one pass: site name -> (layers, T, ...) or (T, ...)."""
-    output, state = transformer.apply(
-        {"params": params}, tokens, positions=positions, mutable=["intermediates"]
-    )
-    sown: Any = state["intermediates"]
-
-    def value(s: Site, layer: int | None) -> jax.Array:
-        array = s.value(sown, layer)[0]
-        return array.transpose(1, 0, 2) if s.is_map else array
-
-    def stacked(s: Site) -> jax.Array:
-        if s.name == "logits":
-            return output.logits[0]
-        if not s.per_layer:
-            return value(s, None)
-        return jnp.stack([value(s, layer) for layer in layers])
-
-    return {s.name: stacked(s).astype(dtype) for s in wanted}

@@ -11,7 +11,6 @@ metric looks.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,13 +22,13 @@ import numpy as np
 from gemma_nb import placement
 from gemma_nb.interp.labels import Labels
 from gemma_nb.interp.metrics import Metric, resolve
+from gemma_nb.interp.packing import Batch, Cell, SlotPatch, run_layer
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interp.vocabulary import normalise
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.block import Block
 from gemma_nb.text.tokenizer import Tokenizer
-from gemma_nb.typing import EMPTY, Params
 
 if TYPE_CHECKING:
     import xarray
@@ -38,19 +37,6 @@ _AXES = ("layer", "position", "head")
 _SITES = ("residual_pre", "residual_mid", "residual", "attn_out", "mlp_out", "z")
 _ROWS = 16  # packed rows that go through a layer at a time
 _BATCH_TOKENS = 1024  # fewer rows where texts are long
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cell:
-    """One patch: of the whole text where position is None, of all heads where head is."""
-
-    position: int | None
-    head: int | None
-    place: tuple[int, ...]  # its indices in the result, behind the layer's
-
-    @property
-    def start(self) -> int:
-        return self.position or 0
 
 
 def activation_patching(
@@ -202,7 +188,7 @@ class _Sweep:
         at = jnp.full((len(final), 1), self.length - 1, jnp.int32)
         return np.asarray(given.at(EVERYWHERE, at)("final", jnp.asarray(final)[:, None])[:, 0])
 
-    def _packed(self, axes: tuple[str, ...]) -> Iterator[_Batch]:
+    def _packed(self, axes: tuple[str, ...]) -> Iterator[Batch]:
         """The cells of one layer, two to a row where they fit, `rows` rows to a batch."""
         heads = range(self.model.config.num_heads) if "head" in axes else [None]
         places = range(self.length) if "position" in axes else [None]
@@ -210,9 +196,9 @@ class _Sweep:
         for p in places:
             for h in heads:
                 place = tuple(i for i in (p, h) if i is not None)
-                cells.append(_Cell(p, h, place))
+                cells.append(Cell(p, h, place))
         cells.sort(key=lambda cell: cell.start)
-        rows: list[list[_Cell]] = []
+        rows: list[list[Cell]] = []
         while cells:
             row = [cells.pop(0)]
             # The longest that still fits beside it.
@@ -222,15 +208,15 @@ class _Sweep:
                 row.append(cells.pop(fits))
             rows.append(row)
         for start in range(0, len(rows), self.rows):
-            yield _Batch.of(rows[start : start + self.rows], self.rows, self.length)
+            yield Batch.of(rows[start : start + self.rows], self.rows, self.length)
 
-    def _cells(self, layer: int, batch: _Batch, bar: Any) -> np.ndarray:
+    def _cells(self, layer: int, batch: Batch, bar: Any) -> np.ndarray:
         """(rows, T, D): the stream after the last layer, of one layer's patches."""
         c = self.model.config
         x = self.corrupted.get("residual_pre", layer).values[0][batch.source]
         patch = self._patch(layer, batch)
         for i in range(layer, c.num_layers):
-            x = _layer(
+            x = run_layer(
                 Block(c, c.layers[i]),
                 self.site,
                 self.model.params[f"layer_{i}"],
@@ -247,7 +233,7 @@ class _Sweep:
             bar.update(1)
         return np.asarray(placement.fetch(x))
 
-    def _patch(self, layer: int, batch: _Batch) -> _SlotPatch:
+    def _patch(self, layer: int, batch: Batch) -> SlotPatch:
         """Where and with what the slots of a batch are patched."""
         values = self.clean.get(self.site, layer).values[0][batch.source]
         acts: Any = np.zeros(batch.positions.shape, bool)
@@ -256,118 +242,7 @@ class _Sweep:
             acts[row, start : end if cell.position is None else start + 1] = True
             if cell.head is not None:
                 heads[row, start:end] = np.arange(heads.shape[-1]) == cell.head
-        return _SlotPatch(acts, heads, values)
-
-
-@dataclasses.dataclass(frozen=True)
-class _SlotPatch:
-    """A patch by slot: acts (R, T) bool, heads (R, T, N) bool, values (R, T, ...)."""
-
-    acts: np.ndarray
-    heads: np.ndarray
-    values: np.ndarray
-
-    def off(self) -> _SlotPatch:
-        return dataclasses.replace(self, acts=np.zeros_like(self.acts))
-
-
-jax.tree_util.register_dataclass(
-    _SlotPatch, data_fields=["acts", "heads", "values"], meta_fields=[]
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    """Packed rows of cells.
-
-    Attributes:
-      positions: (R, T) absolute position of each slot, -1 where it is empty.
-      source: the same with 0 for -1, to gather by.
-      mask: (R, T, 2 T) which of the unpatched run's keys and of the row's own each slot sees.
-      spans: (row, first slot, slot behind the last, cell).
-    """
-
-    positions: np.ndarray
-    source: np.ndarray
-    mask: np.ndarray
-    spans: tuple[tuple[int, int, int, _Cell], ...]
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[_Cell]], count: int, length: int) -> _Batch:
-        positions = np.full((count, length), EMPTY, np.int32)
-        mask = np.zeros((count, length, 2 * length), bool)
-        spans = []
-        for r, row in enumerate(rows):
-            start = 0
-            for cell in row:
-                size = length - cell.start
-                end = start + size
-                positions[r, start:end] = np.arange(cell.start, length)
-                mask[r, start:end, : cell.start] = True
-                own = slice(length + start, length + end)
-                mask[r, start:end, own] = np.tri(size, dtype=bool)
-                spans.append((r, start, end, cell))
-                start = end
-        return cls(positions, np.maximum(positions, 0), mask, tuple(spans))
-
-
-class _PatchedEdit:
-    """The model's own interventions, then a patch by slot."""
-
-    def __init__(self, own: Any, site: str, patch: _SlotPatch) -> None:
-        self.own, self.site, self.patch = own, site, patch
-        self.edits_attention = own is not None and own.edits_attention
-
-    def __call__(self, name: str, value: jax.Array, keys: Any = None) -> jax.Array:
-        if self.own is not None:
-            value = self.own(name, value, keys)
-        if name != self.site:
-            return value
-        acts = self.patch.acts.reshape(*self.patch.acts.shape, *(1,) * (value.ndim - 2))
-        if name == "z":
-            acts = acts & self.patch.heads[..., None]
-        return jnp.where(acts, self.patch.values.astype(value.dtype), value)
-
-    def edges(self, mask: jax.Array, keys: jax.Array) -> jax.Array:
-        return mask if self.own is None else self.own.edges(mask, keys)
-
-
-# Static: the block and the site.  Traced: parameters and layer, so one compilation for each kind
-# of layer serves the whole sweep.
-@partial(jax.jit, static_argnums=(0, 1))
-def _layer(
-    block: Block,
-    site: str,
-    params: Params,
-    interventions: Any,
-    layer: jax.Array,
-    x: jax.Array,
-    positions: jax.Array,
-    mask: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    patch: _SlotPatch,
-) -> jax.Array:
-    """The stream (R, T, D) behind a layer."""
-    rows, length = positions.shape
-    own = None if interventions is None else interventions.at(layer, positions)
-
-    def cached(shared: jax.Array) -> jax.Array:
-        both = jnp.concatenate([shared, jnp.zeros_like(shared)])[None]
-        return jnp.broadcast_to(both, (rows, *both.shape[1:])).astype(x.dtype)
-
-    at = jnp.arange(length, dtype=jnp.int32)
-    cache = {
-        "k": cached(keys),
-        "v": cached(values),
-        "positions": jnp.broadcast_to(jnp.concatenate([at, at * 0 + EMPTY]), (rows, 2 * length)),
-        "end_index": jnp.full(rows, length, jnp.int32),
-    }
-    # Every slot is stored, the empty ones too, so that slots and mask agree.
-    counted = jnp.maximum(positions, 0)
-    edit = _PatchedEdit(own, site, patch)
-    x, _ = block.apply({"params": params}, x, counted, cache, mask, edit)
-    return x
+        return SlotPatch(acts, heads, values)
 
 
 # Static: the soft-cap, and a metric that is a function.  Traced: the tokens of the others.

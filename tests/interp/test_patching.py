@@ -93,13 +93,13 @@ def test_heads_at_positions_under_other_interventions(case):
 
 
 def test_a_sweep_compiles_each_kind_of_layer_once(case):
-    from gemma_nb.interp import patching
+    from gemma_nb.interp import packing
 
     model, clean, corrupted = case
     gnb.activation_patching(model, clean, corrupted, METRIC, progress=False)
-    compiled = patching._layer._cache_size()
+    compiled = packing.run_layer._cache_size()
     gnb.activation_patching(model, corrupted, clean, gnb.LogitDifference(3, 4), progress=False)
-    assert patching._layer._cache_size() == compiled
+    assert packing.run_layer._cache_size() == compiled
 
 
 @pytest.mark.parametrize(
