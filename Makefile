@@ -4,9 +4,12 @@
 #   PORT=8899                where JupyterLab listens (the next free port if it is taken)
 #   NO_BROWSER=1             print the URL, open nothing
 #   TESTS=tests/chat         what `make test` hands to pytest, instead of everything
+#   PARALLEL=                run the tests in one process
 
 PORT ?= 8888
 TESTS ?= tests
+# Files are dealt out to two processes; each loads the default model once.
+PARALLEL ?= -n 2 --dist loadfile
 VENV = .venv
 BIN = $(VENV)/bin
 INSTALL = PYTHON='$(PYTHON)' VENV='$(VENV)' sh .ci/venv.sh
@@ -30,7 +33,7 @@ run:
 	exec $(BIN)/python -m gemma_nb lab --port '$(PORT)' $$no_browser
 
 test: lint chromium
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(TESTS) $(PARALLEL)
 
 lint:
 	@$(INSTALL) app model dev
