@@ -190,8 +190,7 @@ def test_sources_that_cannot_be_loaded_say_what_to_do(source, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "int8"}, "dtype='int8' is not available yet"),
-        ({"dtype": "float16"}, "expected dtype 'bfloat16' or 'float32', got 'float16'"),
+        ({"dtype": "float16"}, "expected dtype 'bfloat16', 'float32' or 'int8', got 'float16'"),
         ({"mesh": object()}, 'expected a jax.sharding.Mesh, "auto" or None'),
         ({"revision": "main"}, "expected revision=None for a path, got 'main'"),
     ],
@@ -199,6 +198,13 @@ def test_sources_that_cannot_be_loaded_say_what_to_do(source, message):
 def test_arguments_that_are_not_available_are_refused(tiny_gguf, arguments, message):
     with pytest.raises(ValueError, match=message):
         gnb.load(tiny_gguf, **arguments)
+
+
+def test_int8_is_a_storage_beside_the_same_parameters(tiny_gguf):
+    model, _ = gnb.load(tiny_gguf, dtype="int8", progress=False)
+    plain, _ = gnb.load(tiny_gguf, progress=False)
+    assert (model.storage, plain.storage) == ("int8", "exact")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), model.params, plain.params))
 
 
 def test_errors_in_the_file_name_the_file(tmp_path, cache):
