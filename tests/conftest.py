@@ -7,7 +7,8 @@ GEMMA_NB_CACHE says, as they do outside the tests: a second run of the tests doe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -44,6 +45,19 @@ hypothesis.settings.register_profile(
     "gemma_nb", deadline=None, print_blob=True, derandomize="CI" in os.environ
 )
 hypothesis.settings.load_profile("gemma_nb")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Lets go of compiled programs before there are too many.
+
+    Each is several memory mappings, of which Linux allows a process 65,530 by default; XLA crashes
+    when it gets no more.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
