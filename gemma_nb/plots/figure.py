@@ -55,7 +55,7 @@ def canvas(
     height: float,
     *,
     left: float = 0.8,
-    right: float = 0.8,
+    right: float = 0.9,
     top: float = 0.5,
     bottom: float = 0.1,
 ) -> tuple[Figure, Axes]:

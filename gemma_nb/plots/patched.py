@@ -71,7 +71,7 @@ def patching(
             float(np.clip(PITCH * len(tokens), 1.4, PITCH * MOST_LABELS)),
             left=label_inches(tokens) + 0.25,
             top=0.75,
-            right=1.3,
+            right=1.4,
         )
         mesh, remark = sheet(
             ax, values, tokens, names, norm=norm, cmap=colors, kinds=kinds, center=base
@@ -90,7 +90,7 @@ def patching(
             max(0.4, 0.22 * len(values)),
             left=1.45,
             top=0.75,
-            right=1.3,
+            right=1.4,
         )
         mesh = _layers_by_heads(ax, rows, values, across, norm, colors)
         handles = []

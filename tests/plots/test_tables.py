@@ -122,7 +122,7 @@ def test_lens_refuses_what_is_not_there():
     lens = make.make_lens(5)
     for kwargs, message in (
         ({"value": "colour"}, "'probability', 'logprob'"),
-        ({"rank": 3}, "ranks are 0 to 2"),
+        ({"rank": 3}, "the lens has ranks 0 to 2"),
         ({"start": 5}, "no position"),
         ({"watch": " dog"}, "watch="),
     ):
