@@ -221,7 +221,7 @@ interventions = st.one_of(
 )
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.lists(interventions, min_size=1, max_size=2), st.sampled_from([0, 0, 7, 26]))
 def test_cached_decoding_equals_the_full_pass(tiny_model, items, start):
     model = tiny_model[0].intervene(*items, start=start)

@@ -53,6 +53,7 @@ def test_chatting_in_the_first_notebook(lab, open_notebook, screenshots) -> None
     # Stop ends a long reply at once, and the conversation goes on.
     notebook.run_cell(sampling.format("max_new_tokens=400"))
     chat.say(STORY)
+    expect(replies).to_have_count(before + 2)  # until then the last one is the one before
     streamed = replies.last.locator("[data-token-index]")
     expect(streamed.nth(3)).to_be_visible(timeout=30_000)
     running, count = chat.stop.is_enabled(), streamed.count()
