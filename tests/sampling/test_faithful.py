@@ -26,8 +26,8 @@ def passage(real_model):
     """Token ids of English, more than 1,000 of them."""
     own = Path(__file__).with_name("english.txt").read_text(encoding="utf-8")
     ids = real_model[1].encode(TEXT.read_text(encoding="utf-8") + own, bos=True)
-    assert len(ids) > 1000
-    return ids
+    assert len(ids) > COUNT
+    return ids[:COUNT]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def plain(real_model, passage):
     return states, [log_softmax(product(chunk, table)) for chunk in jnp.split(states, SPLITS)]
 
 
-SPLITS = (256, 512, 768)
+COUNT, SPLITS = 1040, (260, 520, 780)
 log_softmax = jax.jit(jax.nn.log_softmax)
 
 
@@ -98,7 +98,7 @@ def test_int8_layers_decode_nearly_that(real_model, passage, plain, head):
     table = model.params["embedder"]["input_embedding"]
     kl, same, _, _ = compare(head, table, states, plain[1])
     assert kl < 5e-3
-    assert same >= 0.965  # 0.9695
+    assert same >= 0.965  # 0.973; 0.9695 over all of the 1,280 tokens
 
 
 def test_steps_compute_what_these_tests_compare(real_model, passage, plain):
@@ -106,6 +106,6 @@ def test_steps_compute_what_these_tests_compare(real_model, passage, plain):
     model, _ = real_model
     decoder = Decoder(model, limit=1024, top_k=20)
     evidence = decoder.prefill(decoder.begin(passage[:300], Sampling(temperature=0, seed=0)))
-    expected = np.asarray(plain[1][1][299 - 256])
+    expected = np.asarray(plain[1][1][299 - 260])
     assert evidence.ids.tolist() == np.argsort(-expected)[:20].tolist()
     np.testing.assert_allclose(evidence.logprobs, expected[evidence.ids], atol=2e-3)
