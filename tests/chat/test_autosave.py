@@ -19,7 +19,7 @@ from tests.chat.autosaving import model_for
 
 REPO = Path(__file__).parents[2]
 # How often a session is killed; 50 shows it, a few guard it.
-KILLS = int(os.environ.get("GEMMA_NB_KILLS", "3"))
+KILLS = int(os.environ.get("GEMMA_NB_KILLS", "2"))
 SAMPLING = gnb.Sampling(seed=1, max_new_tokens=8)
 
 

@@ -21,7 +21,7 @@ import gemma_nb as gnb
 from gemma_nb.errors import ContextFullError
 from tests.chat.checks import assert_parity
 
-SEQUENCES = int(os.environ.get("GEMMA_NB_SEQUENCES", "60"))
+SEQUENCES = int(os.environ.get("GEMMA_NB_SEQUENCES", "30"))
 OPERATIONS = 8
 
 TEXTS = st.sampled_from(["Hi", "", "more é", "longer than the window of eight", "中"])
