@@ -8,8 +8,9 @@ device and imports no widget.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gemma_nb.lazy import attach
 
 __version__ = "0.1.0"
 
@@ -65,21 +66,7 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'gemma_nb' has no attribute {name!r}")
-    home = importlib.import_module(_PUBLIC[name])
-    # `presets`, `nn`, ...: the module itself; otherwise a name in it.
-    value = home if home.__name__ == f"gemma_nb.{name}" else getattr(home, name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
+__getattr__, __dir__ = attach(__name__, globals(), _PUBLIC)
 
 if TYPE_CHECKING:
     from gemma_nb import errors, nn, plots, presets, widgets

@@ -39,8 +39,9 @@ class GemmaTransformer:
         interface (see `wrap`).
       info: what is known about the checkpoint; None for a model made by hand.
       storage: what single tokens are decoded from on a CPU: "exact", the layers' weights as they
-        are, or "int8", a copy of them with eight bits per weight and a scale per row.  Scoring,
-        tracing and prompts use `params`' own precision either way.
+        are, or "int8", a copy of them with eight bits per weight and a scale per row.  Scoring
+        and tracing use `params`' own precision either way, and so do prompts where there is memory
+        for another copy of the layers.
       interventions: what is changed in every computation, see `intervene`; None changes nothing.
     """
 

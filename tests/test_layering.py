@@ -15,7 +15,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gemma_nb"
 ROOMS = [
-    *("errors", "typing", "sites", "config", "presets", "axes", "nn", "placement", "checkpoints"),
+    *(
+        "lazy",
+        "errors",
+        "typing",
+        "sites",
+        "config",
+        "presets",
+        "axes",
+        "nn",
+        "placement",
+        "checkpoints",
+    ),
     *("text", "structure", "inputs", "interventions", "model"),
     *("sampling", "chat", "interp", "plots", "widgets", "app", "cli", "__main__"),
 ]

@@ -15,6 +15,7 @@ from gemma_nb.errors import ContextFullError
 from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.methods import Sampling
+from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template
 from gemma_nb.text.tokenizer import Tokenizer
 
@@ -425,12 +426,7 @@ def _equals(a: TokenRecord, b: TokenRecord) -> bool:
 
 def _shared(records: Sequence[TokenRecord], ids: Sequence[int]) -> tuple[TokenRecord, ...]:
     """The leading records that spell the beginning of `ids`."""
-    count = 0
-    for record, token in zip(records, ids, strict=False):
-        if record.token_id != token:
-            break
-        count += 1
-    return tuple(records[:count])
+    return tuple(records[: shared_prefix([record.token_id for record in records], ids)])
 
 
 def _turn(node: Node) -> Turn:

@@ -118,9 +118,3 @@ _WAYS_OUT = (
     'Set chat.when_full = "drop_oldest" to let the oldest messages go, undo() some, start a new '
     "conversation, or a session with a larger cache_length."
 )
-
-
-def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading items a and b share."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

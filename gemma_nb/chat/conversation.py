@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from gemma_nb.chat.branches import Plan, Planner
-from gemma_nb.chat.context import WhenFull, check_policy, shared_prefix
+from gemma_nb.chat.context import WhenFull, check_policy
 from gemma_nb.chat.events import Context, TokenEvent, TokenRecord, Turn
 from gemma_nb.chat.generation import STOPPED, Generation
 from gemma_nb.chat.interrupts import between_steps
@@ -22,6 +22,7 @@ from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Capture
 from gemma_nb.sampling.methods import Sampling
+from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template, resolve_template
 from gemma_nb.text.tokenizer import Tokenizer
 

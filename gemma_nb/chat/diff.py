@@ -9,9 +9,9 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from gemma_nb.chat.branches import Planner
-from gemma_nb.chat.context import shared_prefix
 from gemma_nb.chat.events import Turn
 from gemma_nb.chat.tree import Node
+from gemma_nb.text.prefix import shared_prefix
 
 if TYPE_CHECKING:
     import pandas

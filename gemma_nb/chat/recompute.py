@@ -13,6 +13,7 @@ from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.methods import Sampling
 from gemma_nb.text.detokenizer import StreamingDetokenizer
+from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template
 from gemma_nb.text.tokenizer import Tokenizer
 
@@ -63,7 +64,7 @@ class Recomputation:
                 continue
             turn = self.turn([n.turn for n in node.path()[:-1] if n.turn], node.turn, respell)
             if respell and turn.origin is not None:
-                shared = _common_prefix(before.get(turn.origin.turn, ()), turn.tokens)
+                shared = shared_prefix(_ids(before.get(turn.origin.turn, ())), _ids(turn.tokens))
                 origin = dataclasses.replace(turn.origin, index=shared, given=0)
                 turn = dataclasses.replace(turn, origin=origin)
             node.turn = turn
@@ -116,8 +117,5 @@ class Recomputation:
         return texts
 
 
-def _common_prefix(a: Sequence[TokenRecord], b: Sequence[TokenRecord]) -> int:
-    """How many leading tokens a and b share."""
-    pairs = enumerate(zip(a, b, strict=False))
-    differing = (i for i, (x, y) in pairs if x.token_id != y.token_id)
-    return next(differing, min(len(a), len(b)))
+def _ids(records: Sequence[TokenRecord]) -> list[int]:
+    return [record.token_id for record in records]

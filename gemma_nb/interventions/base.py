@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import flax
@@ -258,6 +258,32 @@ def shape_of(name: str, config: TransformerConfig) -> tuple[int, ...]:
     sizes = {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
     sizes |= {"D": config.embed_dim, "F": config.hidden_dim}
     return tuple(sizes[axis] for axis in SITES[name].dims[2:])
+
+
+def replacements(method: str, values: Callable[[int], Any] | None, count: int) -> jax.Array:
+    """What `count` ablated parts are replaced with: (count, P, width) float32.
+
+    P is 1 for "zero" and "mean", and the length of the reference text for "resample".
+
+    Args:
+      method: "zero", "mean" or "resample".
+      values: from the index of a part to its (P, width) values in a reference trace; None where
+        there is none.
+      count: how many parts.
+
+    Raises:
+      ValueError: another method, or no reference where one is needed.
+    """
+    if method == "zero":
+        return jnp.zeros((count, 1, 1))
+    if method not in ("mean", "resample"):
+        raise ValueError(f'method must be "zero", "mean" or "resample", got {method!r}')
+    needs_reference(values, method)
+    assert values is not None
+    taken = [np.asarray(values(i)) for i in range(count)]
+    if method == "mean":
+        taken = [x.mean(axis=0, keepdims=True) for x in taken]
+    return jnp.asarray(np.stack(taken), jnp.float32)
 
 
 def needs_reference(reference: Any, method: str) -> None:

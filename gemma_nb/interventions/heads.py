@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gemma_nb.interventions.base import (
     Intervention,
@@ -17,9 +16,9 @@ from gemma_nb.interventions.base import (
     check_width,
     fill,
     ints,
-    needs_reference,
     node,
     plain,
+    replacements,
     static,
     wide,
 )
@@ -109,16 +108,13 @@ class AblateHeads(Intervention):
         flat = [(int(i), int(head)) for i, of in heads.items() for head in of]
         fill(self, layers=ints(x[0] for x in flat), heads=ints(x[1] for x in flat))
         fill(self, method=method, where=Where.of(positions))
-        fill(self, values=jnp.zeros((len(flat), 1, 1)))
-        if method == "zero":
-            return
-        if method not in ("mean", "resample"):
-            raise ValueError(f'method must be "zero", "mean" or "resample", got {method!r}')
-        needs_reference(reference, method)
-        z = [reference.get("z", layers=i).values[0, :, head] for i, head in flat]
-        if method == "mean":
-            z = [x.mean(axis=0, keepdims=True) for x in z]
-        fill(self, values=jnp.asarray(np.stack(z), jnp.float32))
+
+        def z(part: int) -> Any:
+            layer, head = flat[part]
+            return reference.get("z", layers=layer).values[0, :, head]
+
+        given = None if reference is None else z
+        fill(self, values=replacements(method, given, len(flat)))
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gemma_nb.interventions.base import (
     Intervention,
@@ -17,9 +16,9 @@ from gemma_nb.interventions.base import (
     check_width,
     fill,
     ints,
-    needs_reference,
     node,
     plain,
+    replacements,
     shape_of,
     short,
     static,
@@ -57,16 +56,12 @@ class AblateMLP(Intervention):
     ) -> None:
         chosen = [layers] if isinstance(layers, int) else list(layers)
         fill(self, layers=ints(chosen), method=method, where=Where.of(positions))
-        fill(self, values=jnp.zeros((len(chosen), 1, 1)))
-        if method == "zero":
-            return
-        if method not in ("mean", "resample"):
-            raise ValueError(f'method must be "zero", "mean" or "resample", got {method!r}')
-        needs_reference(reference, method)
-        out = [reference.get("mlp_out", layers=i).values[0] for i in chosen]
-        if method == "mean":
-            out = [x.mean(axis=0, keepdims=True) for x in out]
-        fill(self, values=jnp.asarray(np.stack(out), jnp.float32))
+
+        def out(part: int) -> Any:
+            return reference.get("mlp_out", layers=chosen[part]).values[0]
+
+        given = None if reference is None else out
+        fill(self, values=replacements(method, given, len(chosen)))
 
     @property
     def sites(self) -> tuple[str, ...]:

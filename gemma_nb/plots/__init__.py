@@ -6,8 +6,9 @@ and none normalises: colours stand for the numbers as given, on the scale that t
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gemma_nb.lazy import attach
 
 _PUBLIC = {
     "attention": "gemma_nb.plots.heatmap",
@@ -38,19 +39,7 @@ __all__ = [
     "token_probabilities",
     "token_strip",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'gemma_nb.plots' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
+__getattr__, __dir__ = attach(__name__, globals(), _PUBLIC)
 
 if TYPE_CHECKING:
     from gemma_nb.plots.attributions import attribution_bars, attribution_matrix

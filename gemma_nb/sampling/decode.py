@@ -25,6 +25,7 @@ from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import BUCKETS, chunks
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
+from gemma_nb.text.prefix import shared_prefix
 
 # The name of the threads that compile what is not needed yet.
 COMPILING = "gemma-nb-compile"
@@ -109,12 +110,6 @@ def _new_rows(sown: Any, rings: Sequence[bool]) -> jax.Array:
     return stacked.reshape(*stacked.shape[:3], -1).astype(jnp.float32)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading items a and b share."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
 class Decoder:
     """One stream of tokens: what is in the cache, and the next choice.
 
@@ -160,7 +155,7 @@ class Decoder:
 
     def keep(self, ids: Sequence[int]) -> None:
         """Takes back what is in the cache beyond the prefix that it shares with `ids`."""
-        shared = _common_prefix(self.ids, ids)
+        shared = shared_prefix(self.ids, ids)
         held = len(self.ids) + (self._ahead is not None)
         if self._cache is not None and shared < held:
             ring = self._cache.ring_size
@@ -305,10 +300,12 @@ class Decoder:
             return
         self._compiling.add(size)
         empty = partial(StreamCache.empty, self._transformer.config, size, roll=self._roll)
-        run = partial(self._step, self._leaves)
+        # Shapes: the arrays themselves are given away by the next step.
+        seen = jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype)
+        arguments = (self._step, self._leaves, jax.eval_shape(empty), seen)
         settings = (self._controls, self._interventions)
         # Not a daemon: XLA must not be stopped in the middle of a compilation when Python ends.
-        thread = threading.Thread(target=_compile, args=(run, empty, *settings))
+        thread = threading.Thread(target=_compile, args=(*arguments, *settings))
         thread.name = COMPILING
         thread.start()
 
@@ -322,13 +319,18 @@ class _Made:
 
 
 def _compile(
-    step: Callable[..., Any],
-    empty: Callable[[], StreamCache],
+    step: Any,
+    leaves: Sequence[jax.Array],
+    cache: StreamCache,
+    seen: jax.ShapeDtypeStruct,
     controls: Controls,
     interventions: Interventions | None,
 ) -> None:
-    """Runs the steps that come first at a cache size, on nothing."""
+    """Compiles the steps that come first at a cache size; nothing is allocated or run.
+
+    JAX keeps what it has compiled for these shapes, and a later call of `step` finds it.
+    """
     for length in (1, *BUCKETS[:2]):
-        seen, tokens = jnp.zeros(controls.banned.shape, bool), np.zeros((1, length), np.int32)
-        positions = np.arange(length, dtype=np.int32)[None]
-        step(empty(), seen, tokens, positions, np.int32(0), controls, interventions)
+        tokens = positions = np.zeros((1, length), np.int32)
+        last = np.int32(0)
+        step.lower(leaves, cache, seen, tokens, positions, last, controls, interventions).compile()

@@ -84,9 +84,11 @@ _JOINED = ("q_einsum", "kv_einsum")
 def _columns(model: GemmaTransformer) -> Any:
     """The dtype of the copy that several tokens at once are computed from; None for no copy."""
     layers = model.config.num_params() - model.config.num_embed * model.config.embed_dim
-    dtype = jnp.bfloat16 if has_matrix_unit() else jnp.float32
-    if model.params["embedder"]["input_embedding"].dtype == jnp.float32 and dtype == jnp.bfloat16:
-        return None  # bfloat16 would not hold them
+    own = model.params["embedder"]["input_embedding"].dtype
+    if own == jnp.float32 and model.storage == "exact":
+        return None  # the rows do as well
+    # bfloat16 would not hold float32 parameters.
+    dtype = jnp.bfloat16 if has_matrix_unit() and own == jnp.bfloat16 else jnp.float32
     room = memory.available()
     return dtype if not room or 4 * layers * jnp.dtype(dtype).itemsize < room else None
 

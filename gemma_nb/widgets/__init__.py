@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gemma_nb.lazy import attach
 
 _PUBLIC = {
     "ChatPanel": "gemma_nb.widgets.chat",
@@ -11,19 +12,7 @@ _PUBLIC = {
 }
 
 __all__ = ["AttentionPanel", "ChatPanel"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'gemma_nb.widgets' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
+__getattr__, __dir__ = attach(__name__, globals(), _PUBLIC)
 
 if TYPE_CHECKING:
     from gemma_nb.widgets.attention import AttentionPanel

@@ -165,8 +165,7 @@ class ConversationPanel(Panel):
         """Gives the announced turns their ids, which the session knows by now."""
         feed, turns = self._feed, session.turns
         if len(feed.turns) > 1 and len(turns) == len(feed.turns) - 1 and feed.turns[-2]["id"] < 0:
-            feed.place(len(turns) - 1, transcript.encode_head(turns[-1]))
-            feed.place(len(turns), {"id": -2, "role": "model"})
+            feed.rehead(transcript.encode_head(turns[-1]), at=len(turns) - 1)
         if session.partial is not None:
             feed.rehead({"id": session.partial.id, "role": "model"})
         self._set_status("generating", "Replying")

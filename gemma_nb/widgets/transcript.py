@@ -75,8 +75,9 @@ def _tokens_in_common(have: Turn, turn: Any) -> int | None:
 class TranscriptFeed:
     """Holds the turns, changed in place, and sends what changed as deltas.
 
-    A delta is `{seq, at, turn, start, tokens}`: turn number `at` gets this head, its tokens from
-    `start` on are these, and everything after it is gone.  `turn` None empties the transcript.
+    A delta is `{seq, length, at, turn, start, tokens}`: turn number `at` gets this head, its tokens
+    from `start` on are these, and of all turns the first `length` stay.  `turn` None empties the
+    transcript.
 
     Deltas leave at most every `interval` seconds.  While more than `window` of them are not
     acknowledged the feed holds back, up to `hold` seconds, and the tokens travel together.
@@ -120,15 +121,18 @@ class TranscriptFeed:
         tokens.append(token)
         self.flush()
 
-    def rehead(self, head: Turn) -> None:
-        """Replaces everything of the last turn but its tokens, and sends it at once."""
-        last = self.turns[-1]
-        tokens = last["tokens"]
-        last.clear()
-        last.update(head, tokens=tokens)
-        if self._start is None:
-            self._start = len(tokens)
-        self.flush(force=True)
+    def rehead(self, head: Turn, at: int = -1) -> None:
+        """Replaces everything of turn number `at` but its tokens, and sends it at once."""
+        at %= len(self.turns)
+        last = at == len(self.turns) - 1
+        if not last:
+            self.flush(force=True)
+        turn = self.turns[at]
+        tokens = turn["tokens"]
+        turn.clear()
+        turn.update(head, tokens=tokens)
+        start = self._start if last else None
+        self._emit(at, len(tokens) if start is None else start)
 
     def follow(self, turns: Sequence[Any]) -> None:
         """Makes the transcript that of `turns` (of a session), sending only what differs."""
@@ -152,8 +156,9 @@ class TranscriptFeed:
             return
         del self.turns[length:]
         if self.turns:
-            self._start = len(self.turns[-1]["tokens"])
-        self._emit({"at": 0, "turn": None, "start": 0, "tokens": []} if not self.turns else None)
+            self._emit(len(self.turns) - 1, len(self.turns[-1]["tokens"]))
+        else:
+            self._emit(0, 0)
 
     def flush(self, *, force: bool = False) -> bool:
         """Sends what waits, when it is time (or `force`); whether it did."""
@@ -161,7 +166,7 @@ class TranscriptFeed:
             return False
         if not force and self._clock() - self._sent_at < self._pause():
             return False
-        self._emit(None)
+        self._emit(len(self.turns) - 1, self._start)
         return True
 
     def acknowledge(self, seq: int) -> None:
@@ -186,14 +191,15 @@ class TranscriptFeed:
         crowded = self.seq - self._acknowledged > self._window
         return self._hold if crowded else self._interval
 
-    def _emit(self, delta: dict[str, Any] | None) -> None:
-        if delta is None:
-            last = self.turns[-1]
-            start = self._start or 0
-            head = {key: value for key, value in last.items() if key != "tokens"}
-            tokens = last["tokens"][start:]
-            delta = {"at": len(self.turns) - 1, "turn": head, "start": start, "tokens": tokens}
+    def _emit(self, at: int, start: int) -> None:
+        """Sends turn number `at`, its tokens from `start` on, as the transcript is now."""
+        head, tokens = None, []
+        if self.turns:
+            turn = self.turns[at]
+            head = {key: value for key, value in turn.items() if key != "tokens"}
+            tokens = turn["tokens"][start:]
         self._start = None
         self.seq += 1
         self._sent_at = self._clock()
-        self._send({"seq": self.seq, **delta})
+        place = {"seq": self.seq, "length": len(self.turns), "at": at}
+        self._send({**place, "turn": head, "start": start, "tokens": tokens})

@@ -1,5 +1,6 @@
 """The compiled step: cache reuse, buckets and evidence, against passes without a cache."""
 
+import logging
 import threading
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.sampling import prefill
+from gemma_nb.sampling import decode, prefill
 from gemma_nb.sampling.cache import StreamCache, grow, next_size, rewind, size_for
 from gemma_nb.sampling.decode import COMPILING, Decoder
 from gemma_nb.sampling.methods import Sampling
@@ -209,29 +210,32 @@ def test_a_step_ahead_that_nobody_asks_for_is_taken_back(decoder, score):
     assert_evidence(decoder.prefill(other[-1:]), score(other)[-1])
 
 
-def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch):
+def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, caplog):
     monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96, 192))
     decoder = Decoder(tiny_model[0], limit=150, top_k=5)
-    calls = []
-    run = decoder._step
+    compiled = []
+    programs = decode._compile
 
-    def step(leaves, cache, seen, tokens, *rest):
-        calls.append((cache.size, tokens.shape[1], threading.current_thread().name))
-        return run(leaves, cache, seen, tokens, *rest)
+    def compile_(step, leaves, cache, *rest):
+        compiled.append((cache.size, threading.current_thread().name))
+        programs(step, leaves, cache, *rest)
 
-    monkeypatch.setattr(decoder, "_step", step)
+    monkeypatch.setattr(decode, "_compile", compile_)
     decoder.prefill(decoder.begin(random_ids(20), GREEDY))
     for _ in range(5):
         decoder.step()
     for thread in threading.enumerate():
         if thread.name == COMPILING:
             thread.join()
-    assert [call[:2] for call in calls if call[2] == COMPILING] == [
-        (96, 1),
-        (96, 16),
-        (96, 64),
-    ]
-    assert not any(size == 96 for size, _, thread in calls if thread != COMPILING)
+    assert compiled == [(96, COMPILING)]
+    assert decoder._cache.size == 48
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        while decoder._cache.size == 48:
+            decoder.step()
+        decoder.step()
+    assert "Compiling jit(_widen)" in caplog.text
+    main = [r.getMessage() for r in caplog.records if r.threadName == "MainThread"]
+    assert not [message for message in main if "jit(step)" in message]
     for _ in range(40):
         decoder.step()
     assert decoder._cache.size == 96

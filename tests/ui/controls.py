@@ -18,6 +18,7 @@ class Chat:
         self.message = page.get_by_role("textbox", name="Message")
         self.send = page.get_by_role("button", name="Send", exact=True)
         self.stop = page.get_by_role("button", name="Stop", exact=True)
+        self.new = page.get_by_role("button", name="New conversation", exact=True)
         self.regenerate = page.get_by_role("button", name="Regenerate")
         self.alternatives = page.get_by_role("region", name="Token alternatives")
         self.rows = self.alternatives.locator("[data-probability]")

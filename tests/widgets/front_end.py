@@ -27,9 +27,10 @@ def apply_delta(transcript: dict[str, Any], delta: dict[str, Any]) -> bool:
     if delta["start"] > len(tokens):
         return False
     transcript["seq"] = delta["seq"]
-    del turns[delta["at"] :]
+    del turns[delta["length"] :]
     if delta["turn"] is not None:
-        turns.append({**delta["turn"], "tokens": [*tokens, *delta["tokens"]]})
+        at = delta["at"]
+        turns[at : at + 1] = [{**delta["turn"], "tokens": [*tokens, *delta["tokens"]]}]
     return True
 
 

@@ -82,6 +82,17 @@ def test_a_head_changes_without_sending_the_tokens_again() -> None:
     assert transcript["turns"][0]["finish"] == "stop"
 
 
+def test_the_head_of_an_earlier_turn_changes_and_the_later_ones_stay() -> None:
+    feed, transcript, sent, _ = feed_and_copy()
+    feed.place(0, {"id": -1, "role": "user", "text": "hi"})
+    feed.place(1, {"id": -2, "role": "model"}, tokens(2))
+    feed.append(tokens(1)[0])
+    feed.rehead({"id": 4, "role": "user", "text": "hi"}, at=0)
+    assert (sent[-1]["at"], sent[-1]["length"], sent[-1]["tokens"]) == (0, 2, [])
+    assert transcript == feed.snapshot()
+    assert [(turn["id"], len(turn["tokens"])) for turn in transcript["turns"]] == [(4, 0), (-2, 3)]
+
+
 def test_a_snapshot_does_not_change_with_later_tokens() -> None:
     feed, _, _, _ = feed_and_copy()
     feed.place(0, {"id": 1, "role": "model"})

@@ -10,8 +10,8 @@
  * @typedef {{id: number, role: "user"|"model", text?: string, finish?: string, detail?: string,
  *   new?: number, tps?: number, tokens: Token[]}} Turn
  * @typedef {{seq: number, turns: Turn[]}} Transcript
- * @typedef {{seq: number, at: number, turn: Omit<Turn, "tokens">|null, start: number,
- *   tokens: Token[]}} Delta
+ * @typedef {{seq: number, length: number, at: number, turn: Omit<Turn, "tokens">|null,
+ *   start: number, tokens: Token[]}} Delta
  * @typedef {{element: HTMLElement, said: HTMLElement, ended: HTMLElement, count: number,
  *   blank: boolean, spoken: number, head: string}} TurnView
  */
@@ -49,11 +49,8 @@ function applyDelta(transcript, delta) {
   const tokens = delta.start > 0 ? (turns[delta.at]?.tokens ?? []) : [];
   if (delta.start > tokens.length) return false;
   transcript.seq = delta.seq;
-  turns.length = Math.min(turns.length, delta.at + 1);
-  if (delta.turn === null) {
-    turns.length = 0;
-    return true;
-  }
+  turns.length = Math.min(turns.length, delta.length);
+  if (delta.turn === null) return true;
   tokens.length = delta.start;
   tokens.push(...delta.tokens);
   turns[delta.at] = { ...delta.turn, tokens };
@@ -554,10 +551,8 @@ function render({ model, el }) {
     const delta = model.get("delta");
     if (!delta.seq) return;
     const near = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    const began = delta.start === 0;
-    if (delta.turn === null || began) {
-      while (views.length > delta.at) views.pop()?.element.remove();
-    }
+    const began = delta.start === 0 && delta.at === delta.length - 1;
+    while (views.length > (began ? delta.at : delta.length)) views.pop()?.element.remove();
     if (delta.turn !== null && turns()[delta.at]) drawTurn(delta.at);
     if (began || delta.turn === null || delta.turn.finish) settle();
     if (near || began) log.scrollTop = log.scrollHeight;
