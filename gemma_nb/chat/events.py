@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
+from gemma_nb.chat.packed import Packed
 from gemma_nb.sampling.methods import Sampling
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ class TokenRecord:
     rank: int
     alternatives: tuple[Alternative, ...]
     key: tuple[int, int] | None = dataclasses.field(default=None, kw_only=True)
+
+
+# In place of the slot, which then holds what `Packed` makes of the alternatives.
+setattr(TokenRecord, "alternatives", Packed(vars(TokenRecord)["alternatives"], Alternative))  # noqa: B010
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
