@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from gemma_nb.chat.context import Contexts, WhenFull, too_long
 from gemma_nb.chat.events import Branching, Context, Origin, TokenRecord, Turn
 from gemma_nb.chat.reply import token_label, token_record
-from gemma_nb.chat.scoring import score
+from gemma_nb.chat.scoring import score, score_cached
 from gemma_nb.chat.tree import ConversationTree, Node
 from gemma_nb.errors import ContextFullError
 from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.model import GemmaTransformer
+from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.methods import Sampling
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template
@@ -67,8 +68,8 @@ class Planner:
         model: GemmaTransformer,
         tokenizer: Tokenizer,
         template: Template,
+        decoder: Decoder,
         *,
-        limit: int,
         top_k: int,
         sampling: Sampling,
         system: str | None,
@@ -77,8 +78,9 @@ class Planner:
         self.sampling = sampling
         self.system = system
         self.when_full = when_full
-        self.contexts = Contexts(tokenizer, template, limit)
+        self.contexts = Contexts(tokenizer, template, decoder.limit)
         self._model = model
+        self._decoder = decoder
         self._tokenizer = tokenizer
         self._template = template
         self._top_k = top_k
@@ -223,7 +225,9 @@ class Planner:
         sampling: Sampling,
         under: Interventions | None,
     ) -> tuple[TokenRecord, ...]:
-        """Records of given tokens, with the evidence of one pass over everything.
+        """Records of given tokens, with the evidence of having been chosen.
+
+        Few of them are computed by the decoder from its cache, many by one pass over everything.
 
         Args:
           ids: everything, up to the last of these tokens.
@@ -232,9 +236,12 @@ class Planner:
           sampling: for the probabilities after the sampler.
           under: what is changed in the model.
         """
-        start = begin + index
-        model = self._model.replace(interventions=under)
-        evidence = score(model, ids, start, self.barred(sampling), self._top_k)
+        start, settings = begin + index, self.barred(sampling)
+        self._decoder.intervene(under)
+        evidence = score_cached(self._decoder, ids, start, settings)
+        if evidence is None:
+            model = self._model.replace(interventions=under)
+            evidence = score(model, ids, start, settings, self._top_k)
         return tuple(
             token_record(self._tokenizer, found, index=index + i, position=start + i)
             for i, found in enumerate(evidence)

@@ -86,15 +86,14 @@ class Conversation:
         self.tree = ConversationTree()
         system = self.template.default_system if system is None else system
         self.tokenizer.encode(system or "")  # refuses what cannot be tokenized, now
+        self._decoder = Decoder(model, limit=cache_length, top_k=self.capture.top_k)
         self._planner = Planner(
-            *(model, tokenizer, self.template),
-            limit=cache_length,
+            *(model, tokenizer, self.template, self._decoder),
             top_k=self.capture.top_k,
             sampling=sampling or Sampling.recommended(model),
             system=system,
             when_full=check_policy(when_full),
         )
-        self._decoder = Decoder(model, limit=cache_length, top_k=self.capture.top_k)
         self._generation = Generation(self._decoder, self._planner)
         self._lock = threading.Lock()
         self._making: tuple[int, Reply] | None = None  # the message's id, and the reply to it

@@ -1,4 +1,5 @@
-"""Evidence of tokens that were given, not drawn: one pass over the text (teacher forcing)."""
+"""Evidence of tokens that were given, not drawn: by the plain pass over the text (teacher forcing),
+or by steps from what is in the cache."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.choose import observe
+from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling, distribution
@@ -23,6 +26,9 @@ from gemma_nb.typing import EMPTY, KVCache, Params
 # Tokens fed at once.  The logits of so many are materialised, 130 MB for Gemma 3's vocabulary.
 _CHUNK = 128
 _SMALLEST_CACHE = 512
+
+# A step takes as long as the plain pass takes for so many tokens.
+_STEP = 8
 
 
 def score(
@@ -82,6 +88,33 @@ def score(
             )
             found += [jax.tree.map(lambda x, t=t: x[t], rows) for t in range(first, len(fed))]
         seen[fed] = True
+    return found
+
+
+def score_cached(
+    decoder: Decoder, ids: Sequence[int], start: int, sampling: Sampling
+) -> list[Evidence] | None:
+    """As `score`, by a step for each token, after what the decoder holds already of the others.
+
+    It is the evidence that the decoder's own choices come with, under the interventions that it
+    has.  Afterwards the decoder holds all but the last of `ids`.
+
+    Returns:
+      The evidence; None where the plain pass is faster, or `ids` exceed what the decoder can hold.
+    """
+    count = len(ids) - start
+    if not 0 < _STEP * count <= len(ids) or len(ids) > decoder.limit:
+        return None
+    found: list[Evidence] = []
+    with between_steps():
+        evidence = decoder.prefill(
+            decoder.begin(ids[:start], _with_seed(sampling)), token=ids[start]
+        )
+        assert evidence is not None
+        found.append(evidence)
+    for token in ids[start + 1 :]:
+        with between_steps():
+            found.append(decoder.step(token=token))
     return found
 
 

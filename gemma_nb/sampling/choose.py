@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,10 +20,12 @@ def choose(
     seen: Bool[Array, " V"],
     position: Int[Array, ""],
     k: int,
+    forced_logit: Float[Array, ""] | None = None,
 ) -> Evidence:
     """Chooses the token that follows, with its evidence.
 
-    The choice depends on the key in `controls`, the position and the distribution only.
+    The choice depends on the key in `controls`, the position and the distribution only, unless
+    `controls.forced` names the token: then the evidence is that of choosing this one.
 
     Args:
       scores: the model's logits.
@@ -29,8 +33,11 @@ def choose(
       seen: tokens of the context so far, for the repetition penalty.
       position: of the token that the logits were computed at.
       k: number of alternatives; at most as many as there are tokens on the shortlist.
+      forced_logit: exact logit of `controls.forced`, where `scores` knows those of the shortlist
+        only; None where all are exact.
     """
     totals = _totals(scores)
+    forced = controls.forced >= 0
     allowed = ~controls.banned[scores.ids]
     number = allowed.sum()
 
@@ -42,13 +49,16 @@ def choose(
         return _evidence(scores, totals, (scores.ids[chosen], value, rank), p, k)
 
     def among_all() -> Evidence:
-        dist = distribution(scores.logits, controls, seen)
-        return observe(scores, dist, draw(dist, controls, position), k)
+        known = scores if forced_logit is None else _with(scores, controls.forced, forced_logit)
+        dist = distribution(known.logits, controls, seen)
+        token = jnp.where(forced, controls.forced, draw(dist, controls, position))
+        return observe(known, dist, token, k)
 
     enough = jnp.where(
         controls.temperature == 0, number > 0, (controls.top_k > 0) & (controls.top_k <= number)
     )
-    short = enough & (controls.repetition_penalty == 1)
+    # A forced token may lie anywhere.
+    short = enough & (controls.repetition_penalty == 1) & ~forced
     # A conditional, not a select: only the branch that is needed is computed.
     return lax.cond(short, among_shortlist, among_all)
 
@@ -66,6 +76,32 @@ def observe(scores: Scores, dist: Distribution, token: Int[Array, ""], k: int) -
     rank = jnp.sum(scores.logits > logit)
     p = dist.probability(token), dist.probability(scores.ids)
     return _evidence(scores, _totals(scores), (token, logit, rank), p, k)
+
+
+def exact_logit(
+    token: Int[Array, ""],
+    hidden: Float[Array, " D"],
+    table: Float[Array, "V D"],
+    soft_cap: float | None,
+) -> Float[Array, ""]:
+    """The logit of one token, from one row of the embedding table.
+
+    Args:
+      token: its id; for a negative one the result means nothing.
+      hidden: the final-normed state.
+      table: the embedding table.
+      soft_cap: bound on the logit, `soft_cap * tanh(logit / soft_cap)`.
+    """
+    row = table[jnp.maximum(token, 0)]
+    logit = jnp.dot(row.astype(jnp.float32), hidden.astype(jnp.float32))
+    return logit if soft_cap is None else soft_cap * jnp.tanh(logit / soft_cap)
+
+
+def _with(scores: Scores, token: Int[Array, ""], logit: Float[Array, ""]) -> Scores:
+    """`scores` with the exact logit of one token (-1: none); those of the shortlist are exact."""
+    known = (token < 0) | (scores.ids == token).any()
+    logit = jnp.where(known, scores.logits[token], logit)
+    return dataclasses.replace(scores, logits=scores.logits.at[token].set(logit))
 
 
 def _totals(scores: Scores) -> tuple[Float[Array, ""], Float[Array, ""]]:

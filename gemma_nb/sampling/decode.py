@@ -19,7 +19,7 @@ from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
 from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewind, size_for
-from gemma_nb.sampling.choose import choose
+from gemma_nb.sampling.choose import choose, exact_logit
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling
@@ -89,16 +89,17 @@ def _step(
     assert output.hidden_states is not None
     assert output.cache is not None
     # Only the last token's logits: the vocabulary is most of a small model's work.
-    hidden = output.hidden_states[0, last]
+    hidden, forced_logit = output.hidden_states[0, last], None
     if weights.head is not None:
         cap = transformer.config.final_logit_soft_cap
         scores = weights.head.scores(hidden, weights.table, cap)
+        forced_logit = exact_logit(controls.forced, hidden, weights.table, cap)
     else:
         logits = transformer.apply(weights.variables, hidden, method="unembed")
         scores = Scores.of(cast(jax.Array, logits))
     padded = jnp.where(positions[0] >= 0, tokens[0], seen.shape[0])
     seen = seen.at[padded].set(True, mode="drop")
-    evidence = choose(scores, controls, seen, positions[0, last], top_k)
+    evidence = choose(scores, controls, seen, positions[0, last], top_k, forced_logit)
     return cache.updated(output.cache), seen, evidence, rows
 
 
@@ -206,39 +207,56 @@ class Decoder:
         return list(ids[len(self.ids) :])
 
     def prefill(
-        self, ids: Sequence[int], between: Callable[[int], bool] | None = None
+        self,
+        ids: Sequence[int],
+        between: Callable[[int], bool] | None = None,
+        *,
+        token: int | None = None,
     ) -> Evidence | None:
         """Feeds a prompt and chooses the token after it.
 
         Args:
           ids: what `begin` returned.
           between: called between pieces with the number of tokens fed; False ends the prefill.
+          token: chosen whatever is drawn, with the evidence of this choice.
 
         Returns:
           The evidence on the host, or None where `between` ended it.
+
+        Raises:
+          ValueError: `token` lies outside the vocabulary.
         """
+        controls = self._forcing(token)
         result = None
         for tokens, positions, last in chunks(ids, len(self.ids)):
             if result is not None and between is not None and not between(len(self.ids)):
                 return None
             fed = [int(token) for token in tokens[0, : last + 1]]
-            result = self._take(fed, self._feed(tokens, positions, last))
+            result = self._take(fed, self._feed(tokens, positions, last, controls))
         return result
 
-    def step(self) -> Evidence:
+    def step(self, token: int | None = None) -> Evidence:
         """Feeds the token chosen last, and chooses the next; evidence on the host.
+
+        Args:
+          token: chosen whatever is drawn, with the evidence of this choice.  What follows it is not
+            computed ahead, since it may be given too.
 
         Raises:
           RuntimeError: nothing was chosen yet, or the cache is full.
+          ValueError: `token` lies outside the vocabulary.
         """
         if self._next is None or self.full:
             raise RuntimeError("step() needs a prefilled stream with room for one more token")
-        made = self._ahead or self._feed_one(np.array([[self._next]], np.int32), len(self.ids))
+        controls, fed = self._forcing(token), self._next
+        if token is not None:
+            self.keep(self.ids)  # a step ahead has chosen already
+        made = self._ahead or self._feed_one(np.array([[fed]], np.int32), len(self.ids), controls)
         self._ahead = None
         position = len(self.ids) + 1
-        if position < self.limit:
-            self._ahead = self._feed_one(made.evidence.token.reshape(1, 1), position)
-        return self._take([self._next], made)
+        if token is None and position < self.limit:
+            self._ahead = self._feed_one(made.evidence.token.reshape(1, 1), position, controls)
+        return self._take([fed], made)
 
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
         """Compiles every step that a short conversation needs, and leaves the stream empty."""
@@ -253,13 +271,17 @@ class Decoder:
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _feed_one(self, token: Any, position: int) -> _Made:
-        return self._feed(token, np.array([[position]], np.int32), 0)
+    def _forcing(self, token: int | None) -> Controls:
+        assert self._controls is not None
+        return self._controls if token is None else self._controls.forcing(int(token))
 
-    def _feed(self, tokens: Any, positions: np.ndarray, last: int) -> _Made:
+    def _feed_one(self, token: Any, position: int, controls: Controls) -> _Made:
+        return self._feed(token, np.array([[position]], np.int32), 0, controls)
+
+    def _feed(self, tokens: Any, positions: np.ndarray, last: int, controls: Controls) -> _Made:
         """Starts a step; what it makes is not there yet."""
         self._make_room(int(positions[0, last]) + 1)
-        args = (self._seen, tokens, positions, np.int32(last), self._controls, self._interventions)
+        args = (self._seen, tokens, positions, np.int32(last), controls, self._interventions)
         with self._undone():
             self._cache, self._seen, *made = self._step(self._leaves, self._cache, *args)
         return _Made(*made)

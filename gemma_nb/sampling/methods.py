@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import flax
 import jax
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Top-k up to this, and any nucleus that fits into it, needs no sort of the whole vocabulary.
 _SHORTLIST = 256
+_NONE = -1  # no token is forced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Controls:
       repetition_penalty: float32, 1 for off.
       banned: (V,) bool, tokens never chosen.
       key: the reply's random key.
+      forced: int32, the token that is chosen whatever is drawn; -1 for none.
     """
 
     temperature: jax.Array
@@ -119,6 +121,7 @@ class Controls:
     repetition_penalty: jax.Array
     banned: jax.Array
     key: jax.Array
+    forced: jax.Array
 
     @classmethod
     def of(cls, sampling: Sampling, num_embed: int) -> Controls:
@@ -144,7 +147,18 @@ class Controls:
             repetition_penalty=jnp.float32(sampling.repetition_penalty or 1.0),
             banned=jnp.asarray(banned),
             key=jax.random.key(sampling.seed),
+            forced=jnp.int32(_NONE),
         )
+
+    def forcing(self, token: int) -> Controls:
+        """The same settings, under which `token` is chosen whatever is drawn.
+
+        Raises:
+          ValueError: an id outside the vocabulary.
+        """
+        if not 0 <= token < len(self.banned):
+            raise ValueError(f"token ids must lie in 0 to {len(self.banned) - 1}, got {token}")
+        return cast(Controls, self.replace(forced=jnp.int32(token)))  # type: ignore[attr-defined]
 
 
 @flax.struct.dataclass

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from gemma_nb.chat import branches
 from gemma_nb.chat.events import Origin
 from gemma_nb.errors import BusyError, TextError
 from tests.chat.checks import SAMPLING, assert_parity
@@ -85,6 +86,35 @@ def test_any_token_may_be_forced_and_has_its_own_evidence(make, score):
     for ours, theirs in zip(fork.tokens[7].alternatives, at.alternatives, strict=True):
         assert ours.token_id == theirs.token_id
         assert ours.probability == pytest.approx(theirs.probability, abs=1e-5)
+    assert_parity(chat, fork, score)
+
+
+def test_a_forced_token_costs_a_step_and_no_pass(make, score, monkeypatch):
+    """The plain pass is for texts that are long beside what stands before them."""
+    chat = make(sampling=dataclasses.replace(SAMPLING, max_new_tokens=30))
+    first = chat.chat("Hello, this is longer than the window")
+    passes = []
+    plain = branches.score
+    monkeypatch.setattr(branches, "score", lambda *args: passes.append(args) or plain(*args))
+    fed = []
+    step = chat._decoder._feed
+    monkeypatch.setattr(
+        chat._decoder, "_feed", lambda *args: fed.append(args[0].shape[1]) or step(*args)
+    )
+    row = score(chat.tokens(first))[first.tokens[20].position - 1]
+    token = next(int(i) for i in np.argsort(-row)[40:] if i > 5)
+    events = chat.stream_fork(first.tokens[20], token)
+    assert next(events).token_id == token
+    assert fed == [1]
+    next(events)
+    assert fed == [1, 1]
+    events.close()
+    fork = chat.fork(first.tokens[20], "none", sampling=SAMPLING)
+    assert "none" in fork.text
+    assert not passes
+    assert_parity(chat, fork, score)
+    fork = chat.fork(first.tokens[2], "a text that is long beside what stands before it")
+    assert len(passes) == 1
     assert_parity(chat, fork, score)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.sampling.choose import choose, observe
+from gemma_nb.sampling.choose import choose, exact_logit, observe
 from gemma_nb.sampling.head import SHORTLIST, Int8Head, Scores
 from gemma_nb.sampling.methods import Controls, Sampling, distribution
 
@@ -98,6 +98,42 @@ def test_the_int8_head_is_exact_where_it_matters(table, soft_cap):
     np.testing.assert_allclose(scores.values, exact[np.asarray(scores.ids)], rtol=1e-5)
     np.testing.assert_allclose(scores.logits[scores.ids], scores.values)
     assert np.abs(np.asarray(scores.logits) - exact).max() < 0.01 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("soft_cap", [None, 50.0])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0), Sampling(top_k=64, top_p=0.95), Sampling()], ids=str
+)
+def test_a_forced_token_has_the_plain_heads_logit(table, soft_cap, sampling):
+    """On the shortlist or far from it, where the int8 head's own logit is off."""
+    hidden = jax.random.normal(jax.random.key(2), (128,)) * 2
+    exact = np.asarray(table.astype(jnp.float32), np.float64) @ np.asarray(hidden, np.float64)
+    if soft_cap is not None:
+        exact = soft_cap * np.tanh(exact / soft_cap)
+
+    @jax.jit
+    def forced(head, table, controls):
+        seen = jnp.zeros(VOCABULARY, bool)
+        scores = head.scores(hidden, table, soft_cap)
+        logit = exact_logit(controls.forced, hidden, table, soft_cap)
+        return choose(scores, controls, seen, jnp.int32(0), 20, logit)
+
+    head = Int8Head.of(table)
+    log_total = np.log(np.exp(exact - exact.max()).sum()) + exact.max()
+    order = np.argsort(-exact)
+    controls = Controls.of(dataclasses.replace(sampling, seed=0), VOCABULARY)
+    for rank in (0, 3, 19, 300, 5000, VOCABULARY - 1):
+        token = int(order[rank])
+        evidence = forced(head, table, controls.forcing(token))
+        assert int(evidence.token) == token
+        # What the int8 rows make of the whole sum is the same for every token.
+        assert float(evidence.logprob) == pytest.approx(exact[token] - log_total, abs=2e-3)
+        first = exact[order[0]] - exact[token]
+        assert float(evidence.logprobs[0] - evidence.logprob) == pytest.approx(first, abs=1e-4)
+        assert int(evidence.rank) == pytest.approx(rank, abs=0.01 * rank)
+        if token in evidence.ids:
+            where = evidence.ids.tolist().index(token)
+            assert evidence.probability == evidence.probabilities[where]
 
 
 def test_sums_of_the_widest_model_stay_in_range():

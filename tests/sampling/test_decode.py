@@ -239,3 +239,50 @@ def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, 
     for _ in range(40):
         decoder.step()
     assert decoder._cache.size == 96
+
+
+def test_a_token_that_is_put_there_has_its_own_evidence(decoder, score):
+    """Drawn or not, likely or not; what follows is chosen after it."""
+    ids = random_ids(20)
+    given = random_ids(5, seed=9)
+    for sampling in (GREEDY, Sampling(top_k=12, top_p=0.9, seed=3)):
+        rest = decoder.begin(ids, sampling)
+        evidences = [decoder.prefill(rest, token=given[0])]
+        evidences += [decoder.step(token=token) for token in given[1:]]
+        assert [int(e.token) for e in evidences] == given
+        evidences += [decoder.step() for _ in range(12)]
+        tokens = [*ids, *(int(e.token) for e in evidences)]
+        expected = score(tokens)
+        for i, evidence in enumerate(evidences):
+            assert_evidence(evidence, expected[len(ids) - 1 + i])
+        assert decoder.ids == tokens[:-1]
+
+
+def test_a_token_may_be_put_where_a_step_ahead_has_chosen(decoder, score):
+    ids = random_ids(30)
+    sampling = Sampling(top_k=5, temperature=2.0, repetition_penalty=1.2, seed=8)
+    evidences = [decoder.prefill(decoder.begin(ids, sampling))]
+    for given in (None, None, 77, None, 9, 10, None, None):
+        evidences.append(decoder.step(given))
+        assert given in (None, int(evidences[-1].token))
+    tokens = [*ids, *(int(e.token) for e in evidences)]
+    expected = score(tokens)
+    for i, evidence in enumerate(evidences):
+        assert_evidence(evidence, expected[len(ids) - 1 + i])
+    # The others are drawn as they would have been after these tokens.
+    again = decoder.prefill(decoder.begin(tokens[:-1], sampling))
+    assert int(again.token) == tokens[-1]
+    for token in (-1, 10_000):
+        with pytest.raises(ValueError, match="token ids must lie in 0 to"):
+            decoder.step(token=token)
+
+
+def test_a_token_that_is_put_there_does_not_recompile(decoder):
+    ids = random_ids(9)
+    decoder.prefill(decoder.begin(ids, GREEDY))
+    decoder.step()
+    compiled = decoder._step._cache_size()
+    for token in (7, 200):
+        decoder.step(token=token)
+        decoder.prefill(decoder.begin(random_ids(9, seed=token), GREEDY), token=token)
+    assert decoder._step._cache_size() == compiled
