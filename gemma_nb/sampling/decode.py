@@ -22,6 +22,7 @@ from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewin
 from gemma_nb.sampling.choose import choose, exact_logit
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.head import Scores
+from gemma_nb.sampling.look import Look, compiled_look, look
 from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import BUCKETS, chunks
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
@@ -132,8 +133,8 @@ class Decoder:
         self._mesh = model.mesh
         self._weights = decoding_weights(model)
         self._interventions = model.interventions
-        self._leaves, structure = jax.tree.flatten(self._weights)
-        self._step = compiled(model.transformer, structure, top_k)
+        self._leaves, self._structure = jax.tree.flatten(self._weights)
+        self._step = compiled(model.transformer, self._structure, top_k)
         # Rings of a spread cache would have to be gathered; somebody else's module knows none.
         self._roll = self._mesh is None and isinstance(model.transformer, Transformer)
         self._cache: StreamCache | None = None
@@ -143,6 +144,16 @@ class Decoder:
         self._next: int | None = None  # the token chosen last, not yet fed
         self._ahead: _Made | None = None  # what the step that feeds it makes
         self._compiling: set[int] = set()  # cache sizes, on another thread
+
+    @property
+    def interventions(self) -> Interventions | None:
+        """What it computes under."""
+        return self._interventions
+
+    @property
+    def looks(self) -> bool:
+        """Whether `look` works: with our own module, on one device."""
+        return self._mesh is None and isinstance(self._transformer, Transformer)
 
     @property
     def full(self) -> bool:
@@ -257,6 +268,32 @@ class Decoder:
         if token is None and position < self.limit:
             self._ahead = self._feed_one(made.evidence.token.reshape(1, 1), position, controls)
         return self._take([fed], made)
+
+    def look(self, position: int) -> Look:
+        """What the model computes at a position that is in the cache, in about the time of a step.
+
+        It is computed from the weights that decoding runs on and from the cached keys and values,
+        under the interventions that the stream has, and equals a pass over all tokens up to there
+        as nearly as decoding does.  The stream is left as it is.
+
+        The first look at each cache size compiles a program of its own, which takes seconds.
+
+        Args:
+          position: an index into `ids`.
+
+        Raises:
+          ValueError: no such position.
+          RuntimeError: this decoder does not show what it computes, see `looks`.
+        """
+        if not self.looks:
+            raise RuntimeError("another library's module, or one on a mesh, cannot be looked into")
+        if self._cache is None or not 0 <= position < len(self.ids):
+            raise ValueError(f"the cache holds positions 0 to {len(self.ids) - 1}, not {position}")
+        return look(
+            compiled_look(self._transformer, self._structure),
+            *(self._leaves, self._cache, self._archive, self._interventions),
+            *(self.ids[position], position),
+        )
 
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
         """Compiles every step that a short conversation needs, and leaves the stream empty."""

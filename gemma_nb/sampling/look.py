@@ -1,0 +1,165 @@
+"""A token of the stream looked at again: what the model computes there, from what is cached."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_nb.interventions import Interventions
+from gemma_nb.nn import Transformer
+from gemma_nb.sampling.cache import Archive, StreamCache
+from gemma_nb.sampling.weights import DecodingWeights
+from gemma_nb.sites import SITES
+from gemma_nb.typing import EMPTY
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What the model computes at one position p, on the host.
+
+    Attributes:
+      attention: (L, N, p + 1) float32, weights over the positions up to its own; 0 outside a
+        sliding layer's window, as in `gnb.Trace`.
+      residual: (L, D) float32, the residual stream after each layer.
+      final: (D,) float32, after the final norm.
+    """
+
+    attention: np.ndarray
+    residual: np.ndarray
+    final: np.ndarray
+
+
+@functools.cache
+def compiled_look(transformer: Transformer, weights: Any) -> Any:
+    """The jitted pass over one token that leaves the cache as it is.
+
+    Static: the module and the structure of the weights.  Everything else is traced, so a
+    compilation is made per cache size.
+
+    Args:
+      transformer: the module.
+      weights: the tree structure of its `DecodingWeights`, whose leaves the pass takes.
+    """
+
+    def look(leaves: Sequence[jax.Array], *args: Any) -> Any:
+        return _look(transformer, jax.tree.unflatten(weights, leaves), *args)
+
+    return jax.jit(look)
+
+
+def _look(
+    transformer: Transformer,
+    weights: DecodingWeights,
+    cache: StreamCache,
+    rows: jax.Array | None,
+    ring_positions: jax.Array | None,
+    token: jax.Array,
+    position: jax.Array,
+    interventions: Interventions | None,
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
+    """Feeds one token anew where it stands; later ones are not seen, since positions decide.
+
+    Args:
+      transformer: the module.
+      weights: its weights.
+      cache: holds this token and those before it, except on rings.
+      rows: (ring layers, 2, W, K*H) keys and values of the rings as they were, by slot.
+      ring_positions: (W,) their positions.
+      token: () its id.
+      position: () where it stands.
+      interventions: what is changed in the model.
+
+    Returns:
+      Weights (ring layers, N, W) and (other layers, N, S) by slot, None where there are no such
+      layers; residual (L, D); final (D,).  All float32.
+    """
+    held = cache.to_model(transformer.config)
+    before = 0
+    for i, ring in enumerate(cache.rings):
+        layer = {**held[f"layer_{i}"], "end_index": position[None]}
+        if ring:
+            assert rows is not None
+            assert ring_positions is not None
+            shape = layer["k"].shape
+            k, v = (rows[before, part].reshape(shape).astype(layer["k"].dtype) for part in (0, 1))
+            layer |= {"k": k, "v": v, "positions": ring_positions[None]}
+            before += 1
+        held[f"layer_{i}"] = layer
+    _, state = transformer.apply(
+        weights.variables,
+        token[None, None],
+        cache=held,
+        positions=position[None, None],
+        interventions=interventions,
+        mutable=["intermediates"],
+    )
+    sown: Any = state["intermediates"]
+
+    def attention(rings: bool) -> jax.Array | None:
+        which = [i for i, ring in enumerate(cache.rings) if ring == rings]
+        found = [SITES["attention"].value(sown, i)[0, 0].astype(jnp.float32) for i in which]
+        return jnp.stack(found) if found else None
+
+    residual = jnp.stack([SITES["residual"].value(sown, i)[0, 0] for i in range(len(cache.rings))])
+    final = SITES["final"].value(sown)[0, 0]
+    return (
+        attention(True),
+        attention(False),
+        residual.astype(jnp.float32),
+        final.astype(jnp.float32),
+    )
+
+
+def look(
+    compiled: Any,
+    leaves: Sequence[jax.Array],
+    cache: StreamCache,
+    archive: Archive,
+    interventions: Interventions | None,
+    token: int,
+    position: int,
+) -> Look:
+    """Runs `compiled_look`, and sorts what it shows by position.
+
+    Args:
+      compiled: the pass.
+      leaves: of the decoding weights.
+      cache: what the stream holds; it is left as it is.
+      archive: keys and values of the ring layers.
+      interventions: what is changed in the model.
+      token: the id at `position`.
+      position: of a token that the cache holds.
+    """
+    size = cache.ring_size
+    rows, ring_positions = None, None
+    if size:
+        rows, ring_positions = _rings(archive, size, position)
+    given = (rows, ring_positions, np.int32(token), np.int32(position), interventions)
+    rings, others, residual, final = jax.device_get(compiled(leaves, cache, *given))
+    heads = (rings if others is None else others).shape[1]
+    attention = np.zeros((len(cache.rings), heads, position + 1), np.float32)
+    seen = np.arange(max(0, position + 1 - size), position + 1)
+    is_ring = np.array(cache.rings)
+    if rings is not None:
+        attention[np.ix_(is_ring, np.arange(heads), seen)] = rings[:, :, seen % size]
+    if others is not None:
+        attention[~is_ring] = others[:, :, : position + 1]
+    return Look(attention, residual, final)
+
+
+def _rings(archive: Archive, size: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values (ring layers, 2, W, K*H), and positions (W,), before `position` was fed."""
+    held = np.arange(max(0, position - size), position)
+    rows = archive.last(len(held), position)
+    slots = held % size
+    by_slot = np.zeros((*rows.shape[:2], size, rows.shape[3]), rows.dtype)
+    by_slot[:, :, slots] = rows
+    positions = np.full(size, EMPTY, np.int32)
+    positions[slots] = held
+    return by_slot, positions
