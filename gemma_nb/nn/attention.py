@@ -56,8 +56,11 @@ def extend_cache(
         slot = end[0] % size if ring else end[0]
 
         def write(name: str) -> jax.Array:
-            at = (0, slot) + (0,) * (cache[name].ndim - 2)
-            return lax.dynamic_update_slice(cache[name], new[name], at)
+            # As matrices, which is how a stream's cache is kept: XLA's CPU backend copies what is
+            # updated in another shape.
+            flat, row = cache[name].reshape(size, -1), new[name].reshape(1, -1)
+            written = lax.dynamic_update_slice(flat, row, (slot, 0))
+            return written.reshape(cache[name].shape)
 
         written = {name: write(name) for name in new}
         return written, {**written, "end_index": end + 1}

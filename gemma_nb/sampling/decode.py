@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,12 +69,8 @@ def _step(
     interventions: Interventions | None,
     *,
     top_k: int,
-) -> tuple[StreamCache, jax.Array, Evidence, jax.Array | None]:
-    """Feeds tokens (1, T), and chooses the one after index `last`.
-
-    The last result holds the new tokens' keys and values on the layers whose cache is a ring,
-    (layers, 2, T, K*H) float32, or None.
-    """
+) -> tuple[StreamCache, jax.Array, _Made]:
+    """Feeds tokens (1, T), and chooses the one after index `last`."""
     result = transformer.apply(
         weights.variables,
         tokens,
@@ -101,7 +98,8 @@ def _step(
     padded = jnp.where(positions[0] >= 0, tokens[0], seen.shape[0])
     seen = seen.at[padded].set(True, mode="drop")
     evidence = choose(scores, controls, seen, positions[0, last], top_k, forced_logit)
-    return cache.updated(output.cache), seen, evidence, rows
+    made = _Made(evidence.token.reshape(1, 1), evidence.pack(), rows)
+    return cache.updated(output.cache), seen, made
 
 
 def _new_rows(sown: Any, rings: Sequence[bool]) -> jax.Array:
@@ -133,8 +131,9 @@ class Decoder:
         self._mesh = model.mesh
         self._weights = decoding_weights(model)
         self._interventions = model.interventions
-        self._leaves, self._structure = jax.tree.flatten(self._weights)
-        self._step = compiled(model.transformer, self._structure, top_k)
+        self._many = _Program.of(model.transformer, self._weights, top_k)
+        # One token is given less.
+        self._one = _Program.of(model.transformer, self._weights.for_one_token(), top_k)
         # Rings of a spread cache would have to be gathered; somebody else's module knows none.
         self._roll = self._mesh is None and isinstance(model.transformer, Transformer)
         self._cache: StreamCache | None = None
@@ -266,7 +265,7 @@ class Decoder:
         self._ahead = None
         position = len(self.ids) + 1
         if token is None and position < self.limit:
-            self._ahead = self._feed_one(made.evidence.token.reshape(1, 1), position, controls)
+            self._ahead = self._feed_one(made.token, position, controls)
         return self._take([fed], made)
 
     def look(self, position: int) -> Look:
@@ -290,8 +289,8 @@ class Decoder:
         if self._cache is None or not 0 <= position < len(self.ids):
             raise ValueError(f"the cache holds positions 0 to {len(self.ids) - 1}, not {position}")
         return look(
-            compiled_look(self._transformer, self._structure),
-            *(self._leaves, self._cache, self._archive, self._interventions),
+            compiled_look(self._transformer, self._one.structure),
+            *(self._one.leaves, self._cache, self._archive, self._interventions),
             *(self.ids[position], position),
         )
 
@@ -320,19 +319,24 @@ class Decoder:
         self._make_room(int(positions[0, last]) + 1)
         args = (self._seen, tokens, positions, np.int32(last), controls, self._interventions)
         with self._undone():
-            self._cache, self._seen, *made = self._step(self._leaves, self._cache, *args)
-        return _Made(*made)
+            self._cache, self._seen, made = self._step(self._cache, *args)
+        return cast(_Made, made)
+
+    def _step(self, cache: StreamCache | None, seen: jax.Array, tokens: Any, *rest: Any) -> Any:
+        program = self._one if tokens.shape[1] == 1 else self._many
+        return program.run(program.leaves, cache, seen, tokens, *rest)
 
     def _take(self, fed: Sequence[int], made: _Made) -> Evidence:
         """Waits for what a step has made of `fed`, and keeps it."""
         with self._undone():
-            evidence, rows = jax.device_get((made.evidence, made.rows))
+            words, rows = jax.device_get((made.words, made.rows))
+            evidence = Evidence.unpack(words)
         if rows is not None:
             self._archive.write(len(self.ids), rows[:, :, : len(fed)])
         self.ids.extend(fed)
         self._next = int(evidence.token)
         self._compile_ahead()
-        return cast(Evidence, evidence)
+        return evidence
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
@@ -361,7 +365,7 @@ class Decoder:
         empty = partial(StreamCache.empty, self._transformer.config, size, roll=self._roll)
         # Shapes: the arrays themselves are given away by the next step.
         seen = jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype)
-        arguments = (self._step, self._leaves, jax.eval_shape(empty), seen)
+        arguments = (self._one, self._many, jax.eval_shape(empty), seen)
         settings = (self._controls, self._interventions)
         # Not a daemon: XLA must not be stopped in the middle of a compilation when Python ends.
         thread = threading.Thread(target=_compile, args=(*arguments, *settings))
@@ -370,16 +374,38 @@ class Decoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Made:
-    """What a step makes beside the cache, on the device."""
+class _Program:
+    """A jitted step and the weights that it is given."""
 
-    evidence: Evidence
+    run: Any
+    leaves: list[jax.Array]
+    structure: Any
+
+    @classmethod
+    def of(cls, transformer: Any, weights: DecodingWeights, top_k: int) -> _Program:
+        leaves, structure = jax.tree.flatten(weights)
+        return cls(compiled(transformer, structure, top_k), leaves, structure)
+
+
+@flax.struct.dataclass
+class _Made:
+    """What a step makes beside the cache.
+
+    Attributes:
+      token: (1, 1) int32, the chosen id, as the next step takes it.
+      words: the evidence, packed.
+      rows: the new tokens' keys and values on the layers whose cache is a ring, (layers, 2, T, K*H)
+        float32; None where there are none.
+    """
+
+    token: jax.Array
+    words: jax.Array
     rows: jax.Array | None
 
 
 def _compile(
-    step: Any,
-    leaves: Sequence[jax.Array],
+    one: _Program,
+    many: _Program,
     cache: StreamCache,
     seen: jax.ShapeDtypeStruct,
     controls: Controls,
@@ -392,4 +418,6 @@ def _compile(
     for length in (1, *BUCKETS[:2]):
         tokens = positions = np.zeros((1, length), np.int32)
         last = np.int32(0)
-        step.lower(leaves, cache, seen, tokens, positions, last, controls, interventions).compile()
+        program = one if length == 1 else many
+        arguments = (cache, seen, tokens, positions, last, controls, interventions)
+        program.run.lower(program.leaves, *arguments).compile()

@@ -6,6 +6,9 @@ import dataclasses
 
 import flax
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +54,29 @@ class Evidence:
     logprobs: jax.Array
     probabilities: jax.Array
     finite: jax.Array
+
+    def pack(self) -> jax.Array:
+        """All of it as one array of 32-bit words: each array that a step makes costs time."""
+        fields = [getattr(self, name) for name in (*_ONES, *_LISTS)]
+        words = [jnp.ravel(x) if x.dtype != bool else jnp.ravel(x).astype(int) for x in fields]
+        return jnp.concatenate([lax.bitcast_convert_type(x, jnp.uint32) for x in words])
+
+    @classmethod
+    def unpack(cls, words: np.ndarray) -> Evidence:
+        """The inverse of `pack`, on the host."""
+        ones, lists = words[: len(_ONES)], words[len(_ONES) :].reshape(len(_LISTS), -1)
+        both = [*zip(_ONES.items(), ones, strict=True), *zip(_LISTS.items(), lists, strict=True)]
+        values = {name: part.view(kind) for (name, kind), part in both}
+        return cls(**{**values, "finite": values["finite"] != 0})
+
+
+# What 32-bit words stand for, in order.
+_ONES = {
+    "token": np.int32,
+    "rank": np.int32,
+    "finite": np.int32,
+    "logprob": np.float32,
+    "probability": np.float32,
+    "entropy": np.float32,
+}
+_LISTS = {"ids": np.int32, "logprobs": np.float32, "probabilities": np.float32}

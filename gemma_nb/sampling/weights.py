@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from gemma_nb.checkpoints import memory
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
+from gemma_nb.nn.storage import Stored
 from gemma_nb.sampling.head import Int8Head
+from gemma_nb.sampling.pages import use_huge_pages
 from gemma_nb.typing import Params
 
 
@@ -23,20 +25,50 @@ from gemma_nb.typing import Params
 class DecodingWeights:
     """What a step is given.
 
+    Every array that a step is given costs some microseconds, so there are as few as possible.
+
     Attributes:
-      variables: of linen: the official tree under "params", and `prepared` (see
-        `gemma_nb.nn.storage`) where it is faster.
+      given: of linen: the official tree under "params", without what stands elsewhere here, and
+        `prepared` (see `gemma_nb.nn.storage`) where it is faster.
+      norms: the scales of all norms, one array (n, width) per width; empty where they are in
+        `given`.
+      paths: whose they are, in order.
       head: the vocabulary head of a single token; None for the plain one.
     """
 
-    variables: Params
+    given: Params
+    norms: tuple[jax.Array, ...] = ()
+    paths: tuple[tuple[tuple[str, ...], ...], ...] = flax.struct.field(
+        pytree_node=False, default=()
+    )
     head: Int8Head | None = None
+
+    @property
+    def variables(self) -> Params:
+        """What the module is applied to; slices under jit cost nothing."""
+        flat = flax.traverse_util.flatten_dict(dict(self.given["params"]))
+        for stacked, paths in zip(self.norms, self.paths, strict=True):
+            flat.update({path: stacked[i] for i, path in enumerate(paths)})
+        return {**self.given, "params": flax.traverse_util.unflatten_dict(flat)}
 
     @property
     def table(self) -> jax.Array:
         """(V, D), the embedding."""
-        table: jax.Array = self.variables["params"]["embedder"]["input_embedding"]
+        table: jax.Array = self.given["params"]["embedder"]["input_embedding"]
         return table
+
+    def for_one_token(self) -> DecodingWeights:
+        """The same without what only several tokens at once use."""
+
+        def one(stored: Any) -> Any:
+            return dataclasses.replace(stored, columns=None) if _is_stored(stored) else stored
+
+        given = jax.tree.map(one, self.given, is_leaf=_is_stored)
+        return dataclasses.replace(self, given=given)
+
+
+def _is_stored(leaf: Any) -> bool:
+    return isinstance(leaf, Stored)
 
 
 # What is in use: sessions of one model, and of models that share all parameters, share it.
@@ -62,10 +94,27 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
         return official
     int8 = model.storage == "int8"
     prepared = model.transformer.prepare(model.params, int8=int8, columns=_columns(model))
-    weights = DecodingWeights({"params": _without(model.params, prepared), "prepared": prepared})
+    params, norms = _split_norms(_without(model.params, prepared))
+    weights = DecodingWeights(
+        {"params": params, "prepared": prepared},
+        norms=tuple(jnp.stack(list(scales.values())) for scales in norms.values()),
+        paths=tuple(tuple(scales) for scales in norms.values()),
+    )
     if weights.table.dtype == jnp.float32 and not int8:
         return weights  # whoever asks for float32 asks for exactness
-    return dataclasses.replace(weights, head=Int8Head.of(weights.table))
+    head = Int8Head.of(weights.table)
+    use_huge_pages(head.rows)
+    return dataclasses.replace(weights, head=head)
+
+
+def _split_norms(params: Params) -> tuple[Params, dict[int, dict[tuple[str, ...], jax.Array]]]:
+    """`params` without the norms' scales, and these by width and path."""
+    flat = flax.traverse_util.flatten_dict(dict(params))
+    norms: dict[int, dict[tuple[str, ...], jax.Array]] = {}
+    for path in [path for path in flat if path[-1] == "scale"]:
+        scale = flat.pop(path)
+        norms.setdefault(scale.shape[0], {})[path] = scale
+    return cast(Params, flax.traverse_util.unflatten_dict(flat)), norms
 
 
 def _without(params: Params, prepared: Params) -> Params:

@@ -127,10 +127,10 @@ def test_a_failed_step_leaves_a_stream_that_starts_over(decoder, score, monkeypa
 def test_settings_do_not_recompile(decoder):
     ids = random_ids(9)
     decoder.prefill(decoder.begin(ids, GREEDY))
-    compiled = decoder._step._cache_size()
+    compiled = decoder._many.run._cache_size()
     for sampling in (Sampling(seed=5), Sampling(temperature=2, top_k=3, forbidden=(8,), seed=6)):
         decoder.prefill(decoder.begin(random_ids(9, seed=sampling.seed), sampling))
-    assert decoder._step._cache_size() == compiled
+    assert decoder._many.run._cache_size() == compiled
 
 
 def test_the_repetition_penalty_sees_prompt_and_reply(decoder):
@@ -216,9 +216,9 @@ def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, 
     compiled = []
     programs = decode._compile
 
-    def compile_(step, leaves, cache, *rest):
+    def compile_(one, many, cache, *rest):
         compiled.append((cache.size, threading.current_thread().name))
-        programs(step, leaves, cache, *rest)
+        programs(one, many, cache, *rest)
 
     monkeypatch.setattr(decode, "_compile", compile_)
     decoder.prefill(decoder.begin(random_ids(20), GREEDY))
@@ -281,8 +281,8 @@ def test_a_token_that_is_put_there_does_not_recompile(decoder):
     ids = random_ids(9)
     decoder.prefill(decoder.begin(ids, GREEDY))
     decoder.step()
-    compiled = decoder._step._cache_size()
+    compiled = [p.run._cache_size() for p in (decoder._one, decoder._many)]
     for token in (7, 200):
         decoder.step(token=token)
         decoder.prefill(decoder.begin(random_ids(9, seed=token), GREEDY), token=token)
-    assert decoder._step._cache_size() == compiled
+    assert [p.run._cache_size() for p in (decoder._one, decoder._many)] == compiled
