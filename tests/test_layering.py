@@ -33,7 +33,7 @@ ROOMS = [
 # Imports inside a function, from rooms further down: who may, and from where.
 FRONT_DOORS = {
     "checkpoints.load": {"text", "model"},  # load() returns a model and a tokenizer
-    "chat.session": {"interp"},  # chat.trace() is a shorthand of interp's trace()
+    "chat.inside": {"interp"},  # chat.trace() is a shorthand of interp's trace()
 }
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-from gemma_nb.chat import diff as diffs
-from gemma_nb.chat.branches import Plan, locate
+from gemma_nb.chat.branches import Plan
 from gemma_nb.chat.events import Origin, TokenEvent, TokenRecord, Turn
-from gemma_nb.chat.kept import KeptConversation
-from gemma_nb.chat.speakers import speakers
+from gemma_nb.chat.inside import InspectedConversation
 from gemma_nb.chat.tree import Node
 from gemma_nb.interventions import Intervention
 from gemma_nb.sampling.methods import Sampling
 
-if TYPE_CHECKING:
-    from gemma_nb.interp.trace import Trace
 
-
-class ChatSession(KeptConversation):
+class ChatSession(InspectedConversation):
     """Chats with a model, and keeps the evidence of every token of its replies.
 
         chat = gnb.ChatSession(model, tokenizer)
@@ -93,7 +87,7 @@ class ChatSession(KeptConversation):
             raise ValueError("there is no reply to regenerate: send a message first")
         node = self.tree.tip if turn is None else self.tree.find(turn)
 
-        asked = node.parent if _role(node) == "model" else node
+        asked = node.parent if node.role == "model" else node
         assert asked is not None
         beside = node if asked is not node else asked.shown or asked.newest
         origin = None if beside is None else Origin("regenerate", beside.id)
@@ -197,7 +191,7 @@ class ChatSession(KeptConversation):
           ContextFullError: also where the new text of a reply does not fit.
         """
         node = self.tree.find(turn)
-        if _role(node) == "user":
+        if node.role == "user":
             return self._exhaust(self.stream_edit(turn, text))
         self._check_text(text)
         with self._alone():
@@ -218,7 +212,7 @@ class ChatSession(KeptConversation):
         """
         self._check_text(text)
         node = self.tree.find(turn)
-        if _role(node) != "user" or node.parent is None:
+        if node.role != "user" or node.parent is None:
             raise ValueError(
                 "stream_edit() sends a message again; for a reply call edit(), and then "
                 "stream_resume() to let it go on"
@@ -323,73 +317,6 @@ class ChatSession(KeptConversation):
             made, finish_reason=source.finish_reason, finish_detail=source.finish_detail
         )
 
-    def diff(self, a: Turn | int, b: Turn | int) -> diffs.Diff:
-        """Two branches side by side from where they part.
-
-        Each token comes with its log-probability where it stands, and with that in the place of
-        the other branch: after the other's token where two replies part, after the other's message
-        where two messages do.  Both are computed by the plain forward pass.
-
-        Args:
-          a: a turn of one branch.
-          b: a turn of the other.
-
-        Raises:
-          ValueError: one branch is part of the other.
-        """
-        return diffs.compare(self._planner, self.tree.find(a), self.tree.find(b))
-
-    def trace(
-        self,
-        turn: Turn | None = None,
-        *,
-        sites: Sequence[str] = ("attention",),
-        layers: Iterable[int] | int | None = None,
-    ) -> Trace:
-        """Computes what happened inside the model up to and including a turn.
-
-        The whole context of that turn is run through the plain forward pass in the precision of
-        the model's parameters, so positions are those of the turn's token records, and under the
-        interventions that the turn was made under.
-
-        Args:
-          turn: a turn of any branch; None is the last reply.
-          sites: see `gnb.list_sites`.
-          layers: None for all.
-
-        Raises:
-          ValueError: no such turn, site or layer.
-        """
-        from gemma_nb.interp.trace import trace
-
-        node = self._reply_node(None) if turn is None else self.tree.find(turn)
-        ids, last = self._planner.tokens(node), node.turn
-        assert last is not None
-        model = self.model
-        if last.role == "model":
-            model = model.replace(interventions=self._planner.under(last))
-        path = self.tree.path_to(last)
-        turns, roles = speakers(self._planner.contexts, self.tokenizer, path, last.context, ids)
-        return trace(
-            *(model, ids),
-            tokenizer=self.tokenizer,
-            sites=sites,
-            layers=layers,
-            turns=turns,
-            roles=roles,
-        )
-
-    def tokens(self, turn: Turn | int | None = None) -> list[int]:
-        """The token ids of the context up to and including a turn (None: the last reply).
-
-        Those of a reply are what it was made in: positions are those of its token records.
-
-        Raises:
-          ValueError: the turn is not of this conversation, or there is none.
-        """
-        node = self._reply_node(None) if turn is None else self.tree.find(turn)
-        return self._planner.tokens(node)
-
     # --- inside ---------------------------------------------------------------------------------
 
     def _say(self, parent: Node, text: str, origin: Origin | None = None) -> Plan:
@@ -406,27 +333,6 @@ class ChatSession(KeptConversation):
         self.tokenizer.encode(text)
         self._refuse_if_busy()
 
-    def _reply_node(self, turn: Turn | int | None) -> Node:
-        if turn is not None:
-            node = self.tree.find(turn)
-            if _role(node) != "model":
-                raise ValueError(f"expected a reply, got {node.turn!r}")
-            return node
-        for node in reversed(self.tree.path()):
-            if _role(node) == "model":
-                return node
-        raise ValueError("there is no reply yet: send a message first")
-
-    def _place(self, at: TokenRecord | int, turn: Turn | int | None) -> tuple[Node, int]:
-        """A reply's node and the index of a token of it."""
-        if isinstance(at, TokenRecord):
-            return locate(self.tree, at, turn)
-        node = self._reply_node(turn)
-        count = len(node.turn.tokens) if node.turn is not None else 0
-        if not 0 <= at < count:
-            raise ValueError(f"the reply has tokens 0 to {count - 1}, got {at}")
-        return node, at
-
     def _given(self, with_token: int | str | None) -> tuple[int, ...] | None:
         """The tokens to put there, checked."""
         if with_token is None:
@@ -440,7 +346,3 @@ class ChatSession(KeptConversation):
         if not 0 <= token < self.tokenizer.vocab_size or token in never:
             raise ValueError(f"token id {with_token} stands for nothing that a reply can hold")
         return (token,)
-
-
-def _role(node: Node) -> str | None:
-    return node.turn.role if node.turn is not None else None

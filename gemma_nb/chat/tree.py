@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from gemma_nb.chat.events import Turn
+from gemma_nb.chat.events import Role, Turn
 
 
 @dataclasses.dataclass(eq=False)
@@ -30,6 +30,11 @@ class Node:
     def id(self) -> int:
         """The turn's id; 0 for the root."""
         return 0 if self.turn is None else self.turn.id
+
+    @property
+    def role(self) -> Role | None:
+        """Who speaks; None for the root."""
+        return None if self.turn is None else self.turn.role
 
     @property
     def index(self) -> int:

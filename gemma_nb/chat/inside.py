@@ -1,0 +1,215 @@
+"""What can be seen of a conversation from the inside: differences, traces, single tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma_nb.chat import diff as diffs
+from gemma_nb.chat.branches import locate
+from gemma_nb.chat.events import TokenRecord, Turn
+from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.chat.kept import KeptConversation
+from gemma_nb.chat.speakers import speakers
+from gemma_nb.chat.tree import Node
+from gemma_nb.errors import BusyError
+from gemma_nb.sampling.look import Look
+from gemma_nb.sites import SITES
+
+if TYPE_CHECKING:
+    import xarray
+
+    from gemma_nb.interp.trace import Trace
+
+# What a look at one token shows.
+_SITES = ("attention", "residual", "final")
+
+
+class InspectedConversation(KeptConversation):
+    """How a session is looked into; see `ChatSession`."""
+
+    _looked_at: tuple[Turn, Trace] | None = None  # the last one, with nothing computed
+
+    def diff(self, a: Turn | int, b: Turn | int) -> diffs.Diff:
+        """Two branches side by side from where they part.
+
+        Each token comes with its log-probability where it stands, and with that in the place of
+        the other branch: after the other's token where two replies part, after the other's message
+        where two messages do.  Both are computed by the plain forward pass.
+
+        Args:
+          a: a turn of one branch.
+          b: a turn of the other.
+
+        Raises:
+          ValueError: one branch is part of the other.
+        """
+        return diffs.compare(self._planner, self.tree.find(a), self.tree.find(b))
+
+    def trace(
+        self,
+        turn: Turn | None = None,
+        *,
+        sites: Sequence[str] = ("attention",),
+        layers: Iterable[int] | int | None = None,
+    ) -> Trace:
+        """Computes what happened inside the model up to and including a turn.
+
+        The whole context of that turn is run through the plain forward pass in the precision of
+        the model's parameters, so positions are those of the turn's token records, and under the
+        interventions that the turn was made under.
+
+        Args:
+          turn: a turn of any branch; None is the last reply.
+          sites: see `gnb.list_sites`.
+          layers: None for all.
+
+        Raises:
+          ValueError: no such turn, site or layer.
+        """
+        from gemma_nb.interp.trace import trace
+
+        node = self._reply_node(None) if turn is None else self.tree.find(turn)
+        ids, last = self._planner.tokens(node), node.turn
+        assert last is not None
+        model = self.model
+        if last.role == "model":
+            model = model.replace(interventions=self._planner.under(last))
+        path = self.tree.path_to(last)
+        turns, roles = speakers(self._planner.contexts, self.tokenizer, path, last.context, ids)
+        return trace(
+            *(model, ids),
+            tokenizer=self.tokenizer,
+            sites=sites,
+            layers=layers,
+            turns=turns,
+            roles=roles,
+        )
+
+    def tokens(self, turn: Turn | int | None = None) -> list[int]:
+        """The token ids of the context up to and including a turn (None: the last reply).
+
+        Those of a reply are what it was made in: positions are those of its token records.
+
+        Raises:
+          ValueError: the turn is not of this conversation, or there is none.
+        """
+        node = self._reply_node(None) if turn is None else self.tree.find(turn)
+        return self._planner.tokens(node)
+
+    def look(self, at: TokenRecord | int, *, turn: Turn | int | None = None) -> Trace:
+        """What the model computed where it chose a token of a reply.
+
+        The trace is that of `trace`, and holds the attention weights of all layers, the residual
+        stream after each layer and the final states at a single position: that of the token before
+        the one at `at`.  Other sites and positions are computed when they are asked for, by a pass.
+
+        While the key-value cache holds the text up to there, as it does on the branch that was
+        talked on last, that is a pass over one token, from the weights that decoding runs on.
+        Otherwise, and while a reply is being made, it is the plain pass over the whole context.
+
+        Args:
+          at: a token of any reply, or the event that told of it, or its index.
+          turn: the reply, where it is not clear from `at`; None with an index: the last reply.
+
+        Raises:
+          ValueError: no such token or turn.
+        """
+        from gemma_nb.interp.labels import dims_of
+
+        node, index = self._place(at, turn)
+        last = node.turn
+        assert last is not None
+        if self._looked_at is None or self._looked_at[0] is not last:
+            self._looked_at = last, self.trace(last, sites=())
+        trace = self._looked_at[1]
+        position = last.tokens[index].position - 1
+        found = self._look(last, trace.tokens.tolist(), position)
+        if found is None:
+            data = {site: trace.get(site, positions=position) for site in _SITES}
+            return dataclasses.replace(trace, data=data)
+        # Nothing that comes later is seen.
+        seen = np.zeros((*found.attention.shape[:2], 1, len(trace.tokens)), np.float32)
+        seen[:, :, 0, : position + 1] = found.attention
+        values = {
+            "attention": seen,
+            "residual": found.residual[:, None],
+            "final": found.final[None],
+        }
+        data = {
+            name: trace.labels_of.array(
+                x, dims_of(SITES[name]), name, {"site": SITES[name].holds}, positions=[position]
+            )
+            for name, x in values.items()
+        }
+        return dataclasses.replace(trace, data=data)
+
+    def lens(
+        self,
+        at: TokenRecord | int,
+        *,
+        turn: Turn | int | None = None,
+        k: int = 10,
+        watch: Sequence[int] | None = None,
+    ) -> xarray.Dataset:
+        """What would have been predicted in a token's place if the model ended after each layer.
+
+        It is `gnb.logit_lens` of what `look` shows, and as soon there.
+
+        Args:
+          at: a token of any reply, or the event that told of it, or its index.
+          turn: the reply, where it is not clear from `at`; None with an index: the last reply.
+          k: how many of the best tokens.
+          watch: token ids whose log-probability and rank are wanted in every layer; None for the
+            token at `at`.
+
+        Returns:
+          As of `gnb.logit_lens`; the one position is that of the token before the one at `at`.
+
+        Raises:
+          ValueError: no such token or turn, or an unknown token id.
+        """
+        from gemma_nb.interp.lens import logit_lens
+
+        node, index = self._place(at, turn)
+        assert node.turn is not None
+        record = node.turn.tokens[index]
+        watched = [record.token_id] if watch is None else watch
+        trace = self.look(index, turn=node.turn)
+        return logit_lens(trace, k, positions=record.position - 1, watch=watched)
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _look(self, turn: Turn, ids: Sequence[int], position: int) -> Look | None:
+        """What the decoder shows at a position of `ids`; None where it cannot now."""
+        decoder, stop = self._decoder, position + 1
+        with suppress(BusyError), self._alone(), between_steps():
+            same = decoder.interventions is self._planner.under(turn)
+            if decoder.looks and same and decoder.ids[:stop] == ids[:stop]:
+                return decoder.look(position)
+        return None
+
+    def _reply_node(self, turn: Turn | int | None) -> Node:
+        if turn is not None:
+            node = self.tree.find(turn)
+            if node.role != "model":
+                raise ValueError(f"expected a reply, got {node.turn!r}")
+            return node
+        for node in reversed(self.tree.path()):
+            if node.role == "model":
+                return node
+        raise ValueError("there is no reply yet: send a message first")
+
+    def _place(self, at: TokenRecord | int, turn: Turn | int | None) -> tuple[Node, int]:
+        """A reply's node and the index of a token of it."""
+        if isinstance(at, TokenRecord):
+            return locate(self.tree, at, turn)
+        node = self._reply_node(turn)
+        count = len(node.turn.tokens) if node.turn is not None else 0
+        if not 0 <= at < count:
+            raise ValueError(f"the reply has tokens 0 to {count - 1}, got {at}")
+        return node, at
