@@ -1,14 +1,15 @@
 """What states of the residual stream say about the next token, without their logits.
 
 One state's logits are V numbers (1 MB for Gemma 3), and a lens looks at thousands of states.  The
-vocabulary is therefore read once, a stretch at a time, and of each stretch only running sums and
-the best entries are kept (the online softmax of Milakov and Gimelshein, arXiv:1805.02867).
+vocabulary is therefore read once, a stretch at a time, and of each stretch only running sums (the
+online softmax of Milakov and Gimelshein, arXiv:1805.02867) and the largest logits of small groups
+are kept.  The best entries are then looked up in the groups that can hold them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+import math
 from typing import Any, cast
 
 import jax
@@ -21,8 +22,10 @@ from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn.layers import RMSNorm
 from gemma_nb.typing import Params
 
-_STRETCH = 16_384  # vocabulary entries at a time
-_GROUP = 128
+_STRETCH = 512  # vocabulary entries at a time
+_GROUP = 16  # of them, of which the largest logit is kept
+_PART = 128
+_AT_ONCE = 8  # states whose best entries are looked at together
 _POSITIONS = (1, 8, 16, 32, 64)  # how many positions are read at a time
 _ABSENT = -1e30  # the logit of an entry that was counted before
 
@@ -91,26 +94,15 @@ def _read_some(
 ) -> dict[str, np.ndarray]:
     table = model.params["embedder"]["input_embedding"]
     cap = model.config.final_logit_soft_cap
-    vocabulary = table.shape[0]
-    stretch = min(_STRETCH, vocabulary)
-    x = jnp.asarray(states, jnp.float32)
-    shape = states.shape[:2]
-    carry = {
-        "largest": jnp.full(shape, _ABSENT, jnp.float32),
-        "sum": jnp.zeros(shape, jnp.float32),
-        "weighted": jnp.zeros(shape, jnp.float32),
-        "crossed": jnp.zeros(shape, jnp.float32),
-        "top_logits": jnp.full((*shape, k), _ABSENT, jnp.float32),
-        "top_ids": jnp.zeros((*shape, k), jnp.int32),
-        "watched_ranks": jnp.zeros((*shape, watched.shape[1]), jnp.int32),
-    }
-    watched_logits = _watched(table, cap, x, jnp.asarray(watched))
-    for start in range(0, vocabulary, stretch):
-        # The last stretch reaches back, so that all are of one size.
-        at = min(start, vocabulary - stretch)
-        carry = _stretch(stretch, cap, table, x, watched, watched_logits, carry, at, start)
-    found = placement.fetch(_finish(carry))
-    return {**found, "watched_logits": placement.fetch(watched_logits)}
+    size = min(_STRETCH, table.shape[0])
+    x, ids = jnp.asarray(states, jnp.float32), jnp.asarray(watched)
+    watched_logits = _watched(table, cap, x, ids)
+    sums, groups = _through(size, math.gcd(size, _GROUP), cap, table, x, ids, watched_logits)
+    found = placement.fetch(_finish(sums))
+    best = _best(k, math.gcd(size, _GROUP), size, cap, table, x, groups)
+    top_logits, top_ids = placement.fetch(best)
+    watched_logits = placement.fetch(watched_logits)
+    return {**found, "top_logits": top_logits, "top_ids": top_ids, "watched_logits": watched_logits}
 
 
 def _capped(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -124,79 +116,136 @@ def _watched(table: jax.Array, cap: float | None, x: jax.Array, watched: jax.Arr
     return _capped(jnp.einsum("nPD,PWD->nPW", x, rows), cap)
 
 
-# Static: sizes and the soft-cap; where the stretch begins is traced.
-@partial(jax.jit, static_argnums=(0, 1), donate_argnames=("carry",))
-def _stretch(
+def _held(table: jax.Array, turn: jax.Array) -> jax.Array:
+    """The table as one turn of a loop sees it.
+
+    XLA's CPU backend would else widen all of a bfloat16 table before the loop begins.
+    """
+    return lax.optimization_barrier((table, turn))[0]
+
+
+def _starts(vocabulary: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each stretch begins, and its first entry that no other has.
+
+    The last one reaches back, so that all are of one size.
+    """
+    fresh = np.arange(0, vocabulary, size, dtype=np.int32)
+    return np.minimum(fresh, vocabulary - size), fresh
+
+
+# Static: sizes and the soft-cap.  Logits lie (entries, states), so that sums over entries run
+# through whole vectors of states, and a stretch of them stays in the processor's cache.
+@jax.jit(static_argnums=(0, 1, 2))
+def _through(
     size: int,
+    group: int,
     cap: float | None,
     table: jax.Array,
     x: jax.Array,
     watched: jax.Array,
     watched_logits: jax.Array,
-    carry: dict[str, jax.Array],
-    at: jax.Array,
-    fresh: jax.Array,
-) -> dict[str, jax.Array]:
-    rows = lax.dynamic_slice_in_dim(table, at, size).astype(jnp.float32)
-    ids = at + jnp.arange(size, dtype=jnp.int32)
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Sums over the vocabulary (n, P), and the largest logit of each group (groups, n * P)."""
+    n, count, width = x.shape
+    flat = x.reshape(-1, width)
+    begins, fresh = _starts(table.shape[0], size)
+    overlap = bool((begins != fresh).any())
+    columns = [(watched_logits[..., w].reshape(-1), watched[:, w]) for w in range(watched.shape[1])]
+
+    def stretch(
+        sums: dict[str, jax.Array], place: tuple[jax.Array, jax.Array]
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        at, first = place
+        rows = lax.dynamic_slice_in_dim(_held(table, at), at, size).astype(jnp.float32)
+        logits = _capped(lax.dot_general(rows, flat, (((1,), (1,)), ((), ()))), cap)
+        ids = at + jnp.arange(size, dtype=jnp.int32)[:, None]
+        if overlap:
+            logits = jnp.where(ids >= first, logits, _ABSENT)
+        groups = logits.reshape(-1, group, logits.shape[-1]).max(axis=1)
+        largest = jnp.maximum(sums["largest"], groups.max(axis=0))
+        shrink = jnp.exp(sums["largest"] - largest)
+        weights = jnp.exp(logits - largest)
+        # Of the output's distribution, for the cross-entropy of every state at the same position.
+        output = jnp.tile(weights[:, -count:], (1, n))
+        above = [
+            ((logits > least) & (ids != jnp.tile(token, n))).sum(axis=0, dtype=jnp.int32)
+            for least, token in columns
+        ]
+        ranks = sums["watched_ranks"]
+        return {
+            "largest": largest,
+            "sum": shrink * sums["sum"] + weights.sum(axis=0),
+            "weighted": shrink * sums["weighted"] + (weights * logits).sum(axis=0),
+            "crossed": jnp.tile(shrink[-count:], n) * sums["crossed"]
+            + (output * logits).sum(axis=0),
+            "watched_ranks": ranks + jnp.stack(above, axis=-1) if above else ranks,
+        }, groups
+
+    zero = jnp.zeros(len(flat), jnp.float32)
+    sums = dict.fromkeys(("sum", "weighted", "crossed"), zero)
+    sums["largest"] = jnp.full(len(flat), _ABSENT, jnp.float32)
+    sums["watched_ranks"] = jnp.zeros((len(flat), len(columns)), jnp.int32)
+    sums, groups = lax.scan(stretch, sums, (jnp.asarray(begins), jnp.asarray(fresh)))
+    sums = {name: value.reshape(n, count, *value.shape[1:]) for name, value in sums.items()}
+    return sums, groups.reshape(-1, len(flat))
+
+
+# Static: sizes and the soft-cap.
+@jax.jit(static_argnums=(0, 1, 2, 3))
+def _best(
+    k: int,
+    group: int,
+    size: int,
+    cap: float | None,
+    table: jax.Array,
+    x: jax.Array,
+    groups: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The k largest logits and their ids: only the k groups with the largest ones can hold them."""
+    begins, fresh = _starts(table.shape[0], size)
+    starts = (begins[:, None] + np.arange(0, size, group, dtype=np.int32)).reshape(-1)
+    firsts = np.repeat(fresh, size // group)
+    _, which = _top(groups.T, min(k, len(starts)))
+    which = jnp.sort(which, axis=-1)
+
+    def among(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        vector, chosen = state
+        ids = jnp.asarray(starts)[chosen][:, None] + jnp.arange(group, dtype=jnp.int32)
+        logits = _capped(_held(table, chosen)[ids].astype(jnp.float32) @ vector, cap)
+        logits = jnp.where(ids >= jnp.asarray(firsts)[chosen][:, None], logits, _ABSENT)
+        values, at = lax.top_k(logits.reshape(-1), k)
+        return values, ids.reshape(-1)[at]
+
     flat = x.reshape(-1, x.shape[-1])
-    logits = _capped((flat @ rows.T).reshape(*x.shape[:2], size), cap)
-    logits = jnp.where(ids >= fresh, logits, _ABSENT)
-
-    largest = jnp.maximum(carry["largest"], logits.max(axis=-1))
-    shrink = jnp.exp(carry["largest"] - largest)
-    weights = jnp.exp(logits - largest[..., None])
-    # Of the output's distribution, for the cross-entropy of every state at the same position.
-    output = (weights[-1][None] * logits).sum(axis=-1)
-
-    k = carry["top_logits"].shape[-1]
-    values, indices = _top(logits, min(k, size))
-    both = jnp.concatenate([carry["top_logits"], values], axis=-1)
-    both_ids = jnp.concatenate([carry["top_ids"], ids[indices]], axis=-1)
-    values, which = lax.top_k(both, k)
-    above = [
-        ((logits > watched_logits[..., w, None]) & (ids != watched[:, w, None])).sum(axis=-1)
-        for w in range(watched.shape[1])
-    ]
-    ranks = carry["watched_ranks"]
-    return {
-        "largest": largest,
-        "sum": shrink * carry["sum"] + weights.sum(axis=-1),
-        "weighted": shrink * carry["weighted"] + (weights * logits).sum(axis=-1),
-        "crossed": shrink[-1] * carry["crossed"] + output,
-        "top_logits": values,
-        "top_ids": jnp.take_along_axis(both_ids, which, axis=-1),
-        "watched_ranks": ranks + jnp.stack(above, axis=-1).astype(jnp.int32) if above else ranks,
-    }
+    values, ids = lax.map(among, (flat, which), batch_size=_AT_ONCE)
+    return values.reshape(*x.shape[:2], k), ids.reshape(*x.shape[:2], k)
 
 
 def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of the last axis: only the k best groups can hold them."""
+    """The k largest of the last axis: only the k best parts of it can hold them."""
     size = x.shape[-1]
-    if size % _GROUP or size <= k * _GROUP:
+    if size % _PART or size <= k * _PART:
         values, indices = lax.top_k(x, k)
         return values, indices
-    groups = x.reshape(*x.shape[:-1], -1, _GROUP)
-    _, best = lax.top_k(groups.max(axis=-1), k)
+    parts = x.reshape(*x.shape[:-1], -1, _PART)
+    _, best = lax.top_k(parts.max(axis=-1), k)
     best = jnp.sort(best, axis=-1)
-    candidates = jnp.take_along_axis(groups, best[..., None], axis=-2)
+    candidates = jnp.take_along_axis(parts, best[..., None], axis=-2)
     values, which = lax.top_k(candidates.reshape(*x.shape[:-1], -1), k)
-    group = jnp.take_along_axis(best, which // _GROUP, axis=-1)
-    return values, group * _GROUP + which % _GROUP
+    part = jnp.take_along_axis(best, which // _PART, axis=-1)
+    return values, part * _PART + which % _PART
 
 
 @jax.jit
-def _finish(carry: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    logsumexp = carry["largest"] + jnp.log(carry["sum"])
-    mean = carry["weighted"] / carry["sum"]
+def _finish(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    logsumexp = sums["largest"] + jnp.log(sums["sum"])
+    mean = sums["weighted"] / sums["sum"]
     # KL(p || q) = sum of p (log p - log q), with p the output's.
-    under_output = carry["crossed"] / carry["sum"][-1]
+    under_output = sums["crossed"] / sums["sum"][-1]
     kl = (mean[-1] - logsumexp[-1]) - (under_output - logsumexp)
     return {
         "logsumexp": logsumexp,
         "entropy": logsumexp - mean,
         "kl": jnp.maximum(kl, 0.0),
-        "top_logits": carry["top_logits"],
-        "top_ids": carry["top_ids"],
-        "watched_ranks": carry["watched_ranks"],
+        "watched_ranks": sums["watched_ranks"],
     }
