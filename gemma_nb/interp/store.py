@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -57,7 +58,9 @@ def save(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
     if path.suffix not in _ENDINGS:
         raise ValueError(f"a trace is saved as {' or '.join(_ENDINGS)}, got {path.name!r}")
     if path.suffix == ".zarr":
-        dataset.to_zarr(path)
+        _need_zarr()
+        # Zarr 3 has no fixed form of strings yet.
+        dataset.to_zarr(path, mode="w", zarr_format=2)
         return
     # netCDF 3 knows no half precision, and scipy writes it without another library.
     halves = {n: x.astype(np.float32) for n, x in dataset.items() if x.dtype == np.float16}
@@ -75,6 +78,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Labels, dict[str, xarray.DataArr
     path = Path(path)
     if path.suffix not in _ENDINGS:
         raise ValueError(f"a trace is saved as {' or '.join(_ENDINGS)}, got {path.name!r}")
+    if path.suffix == ".zarr":
+        _need_zarr()
     how: dict[str, Any] = {"engine": "zarr" if path.suffix == ".zarr" else "scipy"}
     with xarray.open_dataset(path, **how) as opened:
         dataset = opened.load()
@@ -96,6 +101,15 @@ def load(path: str | os.PathLike[str]) -> tuple[Labels, dict[str, xarray.DataArr
         if array.dims and str(array.dims[0]).startswith(f"{name}."):
             data[str(name)] = _labelled(labels, str(name), array)
     return labels, data
+
+
+def _need_zarr() -> None:
+    """Raises ImportError, with what to do, where the zarr library is not installed."""
+    if importlib.util.find_spec("zarr") is None:
+        raise ImportError(
+            "traces in .zarr folders need the zarr library: pip install zarr.  "
+            "A trace in a .nc file needs nothing more"
+        )
 
 
 def _labelled(labels: Labels, name: str, array: xarray.DataArray) -> xarray.DataArray:

@@ -148,6 +148,7 @@ class Trace:
 
         Raises:
           ValueError: another ending.
+          ImportError: Zarr without the zarr library.
         """
         store.save(self.to_dataset(), path)
 
@@ -157,6 +158,7 @@ class Trace:
 
         Raises:
           ValueError: the file is no such trace.
+          ImportError: Zarr without the zarr library.
         """
         labels, data = store.load(path)
         return cls(labels, data)

@@ -191,7 +191,8 @@ def test_half_precision_halves_what_is_kept(tiny_model, trace):
     np.testing.assert_allclose(half.attention, trace.attention, atol=1e-3)
 
 
-def test_saved_traces_are_read_back(tiny_model, trace, tmp_path):
+@pytest.mark.parametrize("ending", [".nc", ".zarr"])
+def test_saved_traces_are_read_back(tiny_model, trace, tmp_path, ending):
     roles, turns = ["user"] * 10 + ["model"] * 11, [0] * 10 + [1] * 11
     model, tokenizer = tiny_model
     made = gnb.trace(
@@ -203,8 +204,10 @@ def test_saved_traces_are_read_back(tiny_model, trace, tmp_path):
         roles=roles,
     )
     made.data["z"] = made.get("z", layers=[1], heads=0, dtype="float16")
-    made.save(tmp_path / "trace.nc")
-    loaded = gnb.Trace.load(tmp_path / "trace.nc")
+    path = tmp_path / f"trace{ending}"
+    made.save(path)
+    made.save(path)  # over the one that is there
+    loaded = gnb.Trace.load(path)
     assert (loaded.config, loaded.labels, loaded.roles) == (made.config, made.labels, made.roles)
     assert loaded.interventions == made.interventions == ()
     for name in ("attention", "residual", "embed"):
@@ -218,6 +221,13 @@ def test_saved_traces_are_read_back(tiny_model, trace, tmp_path):
     xarray.Dataset({"x": ("y", [1.0])}).to_netcdf(tmp_path / "other.nc", engine="scipy")
     with pytest.raises(ValueError, match="no trace"):
         gnb.Trace.load(tmp_path / "other.nc")
+
+
+def test_zarr_without_its_library_says_what_to_install(trace, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for go in (trace.save, gnb.Trace.load):
+        with pytest.raises(ImportError, match="pip install zarr"):
+            go(tmp_path / "trace.zarr")
 
 
 def test_traces_of_one_text_share_its_pass(tiny_model):
