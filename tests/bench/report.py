@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 from tests.bench.names import NAMES, OURS, installed
+
+RESULTS = Path(__file__).parents[2] / "assets" / "benchmarks.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +48,25 @@ class Quantity:
         return max(abs(x / middle - 1) for x in self.values[OURS]) if middle else 0.0
 
 
+def conditions() -> str:
+    """On what, and with what, this was measured."""
+    packages = []
+    for name in ("jax", "torch", "transformers", "llama-cpp-python", "transformer-lens"):
+        try:
+            packages.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores{load}; {', '.join(packages)}"
+
+
+def keep(results: Mapping[str, Any]) -> None:
+    """Writes results into RESULTS, beside what other benchmarks have there under other keys."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**known, **results}, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {RESULTS.name}")
+
+
 def record(quantities: Sequence[Quantity]) -> list[dict[str, object]]:
     """All rounds, medians and ratios, as JSON can hold them."""
     return [
@@ -58,18 +85,19 @@ def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 
-def table(quantities: Sequence[Quantity]) -> str:
+def table(quantities: Sequence[Quantity], names: Sequence[str] = NAMES) -> str:
     """All quantities, two lines each: medians, and our advantage over each other contestant."""
-    here = [name for name in NAMES if any(q.values.get(name) for q in quantities)]
+    here = [name for name in names if any(q.values.get(name) for q in quantities)]
     width = max(len(q.title) for q in quantities) + 2
-    lines = [" " * width + "".join(f"{name:>12}" for name in here)]
+    wide = max(12, *(len(name) + 2 for name in here))
+    lines = [" " * width + "".join(f"{name:>{wide}}" for name in here)]
     for q in quantities:
-        cells = "".join(f"{_number(q.median(name)):>12}" for name in here)
+        cells = "".join(f"{_number(q.median(name)):>{wide}}" for name in here)
         spread = f"   (rounds within {q.spread():.0%})" if len(q.values[OURS]) > 1 else ""
         lines.append(f"{q.title:<{width}}{cells}{spread}")
         ratios = [q.advantage(name) for name in here]
         if any(ratios):
-            cells = "".join(f"{'' if r is None else f'{r:.2f}x':>12}" for r in ratios)
+            cells = "".join(f"{'' if r is None else f'{r:.2f}x':>{wide}}" for r in ratios)
             lines.append(f"{'  gemma_nb is better':<{width}}{cells}")
-    lines += [f"{name}: not installed" for name in NAMES if not installed(name)]
+    lines += [f"{name}: not installed" for name in names if not installed(name)]
     return "\n".join(lines)
