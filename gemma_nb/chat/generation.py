@@ -98,11 +98,7 @@ class Generation:
         position = len(self._decoder.ids)
         if not evidence.finite:
             self._decoder.reset()
-            raise NonFiniteLogitsError(
-                f"the logits at position {position - 1} are not finite: the weights hold NaN "
-                "or infinity, or the activations overflowed.  Reload the model, or load it "
-                'with dtype="float32".'
-            )
+            raise NonFiniteLogitsError(not_finite(position - 1))
         return evidence, position
 
     def _end_from_outside(self, reply: Reply) -> None:
@@ -114,3 +110,11 @@ class Generation:
         elif self._decoder.full:
             self.out_of_room = True
             reply.finish("length", ran_full(len(self._decoder.ids), self._decoder.limit))
+
+
+def not_finite(position: int) -> str:
+    """What is said when the model computed NaN or infinity."""
+    return (
+        f"the logits at position {position} are not finite: the weights hold NaN or infinity, or "
+        'the activations overflowed.  Reload the model, or load it with dtype="float32".'
+    )

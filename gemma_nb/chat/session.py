@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from gemma_nb.chat.branches import Plan
 from gemma_nb.chat.events import Origin, TokenEvent, TokenRecord, Turn
 from gemma_nb.chat.inside import InspectedConversation
+from gemma_nb.chat.several import SamplingConversation
 from gemma_nb.chat.tree import Node
 from gemma_nb.interventions import Intervention
 from gemma_nb.sampling.methods import Sampling
 
 
-class ChatSession(InspectedConversation):
+class ChatSession(InspectedConversation, SamplingConversation):
     """Chats with a model, and keeps the evidence of every token of its replies.
 
         chat = gnb.ChatSession(model, tokenizer)
@@ -325,7 +326,8 @@ class ChatSession(InspectedConversation):
         before = [node.turn for node in parent.path() if node.turn is not None]
         ids, context = self._planner.fit([*before, turn])
         asked = self.tree.add(parent, turn)
-        return Plan(asked, ids, context, self._planner.seeded(asked))
+        under = self.model.interventions
+        return Plan(asked, ids, context, self._planner.seeded(asked), interventions=under)
 
     def _check_text(self, text: object) -> None:
         if not isinstance(text, str):

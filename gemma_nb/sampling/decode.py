@@ -150,6 +150,11 @@ class Decoder:
         return self._interventions
 
     @property
+    def cache(self) -> StreamCache | None:
+        """What is cached of `ids`, for reading: the next step takes its arrays away."""
+        return self._cache
+
+    @property
     def looks(self) -> bool:
         """Whether `look` works: with our own module, on one device."""
         return self._mesh is None and isinstance(self._transformer, Transformer)

@@ -1,0 +1,179 @@
+"""Several replies at once, which leave the conversation as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+
+from gemma_nb.chat.branches import Plan
+from gemma_nb.chat.context import ran_full, too_long
+from gemma_nb.chat.events import Turn
+from gemma_nb.chat.generation import STOPPED, not_finite
+from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.chat.kept import KeptConversation
+from gemma_nb.chat.reply import Reply
+from gemma_nb.chat.tree import Node
+from gemma_nb.errors import NonFiniteLogitsError
+from gemma_nb.sampling.batch import MOST, Batch
+from gemma_nb.sampling.evidence import Evidence
+from gemma_nb.sampling.methods import Sampling
+
+
+class SamplingConversation(KeptConversation):
+    """How replies are sampled beside the conversation; see `ChatSession`.
+
+    Up to 16 replies are made at the same time, a token of each per step.
+    """
+
+    def sample(self, prompt: str, n: int = 8, *, sampling: Sampling | None = None) -> list[Turn]:
+        """Makes `n` independent replies to a message, and leaves the conversation as it is.
+
+            replies = chat.sample("Name a colour.", n=8)
+            collections.Counter(turn.text for turn in replies)
+
+        What stands before the replies is computed once.  Reply i is drawn with seed + i: with a
+        fixed seed they are those that `chat` and then `regenerate` would make, as nearly as
+        float32 rounds, and more exact than those where the model stores int8.  At temperature 0
+        all are the same.
+
+        The turns have full evidence and the id 0, since they are not in `tree`.  `stop` ends all
+        replies being made with `finish_reason` "cancelled", the kernel's interrupt with
+        "interrupted"; either way what had come is returned, also as an empty reply, rather than
+        lost to an exception.  A reply that fills the context ends with "length" whatever
+        `when_full` says.
+
+        Args:
+          prompt: what is said.
+          n: how many replies, at least 1.
+          sampling: settings in place of the session's.
+
+        Raises:
+          ValueError: n is less than 1.
+          BusyError: a reply is being made.
+          TextError: text that cannot be tokenized.
+          NonFiniteLogitsError: the model computed NaN or infinity.
+          ContextFullError: the message does not fit and `when_full` is "error".
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n!r}")
+        chosen = sampling or self.sampling
+        seed = secrets.randbits(31) if chosen.seed is None else chosen.seed
+        each = [dataclasses.replace(chosen, seed=(seed + i) % 2**32) for i in range(n)]
+        return self._replies([prompt] * n, each)
+
+    def sample_each(
+        self, prompts: Sequence[str], *, sampling: Sampling | None = None
+    ) -> list[Turn]:
+        """Makes one reply to each of many messages, none of which sees the others.
+
+            chat = gnb.ChatSession(model, tokenizer, system=rules, sampling=gnb.Sampling(0))
+            answers = chat.sample_each([question.text for question in questions])
+
+        For evaluations: what all messages have in common, such as the system text, the conversation
+        so far (examples, say) and their own beginning, is computed once for up to 16 of them.
+        Each reply is what `chat` would give here; with a fixed seed all use that seed.  Everything
+        else is as in `sample`.
+
+        Args:
+          prompts: what is said, each on its own.
+          sampling: settings in place of the session's.
+
+        Returns:
+          A reply for each, in their order.
+
+        Raises:
+          TypeError: a single string.
+          BusyError, TextError, NonFiniteLogitsError, ContextFullError: as `sample`.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("sample_each() takes a list of messages; for one, call sample()")
+        chosen = sampling or self.sampling
+        drawn = [secrets.randbits(31) if chosen.seed is None else chosen.seed for _ in prompts]
+        each = [dataclasses.replace(chosen, seed=seed) for seed in drawn]
+        return self._replies(prompts, each)
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _replies(self, prompts: Sequence[str], samplings: Sequence[Sampling]) -> list[Turn]:
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise TypeError(f"a message must be a string, got {type(prompt).__name__}")
+        with self._alone():
+            self._generation.stop.clear()
+            pairs = list(zip(prompts, samplings, strict=True))
+            plans = [self._aside(prompt, sampling) for prompt, sampling in pairs]
+            replies: list[Reply] = []
+            try:
+                for first in range(0, len(plans), MOST):
+                    group = plans[first : first + MOST]
+                    begun = [self._new_reply(plan, 0) for plan in group]
+                    replies += begun
+                    self._make(list(zip(group, begun, strict=True)))
+            except KeyboardInterrupt:
+                replies += [self._new_reply(plan, 0) for plan in plans[len(replies) :]]
+                for reply in replies:
+                    reply.finish("interrupted", "The kernel was interrupted.")
+            for reply in replies:
+                reply.finish("cancelled", STOPPED)  # all that have not come to an end
+                reply.flush()
+        return [reply.turn() for reply in replies]
+
+    def _aside(self, prompt: str, sampling: Sampling) -> Plan:
+        """The plan of a reply to a message that is not in the tree."""
+        asked = Node(Turn(id=0, role="user", text=prompt), self.tree.tip)
+        turns = [node.turn for node in asked.path() if node.turn is not None]
+        room = sampling.max_new_tokens
+        ids, context = self._planner.contexts.fit(turns, self.system, self.when_full, room)
+        return Plan(asked, ids, context, sampling, interventions=self.model.interventions)
+
+    def _make(self, made: Sequence[tuple[Plan, Reply]]) -> None:
+        """Makes some replies, as many as a batch holds."""
+        stop = self._generation.stop
+        if not self._decoder.looks:
+            # Another library's module, or one on a mesh.
+            for plan, reply in made:
+                if not stop.is_set():
+                    for _ in self._generation.run(plan, reply):
+                        pass
+            return
+        limit = self._decoder.limit
+        for plan, reply in made:
+            reply.used = min(len(plan.ids), limit)
+            if len(plan.ids) > limit:
+                reply.finish("length", too_long(len(plan.ids), limit))
+        made = [(plan, reply) for plan, reply in made if reply.finish_reason is None]
+        if not made or stop.is_set():
+            return
+        self._decoder.intervene(self.model.interventions)
+        batch = Batch(self.model, self._decoder, top_k=self.capture.top_k)
+        barred = [self._planner.barred(plan.sampling) for plan, _ in made]
+        with between_steps():
+            first = batch.begin([plan.ids for plan, _ in made], barred, lambda _: not stop.is_set())
+        for place, (_, reply) in enumerate(made):
+            # What was computed for all of them is told once.
+            reply.prompt(batch.fed if place == 0 else 0)
+        chosen = {} if first is None else dict(enumerate(first))
+        while chosen and not stop.is_set():
+            following = {}
+            for i, evidence in chosen.items():
+                if self._add(*made[i], batch.ids[i], evidence):
+                    following[i] = int(evidence.token)
+            if not following or stop.is_set():
+                break
+            with between_steps():
+                chosen = batch.step(following)
+
+    def _add(self, plan: Plan, reply: Reply, ids: Sequence[int], evidence: Evidence) -> bool:
+        """Takes a reply's next choice; whether it goes on."""
+        position, limit = len(ids), self._decoder.limit
+        if not evidence.finite:
+            self._decoder.reset()
+            raise NonFiniteLogitsError(not_finite(position - 1))
+        seed = plan.sampling.seed
+        assert seed is not None
+        reply.add(evidence, position, (seed, position - 1))
+        reply.used = position
+        if reply.finish_reason is None and position >= limit:
+            reply.finish("length", ran_full(position, limit))
+        return reply.finish_reason is None

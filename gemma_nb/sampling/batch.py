@@ -1,0 +1,385 @@
+"""Several streams at once, which share what stands before them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from gemma_nb.interventions import Interventions
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.nn import Output, Transformer
+from gemma_nb.nn.storage import _bfloat16_terms, product
+from gemma_nb.sampling.cache import StreamCache
+from gemma_nb.sampling.choose import choose
+from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.evidence import Evidence
+from gemma_nb.sampling.head import Scores
+from gemma_nb.sampling.methods import Controls, Sampling
+from gemma_nb.sampling.weights import DecodingWeights, decoding_weights, has_matrix_unit
+from gemma_nb.text.prefix import shared_prefix
+from gemma_nb.typing import EMPTY
+
+# Numbers of streams that are compiled.
+WIDTHS = (1, 2, 4, 8, 16)
+MOST = WIDTHS[-1]
+
+# Tokens that are fed at once where the streams begin with different ones.
+_PIECES = (16, 64, 256)
+
+# The cache starts with so many slots, and is made four times as large when it is full: each size is
+# a compilation.
+_SLOTS, _MORE = 1024, 4
+
+# Whose token a slot holds: that of stream 0, 1, ...; or
+_EVERYBODYS, _NOBODYS = -1, -2
+
+
+class Batch:
+    """Streams that continue one context, one token of each per step.
+
+    All streams stand in one cache, as if they were one text: what they share is there once, and a
+    mask lets each token see that and its own stream.  So a step feeds its tokens as a prompt is
+    fed, in products of matrices, and takes little longer than a single stream's.  What it pays for
+    that is that a token's scores are computed over the others' tokens, too, and masked.
+
+    The same seed draws in each stream what it draws in a `Decoder`, whose logits differ in the
+    last bits of float32, and by the error of its int8 head where it has one: here all are exact.
+
+    Attributes:
+      ids: per stream, the token ids that were fed, in order.
+      fed: how many tokens were computed for all streams together.
+    """
+
+    def __init__(self, model: GemmaTransformer, decoder: Decoder, *, top_k: int) -> None:
+        """A batch of no streams yet.
+
+        Args:
+          model: what computes; our own module, on one device (see `Decoder.looks`).
+          decoder: computes what the streams share, and keeps it cached.
+          top_k: number of alternatives.
+        """
+        self.ids: list[list[int]] = []
+        self.fed = 0
+        self._decoder = decoder
+        self._transformer = model.transformer
+        # Held, so that the decoder's and these stay the same arrays.
+        self._weights = decoding_weights(model)
+        self._leaves, structure = jax.tree.flatten(self._weights)
+        self._feed_step = _compiled_feed(model.transformer, structure)
+        self._choose_step = _compiled_choose(model.transformer, structure, top_k)
+        self._cache: StreamCache | None = None
+        # Of each slot; the device has the positions, too, but these are ahead of it.
+        self._owners = np.zeros(0, np.int32)
+        self._positions = np.zeros(0, np.int32)
+        self._end = 0
+        self._seen: Any = None
+        self._controls: Any = None
+        self._keys: Any = None
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
+        between: Callable[[int], bool] | None = None,
+    ) -> list[Evidence] | None:
+        """Feeds the prompts, and chooses the token after each.
+
+        Args:
+          prompts: each stream's whole context, at least one token and at most the decoder's limit.
+          samplings: theirs, which differ in their seeds only; these are set.
+          between: called between pieces with the number of tokens fed; False ends the prefill.
+
+        Returns:
+          Each stream's evidence on the host, or None where `between` ended it.
+
+        Raises:
+          ValueError: no or too many streams, or a context of a wrong length.
+        """
+        if not 0 < len(prompts) <= MOST:
+            raise ValueError(f"a batch holds 1 to {MOST} streams, got {len(prompts)}")
+        limit = self._decoder.limit
+        if not all(0 < len(ids) <= limit for ids in prompts):
+            raise ValueError(f"a context must hold 1 to {limit} tokens")
+        # Of each at least the last token is left, whose logits are needed.
+        common = functools.reduce(_prefix, [list(ids[:-1]) for ids in prompts])
+        if not self._share(common, samplings[0], between):
+            return None
+        self.ids = [list(ids) for ids in prompts]
+        width = next(size for size in WIDTHS if size >= len(prompts))
+        vocabulary = self._transformer.config.num_embed
+        self._controls = Controls.of(samplings[0], vocabulary)
+        padded = [*samplings, *[samplings[0]] * (width - len(samplings))]
+        self._keys = jnp.stack([jax.random.key(cast(int, s.seed)) for s in padded])
+        seen = np.zeros((width, vocabulary), bool)
+        for row, ids in enumerate(prompts):
+            seen[row, list(ids)] = True
+        self._seen = jnp.asarray(seen)
+        hidden = self._feed_rest(len(common), width, between)
+        return None if hidden is None else self._choose(hidden, range(len(prompts)))
+
+    def step(self, tokens: dict[int, int]) -> dict[int, Evidence]:
+        """Feeds the next token of some streams, and chooses the one after each.
+
+        A stream that is left out has ended.
+
+        Args:
+          tokens: stream to token id.
+
+        Returns:
+          Stream to evidence, on the host.
+        """
+        width = self._seen.shape[0]
+        given = [(self.ids[i], i) for i in tokens]
+        fed = [(token, len(ids), i) for token, (ids, i) in zip(tokens.values(), given, strict=True)]
+        rows = self._feed(fed, width, live=list(tokens))
+        hidden = np.zeros((width, rows.shape[1]), np.float32)
+        for place, i in enumerate(tokens):
+            hidden[i] = rows[place]
+            self.ids[i].append(tokens[i])
+        chosen = self._choose(hidden, list(tokens))
+        return dict(zip(tokens, chosen, strict=True))
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _share(
+        self, common: list[int], sampling: Sampling, between: Callable[[int], bool] | None
+    ) -> bool:
+        """Computes what all streams begin with, and makes the cache; False where that was ended."""
+        config, count = self._transformer.config, len(common)
+        held = None
+        if common:
+            rest = self._decoder.begin(common, sampling)
+            self.fed += len(rest)
+            if self._decoder.prefill(rest, between) is None:
+                return False
+            held = self._decoder.cache
+        size = _slots_for(count + 2 * MOST)
+        self._owners = np.full(size, _NOBODYS, np.int32)
+        self._positions = np.full(size, EMPTY, np.int32)
+        self._owners[:count], self._positions[:count] = _EVERYBODYS, np.arange(count)
+        self._end = count
+        if held is None:
+            self._cache = StreamCache.empty(config, size)
+        else:
+            self._cache = _gather(held, np.arange(size), self._positions, np.int32(count))
+        return True
+
+    def _feed_rest(
+        self, done: int, width: int, between: Callable[[int], bool] | None
+    ) -> np.ndarray | None:
+        """Feeds what the streams do not share; (width, D) states behind their next tokens."""
+        rest = [
+            (token, done + place, i)
+            for i, ids in enumerate(self.ids)
+            for place, token in enumerate(ids[done:])
+        ]
+        last = {(i, len(ids) - 1) for i, ids in enumerate(self.ids)}
+        hidden = np.zeros((width, self._transformer.config.embed_dim), np.float32)
+        everyone = range(len(self.ids))
+        while rest:
+            sizes = (width, *_PIECES)
+            size = next((n for n in sizes if n >= len(rest)), sizes[-1])
+            piece, rest = rest[:size], rest[size:]
+            rows = self._feed(piece, size, live=everyone)
+            for row, (_, position, i) in zip(rows, piece, strict=False):
+                if (i, position) in last:
+                    hidden[i] = row
+            self.fed += len(piece)
+            if rest and between is not None and not between(self.fed):
+                return None
+        return hidden
+
+    def _feed(
+        self, given: Sequence[tuple[int, int, int]], size: int, live: Sequence[int]
+    ) -> np.ndarray:
+        """Feeds (token, position, stream) triples as `size` tokens; (size, D) final states."""
+        self._make_room(len(given), live)
+        tokens = np.zeros((1, size), np.int32)
+        positions = np.full((1, size), EMPTY, np.int32)
+        owners = np.full(size, _NOBODYS, np.int32)
+        count = len(given)
+        tokens[0, :count], positions[0, :count], owners[:count] = zip(*given, strict=True)
+        place = slice(self._end, self._end + count)
+        self._positions[place], self._owners[place] = positions[0, :count], owners[:count]
+        self._end += count
+        self._cache, hidden = self._feed_step(
+            self._leaves,
+            self._cache,
+            *(tokens, positions, owners),
+            # Copies: the device may read them later than they change.
+            *(self._positions.copy(), self._owners.copy()),
+            self._decoder.interventions,
+        )
+        return np.asarray(hidden)
+
+    def _choose(self, hidden: np.ndarray, live: Sequence[int]) -> list[Evidence]:
+        width = len(hidden)
+        alive = np.zeros(width, bool)
+        alive[list(live)] = True
+        positions = np.zeros(width, np.int32)
+        positions[: len(self.ids)] = [len(ids) - 1 for ids in self.ids]
+        self._seen, evidence = self._choose_step(
+            self._leaves, self._seen, hidden, alive, positions, self._keys, self._controls
+        )
+        on_host = jax.device_get(evidence)
+        return [jax.tree.map(lambda x, i=i: x[i], on_host) for i in live]
+
+    def _make_room(self, count: int, live: Sequence[int]) -> None:
+        """Room for `count` tokens more; first, the tokens of streams that have ended go."""
+        if self._end + count <= len(self._owners):
+            return
+        assert self._cache is not None
+        kept = np.flatnonzero(np.isin(self._owners[: self._end], [_EVERYBODYS, *live]))
+        # Half of it free, or room would soon be wanted again.
+        size = _slots_for(2 * (len(kept) + count))
+        slots = np.zeros(size, np.int32)
+        slots[: len(kept)] = kept
+        positions, owners = np.full((2, size), EMPTY, np.int32)
+        owners[:] = _NOBODYS
+        positions[: len(kept)] = self._positions[kept]
+        owners[: len(kept)] = self._owners[kept]
+        self._cache = _gather(self._cache, slots, positions, np.int32(len(kept)))
+        self._positions, self._owners, self._end = positions, owners, len(kept)
+
+
+def _prefix(a: list[int], b: list[int]) -> list[int]:
+    return a[: shared_prefix(a, b)]
+
+
+def _slots_for(count: int) -> int:
+    size = _SLOTS
+    while size < count:
+        size *= _MORE
+    return size
+
+
+@jax.jit
+def _gather(
+    cache: StreamCache, slots: jax.Array, positions: jax.Array, count: jax.Array
+) -> StreamCache:
+    """A cache without rings whose slot i holds what stands in `slots[i]` of `cache`.
+
+    In a ring that is slot `slots[i]` modulo its length: where slots are positions, the tokens that
+    it still holds are in their places, and what stands elsewhere no window reaches.
+    """
+
+    def take(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(x[slots % len(x)] for x in arrays)
+
+    return StreamCache(
+        k=take(cache.k),
+        v=take(cache.v),
+        positions=positions,
+        ring_positions=None,
+        end_index=count,
+        rings=(False,) * len(cache.rings),
+    )
+
+
+@functools.cache
+def _compiled_feed(transformer: Transformer, structure: Any) -> Any:
+    """The jitted feeding of tokens; compiled per number of tokens and cache size."""
+
+    def feed(
+        leaves: Sequence[jax.Array],
+        cache: StreamCache,
+        tokens: jax.Array,
+        positions: jax.Array,
+        owners: jax.Array,
+        slot_positions: jax.Array,
+        slot_owners: jax.Array,
+        interventions: Interventions | None,
+    ) -> tuple[StreamCache, jax.Array]:
+        weights: DecodingWeights = jax.tree.unflatten(structure, leaves)
+        theirs = (slot_owners == _EVERYBODYS) | (slot_owners == owners[:, None])
+        mask = theirs & (slot_positions >= 0) & (slot_positions <= positions[0][:, None])
+        output = cast(
+            Output,
+            transformer.apply(
+                weights.variables,
+                tokens,
+                cache=cache.to_model(transformer.config),
+                positions=positions,
+                attention_mask=mask[None],
+                return_hidden_states=True,
+                interventions=interventions,
+            ),
+        )
+        assert output.cache is not None
+        assert output.hidden_states is not None
+        return cache.updated(output.cache), output.hidden_states[0].astype(jnp.float32)
+
+    return jax.jit(feed, donate_argnums=1, compiler_options=_options())
+
+
+@functools.cache
+def _compiled_choose(transformer: Transformer, structure: Any, top_k: int) -> Any:
+    """The jitted choice of a token per stream; compiled per number of streams."""
+    cap = transformer.config.final_logit_soft_cap
+
+    def choose_each(
+        leaves: Sequence[jax.Array],
+        seen: jax.Array,
+        hidden: jax.Array,
+        alive: jax.Array,
+        positions: jax.Array,
+        keys: jax.Array,
+        controls: Controls,
+    ) -> tuple[jax.Array, Evidence]:
+        weights: DecodingWeights = jax.tree.unflatten(structure, leaves)
+        logits = _logits(hidden, weights.table)
+        if cap is not None:
+            logits = cap * jnp.tanh(logits / cap)
+
+        def one(row: Any) -> Evidence:
+            alive, logits, seen, position, key = row
+            own = controls.replace(key=key)  # type: ignore[attr-defined]
+
+            def chosen() -> Evidence:
+                return choose(Scores.of(logits), own, seen, position, top_k)
+
+            shapes = jax.eval_shape(chosen)
+            # Stream by stream, since under `vmap` both sides of a conditional are computed.
+            return lax.cond(
+                alive,
+                chosen,
+                lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+            )
+
+        evidence = lax.map(one, (alive, logits, seen, positions, keys))
+        rows = jnp.arange(len(seen))
+        return seen.at[rows, evidence.token].set(True), evidence
+
+    return jax.jit(choose_each, donate_argnums=1, compiler_options=_options())
+
+
+def _options() -> dict[str, Any] | None:
+    # As in `gemma_nb.sampling.decode.compiled`.
+    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+
+
+def _logits(hidden: Float[Array, "B D"], table: Float[Array, "V D"]) -> Float[Array, "B V"]:
+    """Exact logits of several streams, before any soft-cap.
+
+    On a matrix unit for bfloat16 the states are split into three terms that add up to them, as for
+    the layers, but the table comes first: it lies in (V, D), and XLA:CPU would transpose it.  That
+    is twice as fast as a product per stream; everything else is slower than that.
+    """
+    if table.dtype == jnp.bfloat16 and len(hidden) > 1 and _on_cpu():
+        if not has_matrix_unit():
+            return jnp.stack([product(x, table) for x in hidden])
+        terms = jnp.concatenate(_bfloat16_terms(hidden)).T
+        y = jnp.dot(table, terms, preferred_element_type=jnp.float32)
+        return y.reshape(len(table), 3, -1).sum(axis=1).T
+    return product(hidden, table)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
