@@ -37,7 +37,7 @@ def choose(
         only; None where all are exact.
     """
     totals = _totals(scores)
-    forced = controls.forced >= 0
+    forced, token = controls.forced >= 0, controls.forced
     allowed = ~controls.banned[scores.ids]
     number = allowed.sum()
 
@@ -48,19 +48,28 @@ def choose(
         p = probabilities[chosen], probabilities
         return _evidence(scores, totals, (scores.ids[chosen], value, rank), p, k)
 
+    def beside_shortlist() -> Evidence:
+        """A forced token, where all that may be drawn is on the shortlist."""
+        _, probabilities = _draw_from(scores.values, allowed, controls, position)
+        known = scores if forced_logit is None else _with(scores, token, forced_logit)
+        value = known.logits[token]
+        rank = jnp.sum(known.logits > value)
+        p = jnp.sum(jnp.where(scores.ids == token, probabilities, 0.0)), probabilities
+        return _evidence(scores, _totals(known), (token, value, rank), p, k)
+
     def among_all() -> Evidence:
-        known = scores if forced_logit is None else _with(scores, controls.forced, forced_logit)
+        known = scores if forced_logit is None else _with(scores, token, forced_logit)
         dist = distribution(known.logits, controls, seen)
-        token = jnp.where(forced, controls.forced, draw(dist, controls, position))
-        return observe(known, dist, token, k)
+        chosen = jnp.where(forced, token, draw(dist, controls, position))
+        return observe(known, dist, chosen, k)
 
     enough = jnp.where(
         controls.temperature == 0, number > 0, (controls.top_k > 0) & (controls.top_k <= number)
     )
-    # A forced token may lie anywhere.
-    short = enough & (controls.repetition_penalty == 1) & ~forced
+    short = enough & (controls.repetition_penalty == 1)
     # A conditional, not a select: only the branch that is needed is computed.
-    return lax.cond(short, among_shortlist, among_all)
+    which = jnp.where(short, forced.astype(jnp.int32), 2)
+    return lax.switch(which, (among_shortlist, beside_shortlist, among_all))
 
 
 def observe(scores: Scores, dist: Distribution, token: Int[Array, ""], k: int) -> Evidence:
