@@ -142,7 +142,6 @@ class Decoder:
         self._controls: Controls | None = None
         self._next: int | None = None  # the token chosen last, not yet fed
         self._ahead: _Made | None = None  # what the step that feeds it makes
-        self._compiling: set[int] = set()  # cache sizes, on another thread
 
     @property
     def interventions(self) -> Interventions | None:
@@ -300,7 +299,10 @@ class Decoder:
         )
 
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
-        """Compiles every step that a short conversation needs, and leaves the stream empty."""
+        """Compiles every step that a short conversation needs, and leaves the stream empty.
+
+        Those of a longer one are compiled on another thread afterwards, while nobody waits.
+        """
         self.reset()
         sizes = (*BUCKETS[:2], 1)
         for i, size in enumerate(sizes):
@@ -309,6 +311,7 @@ class Decoder:
             self.reset()
             if progress is not None:
                 progress((i + 1) / len(sizes))
+        self._compile_ahead(next_size(size_for(1, self.limit), self.limit))
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -340,7 +343,9 @@ class Decoder:
             self._archive.write(len(self.ids), rows[:, :, : len(fed)])
         self.ids.extend(fed)
         self._next = int(evidence.token)
-        self._compile_ahead()
+        assert self._cache is not None
+        if 2 * len(self.ids) >= self._cache.size:
+            self._compile_ahead(next_size(self._cache.size, self.limit))
         return evidence
 
     @contextlib.contextmanager
@@ -358,15 +363,14 @@ class Decoder:
         if self._cache.size < size:
             self._cache = grow(self._cache, size, self._transformer.config)
 
-    def _compile_ahead(self) -> None:
-        """Compiles the steps for the next cache size on another thread, before they are needed."""
-        assert self._cache is not None
-        size = next_size(self._cache.size, self.limit)
-        soon = 2 * len(self.ids) >= self._cache.size
+    def _compile_ahead(self, size: int | None) -> None:
+        """Compiles the steps for a cache size on another thread, before they are needed."""
+        what = (size, jax.tree.structure(self._interventions))
+        begun = _begun(self._one.run)
         # Several hosts must run the same programs in the same order.
-        if size is None or size in self._compiling or not soon or self._mesh is not None:
+        if size is None or what in begun or self._mesh is not None:
             return
-        self._compiling.add(size)
+        begun.add(what)
         empty = partial(StreamCache.empty, self._transformer.config, size, roll=self._roll)
         # Shapes: the arrays themselves are given away by the next step.
         seen = jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype)
@@ -376,6 +380,13 @@ class Decoder:
         thread = threading.Thread(target=_compile, args=(*arguments, *settings))
         thread.name = COMPILING
         thread.start()
+
+
+@functools.cache
+def _begun(run: Any) -> set[tuple[int | None, Any]]:
+    """What of a jitted step was compiled ahead: cache sizes, and structures of interventions."""
+    del run
+    return set()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -212,6 +212,7 @@ def test_a_step_ahead_that_nobody_asks_for_is_taken_back(decoder, score):
 
 def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, caplog):
     monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96, 192))
+    decode._begun.cache_clear()  # of other tests
     decoder = Decoder(tiny_model[0], limit=150, top_k=5)
     compiled = []
     programs = decode._compile
@@ -286,3 +287,19 @@ def test_a_token_that_is_put_there_does_not_recompile(decoder):
         decoder.step(token=token)
         decoder.prefill(decoder.begin(random_ids(9, seed=token), GREEDY), token=token)
     assert [p.run._cache_size() for p in (decoder._one, decoder._many)] == compiled
+
+
+def test_warming_up_compiles_the_next_size_too(tiny_model, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        decode, "_compile", lambda one, many, cache, *rest: sizes.append(cache.size)
+    )
+    decode._begun.cache_clear()  # of other tests
+    for _ in range(2):  # a second stream of the model finds it done
+        decoder = Decoder(tiny_model[0], limit=1024, top_k=5)
+        decoder.compile()
+        for thread in threading.enumerate():
+            if thread.name == COMPILING:
+                thread.join()
+    assert sizes == [512]
+    assert decoder.ids == []
