@@ -107,13 +107,13 @@ def _times_columns(x: Float[Array, "T inner"], columns: jax.Array) -> Float[Arra
     """
     if columns.dtype != jnp.bfloat16:
         return (x.astype(columns.dtype) @ columns).astype(x.dtype)
-    terms = [x] if x.dtype == jnp.bfloat16 else _bfloat16_terms(x)
+    terms = [x] if x.dtype == jnp.bfloat16 else bfloat16_terms(x)
     y = jnp.dot(jnp.concatenate(terms), columns, preferred_element_type=jnp.float32)
     # Small terms first.
     return functools.reduce(jnp.add, reversed(jnp.split(y, len(terms)))).astype(x.dtype)
 
 
-def _bfloat16_terms(x: Float[Array, "*n"]) -> list[jax.Array]:
+def bfloat16_terms(x: Float[Array, "*n"]) -> list[jax.Array]:
     """Three bfloat16 arrays whose sum is x (float32)."""
 
     def cut(x: jax.Array) -> tuple[jax.Array, jax.Array]:

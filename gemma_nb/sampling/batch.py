@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
-from gemma_nb.nn.storage import _bfloat16_terms, product
+from gemma_nb.nn.storage import bfloat16_terms, product
 from gemma_nb.sampling.cache import StreamCache
 from gemma_nb.sampling.choose import choose
 from gemma_nb.sampling.decode import Decoder
@@ -375,7 +375,7 @@ def _logits(hidden: Float[Array, "B D"], table: Float[Array, "V D"]) -> Float[Ar
     if table.dtype == jnp.bfloat16 and len(hidden) > 1 and _on_cpu():
         if not has_matrix_unit():
             return jnp.stack([product(x, table) for x in hidden])
-        terms = jnp.concatenate(_bfloat16_terms(hidden)).T
+        terms = jnp.concatenate(bfloat16_terms(hidden)).T
         y = jnp.dot(table, terms, preferred_element_type=jnp.float32)
         return y.reshape(len(table), 3, -1).sum(axis=1).T
     return product(hidden, table)

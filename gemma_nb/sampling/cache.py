@@ -226,20 +226,27 @@ class Archive:
     keys and values are kept; taking back copies one window.
     """
 
+    # Tokens in one block: a conversation that grows is never copied.
+    _BLOCK = 256
+
     def __init__(self) -> None:
-        self._rows: np.ndarray | None = None
+        self._blocks: list[np.ndarray] = []
 
     def write(self, start: int, rows: np.ndarray) -> None:
         """Keeps rows (ring layers, 2, n, K*H) of the tokens from position `start` on."""
-        stop = start + rows.shape[2]
-        if self._rows is None or self._rows.shape[2] < stop:
-            room = np.empty((*rows.shape[:2], max(1024, 2 * stop), rows.shape[3]), rows.dtype)
-            if self._rows is not None:
-                room[:, :, :start] = self._rows[:, :, :start]
-            self._rows = room
-        self._rows[:, :, start:stop] = rows
+        done = 0
+        while done < rows.shape[2]:
+            index, offset = divmod(start + done, self._BLOCK)
+            if index == len(self._blocks):
+                shape = (*rows.shape[:2], self._BLOCK, rows.shape[3])
+                self._blocks.append(np.empty(shape, rows.dtype))
+            piece = rows[:, :, done : done + self._BLOCK - offset]
+            self._blocks[index][:, :, offset : offset + piece.shape[2]] = piece
+            done += piece.shape[2]
 
     def last(self, count: int, stop: int) -> np.ndarray:
         """Rows (ring layers, 2, count, K*H) of the `count` tokens before position `stop`."""
-        assert self._rows is not None
-        return self._rows[:, :, stop - count : stop]
+        first = (stop - count) // self._BLOCK
+        blocks = self._blocks[first : max(first + 1, -(-stop // self._BLOCK))]
+        begin = stop - count - first * self._BLOCK
+        return np.concatenate(blocks, axis=2)[:, :, begin : begin + count]

@@ -12,6 +12,10 @@ from gemma_nb.typing import EMPTY
 BUCKETS = (16, 64, 256)
 _SMALL = 64
 
+# From here on small pieces: each of a piece's tokens has a score for every slot of the cache, in
+# every head, and these are held several times over.
+_FAR = 4096
+
 
 def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Cuts a prompt into padded pieces.
@@ -26,7 +30,7 @@ def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndar
     """
     done = 0
     while done < len(ids):
-        size = _piece(len(ids) - done)
+        size = _piece(len(ids) - done, _SMALL if start + done >= _FAR else BUCKETS[-1])
         count = min(size, len(ids) - done)
         tokens = np.zeros((1, size), np.int32)
         positions = np.full((1, size), EMPTY, np.int32)
@@ -36,8 +40,8 @@ def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndar
         done += count
 
 
-def _piece(left: int) -> int:
-    """Size of the next piece.
+def _piece(left: int, most: int) -> int:
+    """Size of the next piece, at most `most`.
 
     What fits into a small bucket is padded to it: one more piece costs more than the padding, and
     a start from nothing compiles one program less.  Otherwise the largest bucket that is at most a
@@ -48,4 +52,5 @@ def _piece(left: int) -> int:
     small = next((size for size in BUCKETS if left <= size <= _SMALL), None)
     if small is not None:
         return small
-    return next((size for size in reversed(BUCKETS) if 4 * left >= 3 * size), BUCKETS[0])
+    sizes = (size for size in reversed(BUCKETS) if size <= most and 4 * left >= 3 * size)
+    return next(sizes, BUCKETS[0])

@@ -112,9 +112,9 @@ def test_the_cache_grows_and_lets_go_of_replies_that_have_ended(make, monkeypatc
 
 
 def test_more_replies_than_a_batch_holds(make, monkeypatch):
-    monkeypatch.setattr(several, "MOST", 2)
+    monkeypatch.setattr(several, "MOST", 3)
     chat = make()
-    for ours, theirs in zip(chat.sample("Hi", n=3), alone(chat, "Hi", 3), strict=True):
+    for ours, theirs in zip(chat.sample("Hi", n=4), alone(chat, "Hi", 4), strict=True):
         same(ours, theirs)
 
 
@@ -148,10 +148,10 @@ def test_interventions_of_the_model_hold(tiny_model, make):
 
 def test_a_module_of_another_library_samples_one_after_another(make, monkeypatch):
     chat = make()
-    expected = chat.sample("Hi", n=2)
+    expected = chat.sample("Hi", n=3)
     monkeypatch.setattr(type(chat._decoder), "looks", False)
     monkeypatch.setattr(several, "Batch", None)
-    for ours, theirs in zip(chat.sample("Hi", n=2), expected, strict=True):
+    for ours, theirs in zip(chat.sample("Hi", n=3), expected, strict=True):
         same(ours, theirs)
     assert chat.turns == ()
 
@@ -177,14 +177,14 @@ def after_steps(monkeypatch):
 
 @pytest.mark.parametrize("reason", ["cancelled", "interrupted"])
 def test_what_had_come_is_returned(make, after_steps, monkeypatch, reason):
-    monkeypatch.setattr(several, "MOST", 2)
+    monkeypatch.setattr(several, "MOST", 3)
     chat = make()
-    expected = chat.sample("Hi", n=2)
+    expected = chat.sample("Hi", n=3)
     acts = {"cancelled": chat.stop, "interrupted": lambda: os.kill(os.getpid(), signal.SIGINT)}
     after_steps(4, acts[reason])
-    replies = chat.sample("Hi", n=3)
-    assert [turn.finish_reason for turn in replies] == [reason] * 3
-    assert [len(turn.tokens) for turn in replies] == [4, 4, 0]
+    replies = chat.sample("Hi", n=4)
+    assert [turn.finish_reason for turn in replies] == [reason] * 4
+    assert [len(turn.tokens) for turn in replies] == [4, 4, 4, 0]
     for ours, theirs in zip(replies, expected, strict=False):
         assert [t.token_id for t in ours.tokens] == [t.token_id for t in theirs.tokens[:4]]
         assert theirs.text.startswith(ours.text.rstrip("\ufffd"))
@@ -224,15 +224,15 @@ def test_nan_logits_are_refused(tiny_model):
     model = model.replace(params={**model.params, "final_norm": broken})
     chat = gnb.ChatSession(model, tokenizer, cache_length=100, template="none")
     with pytest.raises(NonFiniteLogitsError, match="position 5"):
-        chat.sample("Hello", n=2)
+        chat.sample("Hello", n=3)
     assert not chat.busy
 
 
 @pytest.mark.real
 def test_real_replies_equal_those_made_one_after_another(real_model):
     chat = gnb.ChatSession(*real_model, sampling=gnb.Sampling(seed=3, max_new_tokens=12))
-    replies = chat.sample("Name a colour.", n=2)
-    for ours, theirs in zip(replies, alone(chat, "Name a colour.", 2), strict=True):
+    replies = chat.sample("Name a colour.", n=3)
+    for ours, theirs in zip(replies, alone(chat, "Name a colour.", 3), strict=True):
         assert ours.text == theirs.text
         for a, b in zip(ours.tokens, theirs.tokens, strict=True):
             # The single stream's head is int8 but for the likeliest tokens.
