@@ -34,7 +34,7 @@ run:
 	exec $(BIN)/python -m gemma_nb lab --port '$(PORT)' $$no_browser
 
 test: lint chromium
-	$(BIN)/python -m pytest $(TESTS) -m "not live and not ui" $(PARALLEL) || [ $$? = 5 ]
+	$(BIN)/python -m pytest $(TESTS) -m "not live and not ui" --durations 25 $(PARALLEL) || [ $$? = 5 ]
 	$(BIN)/python -m pytest $(TESTS) -m ui || [ $$? = 5 ]
 
 lint:

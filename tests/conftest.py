@@ -21,6 +21,7 @@ import pytest
 import gemma_nb as gnb
 import tests.tiny
 import tests.typecheck
+from gemma_nb.checkpoints.load import use_compilation_cache
 
 if TYPE_CHECKING:
     from gemma_nb.model import GemmaTransformer
@@ -36,6 +37,10 @@ jaxtyping.install_import_hook(
     ],
     f"{tests.typecheck.__name__}.checked",
 )
+
+# From the first test on, also without the default model: the processes of one run, and the next
+# run, compile most programs once.
+use_compilation_cache()
 
 # A float32 array never meets a bfloat16 one by accident.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
