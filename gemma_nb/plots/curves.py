@@ -11,14 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from gemma_nb.interp import lens as lens_of
 from gemma_nb.plots.colors import BLACK, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION
 from gemma_nb.plots.figure import SMALL, canvas, footer, headline
+from gemma_nb.plots.given import values_of
 from gemma_nb.plots.labels import drawable, families, isolated
 from gemma_nb.plots.maps import computed_under
 from gemma_nb.plots.tokens import Tokens
 
 if TYPE_CHECKING:
     import xarray
+
+    from gemma_nb.interp.trace import Trace
 
 _CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 _DASHES = ("-", "--", ":", "-.")
@@ -36,7 +40,7 @@ _ENTROPIES = {
 
 
 def residual_norms(
-    norms: xarray.Dataset,
+    norms: xarray.Dataset | Trace,
     *,
     ax: Axes | None = None,
     hide_bos: bool = False,
@@ -47,13 +51,15 @@ def residual_norms(
     of its own (dotted): its norm is often many times that of the others.
 
     Args:
-      norms: of `gnb.residual_norms`: residual, attn_out, mlp_out (layer, position), L2 norms.
+      norms: of `gnb.residual_norms`: residual, attn_out, mlp_out (layer, position), L2 norms; or
+        the trace to take them of.
       ax: where to draw; None makes a figure.
       hide_bos: leave out the line of position 0; the picture says so.
 
     Returns:
       The figure, with a logarithmic axis.
     """
+    norms = values_of(norms, lens_of.residual_norms)
     figure, ax = canvas(ax, 4.4, 2.6, left=0.65, right=0.2, bottom=0.45)
     layers = norms["layer"].values
     handles: list[Line2D | Patch] = []
@@ -79,7 +85,7 @@ def residual_norms(
 
 
 def entropy_curves(
-    lens: xarray.Dataset,
+    lens: xarray.Dataset | Trace,
     *,
     value: Literal["entropy", "kl"] = "entropy",
     positions: Sequence[int] | None = None,
@@ -91,7 +97,7 @@ def entropy_curves(
     middle 80 %.
 
     Args:
-      lens: of `gnb.logit_lens`: entropy and kl (layer, position), in nats.
+      lens: of `gnb.logit_lens`: entropy and kl (layer, position), in nats; or the trace to look at.
       value: "entropy" of the lens's distribution, or "kl", its divergence from the output.
       positions: which; None for all.
       ax: where to draw; None makes a figure.
@@ -104,6 +110,7 @@ def entropy_curves(
     """
     if value not in _ENTROPIES:
         raise ValueError(f"value must be one of {', '.join(map(repr, _ENTROPIES))}, got {value!r}")
+    lens = values_of(lens, lens_of.logit_lens)
     chosen = lens[value].transpose("layer", "position")
     if positions is not None:
         known = chosen["position"].values

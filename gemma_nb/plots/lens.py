@@ -11,15 +11,19 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from gemma_nb.interp import lens as lens_of
 from gemma_nb.plots.cells import kind_handles, sheet
 from gemma_nb.plots.colors import VERMILION, sequential, text_on
 from gemma_nb.plots.figure import SMALL, canvas, color_bar, footer, headline, inches
+from gemma_nb.plots.given import values_of
 from gemma_nb.plots.labels import drawable, families
 from gemma_nb.plots.maps import computed_under
 from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:
     import xarray
+
+    from gemma_nb.interp.trace import Trace
 
 _CELL = 0.46  # inches across, of a cell with a token in it
 _LETTERS = 8
@@ -33,7 +37,7 @@ _MEASURES = {
 
 
 def logit_lens(
-    lens: xarray.Dataset,
+    lens: xarray.Dataset | Trace,
     *,
     value: Literal["probability", "logprob", "logit", "entropy", "kl"] = "probability",
     rank: int = 0,
@@ -50,7 +54,7 @@ def logit_lens(
     cells are colours without tokens.
 
     Args:
-      lens: of `gnb.logit_lens`.
+      lens: of `gnb.logit_lens`; or the trace to look at.
       value: what the colours are.
       rank: which prediction is shown: 0 for the likeliest, up to k - 1.
       watch: a watched token, by id or text: colours are its log-probability, and cells show its
@@ -69,6 +73,7 @@ def logit_lens(
     """
     if value not in _MEASURES:
         raise ValueError(f"value must be one of {', '.join(map(repr, _MEASURES))}, got {value!r}")
+    lens = values_of(lens, lens_of.logit_lens)
     if not 0 <= rank < lens.sizes["rank"]:
         raise ValueError(
             f"rank {rank} is not here: the lens has ranks 0 to {lens.sizes['rank'] - 1}"

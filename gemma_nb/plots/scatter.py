@@ -8,12 +8,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gemma_nb.interp import heads
 from gemma_nb.plots.colors import FAINT, GLOBAL, INK, LOCAL
 from gemma_nb.plots.figure import SMALL, canvas, footer, headline, inches
+from gemma_nb.plots.given import values_of
 from gemma_nb.plots.maps import computed_under, window_of
 
 if TYPE_CHECKING:
     import xarray
+
+    from gemma_nb.interp.trace import Trace
 
 _LABELS = {
     "previous_token": "weight on the previous token",
@@ -25,7 +29,7 @@ _LABELS = {
 
 
 def head_statistics(
-    statistics: xarray.Dataset,
+    statistics: xarray.Dataset | Trace,
     x: str = "previous_token",
     y: str = "induction",
     *,
@@ -35,7 +39,8 @@ def head_statistics(
     """Every head as a point, by two of its statistics; the most extreme ones are named.
 
     Args:
-      statistics: of `gnb.head_statistics` or `gnb.head_scores`: values (layer, head).
+      statistics: of `gnb.head_statistics` or `gnb.head_scores`: values (layer, head); or the trace
+        to take them of.
       x: statistic along the horizontal axis.
       y: along the vertical axis.
       most: how many heads are named, from the top of each axis; L5.H2 is head 2 of layer 5.
@@ -48,6 +53,7 @@ def head_statistics(
       ValueError: an unknown statistic, or one that is not known for any head (induction, on a text
         that repeats nothing).
     """
+    statistics = values_of(statistics, heads.head_statistics)
     for name in (x, y):
         if name not in statistics:
             known = ", ".join(map(repr, map(str, statistics.data_vars)))

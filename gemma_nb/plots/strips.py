@@ -17,6 +17,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextToPath
 
+from gemma_nb.interp.lens import token_statistics
 from gemma_nb.plots.cells import cells
 from gemma_nb.plots.colors import INK, diverging, sequential, text_on
 from gemma_nb.plots.figure import (
@@ -29,6 +30,7 @@ from gemma_nb.plots.figure import (
     headline,
     inches,
 )
+from gemma_nb.plots.given import values_of
 from gemma_nb.plots.labels import drawable, families, isolated
 from gemma_nb.plots.maps import computed_under
 from gemma_nb.plots.tokens import Tokens, nice_step
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     import xarray
 
     from gemma_nb.chat.events import Turn
+    from gemma_nb.interp.trace import Trace
 
 # Longer texts are cells without letters.
 MOST_WORDS = 500
@@ -68,7 +71,7 @@ _MEASURES = {
 
 
 def token_probabilities(
-    source: Turn | xarray.Dataset,
+    source: Turn | xarray.Dataset | Trace,
     *,
     by: Literal["probability", "surprisal", "entropy", "rank"] = "probability",
     ax: Axes | None = None,
@@ -82,8 +85,8 @@ def token_probabilities(
     more: of a probability, the likelier token; of surprisal, entropy and rank, the less expected.
 
     Args:
-      source: a reply of a chat; or `gnb.token_statistics(trace)`, where the first token has no
-        number, as nothing came before it.
+      source: a reply of a chat; or a trace, or `gnb.token_statistics(trace)`, where the first token
+        has no number, as nothing came before it.
       by: "probability"; "surprisal", its negative logarithm; "entropy" of the distribution that the
         token was chosen from, all in nats; or "rank", from 1.
       ax: where to draw; None makes a figure.
@@ -181,6 +184,7 @@ def _read(source: Any, by: str) -> tuple[list[str], np.ndarray, str, list[str]]:
     """Labels and numbers of the tokens, what they make up, and remarks."""
     if hasattr(source, "finish_reason"):
         return *_of_turn(source, by), "Reply", []
+    source = values_of(source, token_statistics)
     labels = list(Tokens.along(source, "position").labels)
     return labels, _of_statistics(source, by), "Text", computed_under(source)
 

@@ -403,3 +403,26 @@ def test_plots_draw_where_they_are_told(plot, data):
     assert tuple(figure.get_size_inches()) == (7, 3)
     assert len(figure.axes) == 2
     save(figure)
+
+
+@pytest.mark.parametrize(
+    ("plot", "compute"),
+    [
+        (P.logit_lens, gnb.logit_lens),
+        (P.entropy_curves, gnb.logit_lens),
+        (P.residual_norms, gnb.residual_norms),
+        (P.token_probabilities, gnb.token_statistics),
+        (lambda given: P.head_statistics(given, y="bos_sink"), gnb.head_statistics),
+    ],
+)
+def test_a_trace_is_drawn_as_what_is_computed_from_it(tiny_model, plot, compute):
+    model, tokenizer = tiny_model
+    trace = gnb.trace(model, "jagen Viktor", tokenizer=tokenizer)
+    ours, theirs = plot(trace).axes[0], plot(compute(trace)).axes[0]
+    assert written(ours) == written(theirs)
+    for a, b in zip(ours.get_lines(), theirs.get_lines(), strict=True):
+        np.testing.assert_array_equal(a.get_xydata(), b.get_xydata())
+    for a, b in zip(ours.collections, theirs.collections, strict=True):
+        if a.get_array() is not None:
+            np.testing.assert_array_equal(a.get_array(), b.get_array())
+        np.testing.assert_array_equal(a.get_offsets(), b.get_offsets())
