@@ -18,7 +18,7 @@ from gemma_nb.nn import Output, Transformer
 from gemma_nb.nn.storage import bfloat16_terms, product
 from gemma_nb.sampling.cache import StreamCache
 from gemma_nb.sampling.choose import choose
-from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.decode import Decoder, compiler_options
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling
@@ -316,7 +316,7 @@ def _compiled_feed(transformer: Transformer, structure: Any) -> Any:
         assert output.hidden_states is not None
         return cache.updated(output.cache), output.hidden_states[0].astype(jnp.float32)
 
-    return jax.jit(feed, donate_argnums=1, compiler_options=_options())
+    return jax.jit(feed, donate_argnums=1, compiler_options=compiler_options())
 
 
 @functools.cache
@@ -357,12 +357,7 @@ def _compiled_choose(transformer: Transformer, structure: Any, top_k: int) -> An
         rows = jnp.arange(len(seen))
         return seen.at[rows, evidence.token].set(True), evidence
 
-    return jax.jit(choose_each, donate_argnums=1, compiler_options=_options())
-
-
-def _options() -> dict[str, Any] | None:
-    # As in `gemma_nb.sampling.decode.compiled`.
-    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+    return jax.jit(choose_each, donate_argnums=1, compiler_options=compiler_options())
 
 
 def _logits(hidden: Float[Array, "B D"], table: Float[Array, "V D"]) -> Float[Array, "B V"]:

@@ -51,10 +51,16 @@ def compiled(transformer: Transformer, weights: Any, top_k: int) -> Any:
     def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
         return _step(transformer, jax.tree.unflatten(weights, leaves), *args, top_k=top_k)
 
-    # XLA:CPU uses half of AVX-512's width unless it is told otherwise: products of a matrix and a
-    # vector then take up to 1.7 times as long.
-    options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
-    return jax.jit(step, donate_argnums=(1, 2), compiler_options=options)
+    return jax.jit(step, donate_argnums=(1, 2), compiler_options=compiler_options())
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """What XLA is told when it compiles a step.
+
+    XLA:CPU uses half of AVX-512's width unless it is told otherwise: products of a matrix and a
+    vector then take up to 1.7 times as long.
+    """
+    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
 
 
 def _step(

@@ -16,12 +16,15 @@ import numpy as np
 
 import gemma_nb as gnb
 from gemma_nb.sampling.decode import Decoder
+from tests.bench.contestants import settle
 
 
 def step_ms(decoder: Decoder, steps: int) -> float:
-    """Median time of a step; the first ones may compile."""
+    """Median time of a step, with nothing compiling beside it."""
     times = []
-    for _ in range(steps + 5):
+    for i in range(steps + 5):
+        if i == 5:  # the first ones may compile, also for the next cache size
+            settle()
         start = time.perf_counter()
         decoder.step()
         times.append(time.perf_counter() - start)
