@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 from gemma_nb.chat.context import Contexts, WhenFull, too_long
 from gemma_nb.chat.events import Branching, Context, Origin, TokenRecord, Turn
+from gemma_nb.chat.places import alternative, asked_by, spelling, turn_of, turns_to
 from gemma_nb.chat.reply import token_label, token_record
 from gemma_nb.chat.scoring import score, score_cached
-from gemma_nb.chat.tree import ConversationTree, Node
+from gemma_nb.chat.tree import Node
 from gemma_nb.errors import ContextFullError
 from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.methods import Sampling
-from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template
 from gemma_nb.text.tokenizer import Tokenizer
 
@@ -105,22 +105,22 @@ class Planner:
 
     def reply(self, asked: Node, origin: Origin | None = None) -> Plan:
         """A new reply to a message."""
-        ids, context = self.fit(_turns(asked))
+        ids, context = self.fit(turns_to(asked))
         under = self._model.interventions
         return Plan(asked, ids, context, self.seeded(asked), origin=origin, interventions=under)
 
     def spoken(self, node: Node) -> tuple[list[int], list[int]]:
         """Token ids of what stood before a reply when it was made, and its own."""
-        turn = _turn(node)
-        before = self.contexts.before(_turns(_asked(node)), turn.context)
+        turn = turn_of(node)
+        before = self.contexts.before(turns_to(asked_by(node)), turn.context)
         if turn.tokens:
             return before, [record.token_id for record in turn.tokens]
         return before, list(self._own_ids(turn))
 
     def tokens(self, node: Node) -> list[int]:
         """Token ids up to and including a turn."""
-        if _turn(node).role == "user":
-            return self.fit(_turns(node))[0]
+        if turn_of(node).role == "user":
+            return self.fit(turns_to(node))[0]
         before, own = self.spoken(node)
         return [*before, *own]
 
@@ -143,7 +143,7 @@ class Planner:
           given: what takes its place; None keeps it, unless it ended the reply.
           sampling: settings; see `ChatSession.fork`.
         """
-        source = _turn(node)
+        source = turn_of(node)
         if given is not None:
             settings = self._with_seed_of(source, sampling)
             return self._continue(node, "fork", source.tokens[:index], settings, given=given)
@@ -154,7 +154,7 @@ class Planner:
 
     def resume(self, node: Node, sampling: Sampling | None) -> Plan:
         """The same reply, going on after its end."""
-        source = _turn(node)
+        source = turn_of(node)
         settings = self._with_seed_of(source, sampling)
         if source.finish_reason == "stop":
             return self._go_on(node, "resume", settings)
@@ -162,7 +162,7 @@ class Planner:
 
     def replay(self, node: Node) -> Plan:
         """The same reply once more."""
-        source, asked = _turn(node), _asked(node)
+        source, asked = turn_of(node), asked_by(node)
         first = source.origin.index if source.origin else 0
         drawn = first + (source.origin.given if source.origin else 0)
         sampling = source.sampling
@@ -170,7 +170,7 @@ class Planner:
             raise ValueError("none of this turn's tokens was drawn: there is nothing to replay")
         return Plan(
             asked,
-            self.contexts.before(_turns(asked), source.context),
+            self.contexts.before(turns_to(asked), source.context),
             source.context or Context(),
             dataclasses.replace(sampling, max_new_tokens=len(source.tokens) - drawn),
             kept=source.tokens[:first],
@@ -181,10 +181,10 @@ class Planner:
 
     def records(self, node: Node, sampling: Sampling) -> tuple[TokenRecord, ...]:
         """Records of a reply as it stays in the context, also where it has none of its own."""
-        source, asked = _turn(node), _asked(node)
+        source, asked = turn_of(node), asked_by(node)
         ids = self._own_ids(source)
-        kept = _shared(source.tokens, ids)
-        before = self.contexts.before(_turns(asked), source.context)
+        kept = spelling(source.tokens, ids)
+        before = self.contexts.before(turns_to(asked), source.context)
         under = self.under(source)
         rest = self.scored([*before, *ids], len(kept), len(before), sampling, under)
         return (*kept, *rest)
@@ -195,14 +195,14 @@ class Planner:
         Raises:
           ContextFullError: there is no room for the text.
         """
-        source, asked = _turn(node), _asked(node)
+        source, asked = turn_of(node), asked_by(node)
         settings = self._with_seed_of(source, None)
         ids = self._template.reply_ids(self._tokenizer, text)
-        context = source.context or self.fit(_turns(asked))[1]
-        before = self.contexts.before(_turns(asked), context)
+        context = source.context or self.fit(turns_to(asked))[1]
+        before = self.contexts.before(turns_to(asked), context)
         if len(before) + len(ids) > self.contexts.limit:
             raise ContextFullError(too_long(len(before) + len(ids), self.contexts.limit))
-        kept = _shared(source.tokens, ids)
+        kept = spelling(source.tokens, ids)
         under = self._model.interventions
         rest = self.scored([*before, *ids], len(kept), len(before), settings, under)
         origin = Origin("edit", source.id, len(kept), len(rest))
@@ -273,7 +273,7 @@ class Planner:
         refused: frozenset[int] = frozenset(),
     ) -> Plan:
         """A sibling of a reply that begins with `kept` and then `given`."""
-        source, asked = _turn(node), _asked(node)
+        source, asked = turn_of(node), asked_by(node)
         under = self.under(source)
         ids, context, moved = self._room(node, len(kept) + len(given), sampling)
         before = [*ids, *(record.token_id for record in kept)]
@@ -283,7 +283,7 @@ class Planner:
         first = len(kept)
         known = None
         if len(given) == 1 and not moved and first < len(source.tokens):
-            known = self._alternative(source.tokens[first], given[0])
+            known = alternative(source.tokens[first], given[0], self.label(given[0]))
         if known is not None:
             put: tuple[TokenRecord, ...] = (known,)
         else:
@@ -301,7 +301,7 @@ class Planner:
         sampling: Sampling | None,
     ) -> Plan:
         """The same reply under interventions that act on the choice of the token at `index`."""
-        source = _turn(node)
+        source = turn_of(node)
         settings = self._with_seed_of(source, sampling)
         plan = self._continue(node, "intervene", source.tokens[:index], settings)
         changed = self._model.intervene(*items, start=len(plan.all_ids) - 1)
@@ -330,7 +330,7 @@ class Planner:
 
     def _go_on(self, node: Node, kind: Branching, sampling: Sampling) -> Plan:
         """A sibling of a reply that came to its end, in which that end is refused."""
-        source = _turn(node)
+        source = turn_of(node)
         kept = self.records(node, sampling)
         following = {record.token_id for record in source.tokens[len(kept) : len(kept) + 1]}
         refused = self._template.stop_ids(self._tokenizer) | following
@@ -342,7 +342,7 @@ class Planner:
         Raises:
           ContextFullError: there is no room for one token more.
         """
-        source, turns = _turn(node), _turns(_asked(node))
+        source, turns = turn_of(node), turns_to(asked_by(node))
         limit = self.contexts.limit
         context = source.context or self.fit(turns)[1]
         context = dataclasses.replace(context, used=0, length=limit)
@@ -367,24 +367,6 @@ class Planner:
             return turn.ids
         return self._template.reply_ids(self._tokenizer, turn.text)
 
-    def _alternative(self, record: TokenRecord, token: int) -> TokenRecord | None:
-        """`token` in the place of `record`, from its own evidence; None where that lacks it."""
-        if record.token_id == token:
-            return dataclasses.replace(record, text="", key=None)
-        known = next((a for a in record.alternatives if a.token_id == token), None)
-        if known is None:
-            return None
-        return dataclasses.replace(
-            record,
-            token_id=token,
-            text="",
-            piece=self.label(token),
-            logprob=known.logprob,
-            probability=known.probability,
-            rank=sum(a.logprob > known.logprob for a in record.alternatives),
-            key=None,
-        )
-
     def _with_seed_of(self, source: Turn, sampling: Sampling | None) -> Sampling:
         """The settings with the seed of `source`: each place draws with the key it had."""
         settings = sampling or self.sampling
@@ -395,56 +377,6 @@ class Planner:
 
     def _with_own_seed(self, node: Node, sampling: Sampling | None) -> Sampling:
         if sampling is None:
-            return self.seeded(_asked(node))
+            return self.seeded(asked_by(node))
         seed = secrets.randbits(31) if sampling.seed is None else sampling.seed
         return dataclasses.replace(sampling, seed=seed)
-
-
-def locate(tree: ConversationTree, at: TokenRecord, turn: Turn | int | None) -> tuple[Node, int]:
-    """Where a token is: the reply's node and the token's index.
-
-    Siblings share tokens; then it is the one that is shown, or else the newest.
-
-    Raises:
-      ValueError: no reply of the tree, or of `turn`, holds the token.
-    """
-    if turn is not None:
-        nodes = [tree.find(turn)]
-    else:
-        shown = tree.path()[::-1]
-        nodes = [*shown, *sorted(tree.nodes(), key=lambda node: -node.id)]
-    for same in (_is, _equals):
-        for node in nodes:
-            tokens = node.turn.tokens if node.turn is not None else ()
-            if at.index < len(tokens) and same(tokens[at.index], at):
-                return node, at.index
-    raise ValueError(f"no reply of this conversation holds the token {at.piece!r} ({at.index})")
-
-
-def _is(a: TokenRecord, b: TokenRecord) -> bool:
-    return a is b
-
-
-def _equals(a: TokenRecord, b: TokenRecord) -> bool:
-    """Whether they are the same choice; one may be the event that told of it."""
-    fields = ("token_id", "position", "logprob", "entropy", "key")
-    return all(getattr(a, name) == getattr(b, name) for name in fields)
-
-
-def _shared(records: Sequence[TokenRecord], ids: Sequence[int]) -> tuple[TokenRecord, ...]:
-    """The leading records that spell the beginning of `ids`."""
-    return tuple(records[: shared_prefix([record.token_id for record in records], ids)])
-
-
-def _turn(node: Node) -> Turn:
-    assert node.turn is not None
-    return node.turn
-
-
-def _asked(node: Node) -> Node:
-    assert node.parent is not None
-    return node.parent
-
-
-def _turns(node: Node) -> list[Turn]:
-    return [_turn(n) for n in node.path()]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemma_nb.chat import diff as diffs
-from gemma_nb.chat.branches import locate
 from gemma_nb.chat.events import TokenRecord, Turn
 from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.kept import KeptConversation
+from gemma_nb.chat.places import locate
 from gemma_nb.chat.speakers import speakers
 from gemma_nb.chat.tree import Node
 from gemma_nb.errors import BusyError
@@ -208,6 +208,8 @@ class InspectedConversation(KeptConversation):
         """A reply's node and the index of a token of it."""
         if isinstance(at, TokenRecord):
             return locate(self.tree, at, turn)
+        if not isinstance(at, int):
+            raise TypeError(f"expected a token of a reply or its index, got {at!r}")
         node = self._reply_node(turn)
         count = len(node.turn.tokens) if node.turn is not None else 0
         if not 0 <= at < count:
