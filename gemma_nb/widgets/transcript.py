@@ -79,8 +79,10 @@ class TranscriptFeed:
     from `start` on are these, and of all turns the first `length` stay.  `turn` None empties the
     transcript.
 
-    Deltas leave at most every `interval` seconds.  While more than `window` of them are not
-    acknowledged the feed holds back, up to `hold` seconds, and the tokens travel together.
+    Deltas leave at most every `interval` seconds: drawing one takes a browser as long as the model
+    takes for a token, on the same processors.  While more than `window` of them are not
+    acknowledged (`chat.js` tells of every eighth) the feed holds back, up to `hold` seconds, and
+    the tokens travel together.
 
     Not thread-safe: the panel calls it under its lock.
 
@@ -93,8 +95,8 @@ class TranscriptFeed:
         self,
         send: Callable[[dict[str, Any]], None],
         *,
-        interval: float = 0.04,
-        window: int = 4,
+        interval: float = 0.1,
+        window: int = 16,
         hold: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

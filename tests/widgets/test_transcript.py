@@ -59,6 +59,24 @@ def test_without_acknowledgements_the_feed_holds_back_but_does_not_stop() -> Non
     assert feed.flush() is False or transcript == feed.snapshot()
 
 
+def test_a_browser_gets_ten_deltas_a_second_and_tells_of_every_eighth() -> None:
+    feed, transcript, sent, clock = feed_and_copy()
+    feed.place(0, {"id": 1, "role": "model"})
+    told, waited = 0, 0.0
+    for token in tokens(200):
+        before = len(sent)
+        clock.now += 0.025  # forty tokens a second, for five seconds
+        feed.append(token)
+        waited = 0.0 if len(sent) > before else waited + 0.025
+        assert waited < 0.13, "held back"
+        if feed.seq >= told + 8:
+            told = feed.seq
+            feed.acknowledge(told)
+    assert len(sent) <= 2 + 5 / 0.1
+    feed.flush(force=True)
+    assert transcript == feed.snapshot()
+
+
 def test_a_new_turn_drops_what_came_after_its_place() -> None:
     feed, transcript, _, _ = feed_and_copy()
     feed.place(0, {"id": 1, "role": "user", "text": "hi"})

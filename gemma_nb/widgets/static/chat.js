@@ -16,6 +16,9 @@
  *   blank: boolean, spoken: number, head: string}} TurnView
  */
 
+// For each message that it gets the kernel says that it is busy, and then idle, and the notebook
+// shows so in several places: that takes longer than a delta itself.
+const ACK_EVERY = 8;
 const SHOWN_ROWS = 6;
 const LOOKING = ["pointerenter", "pointermove", "focusin"];
 const SETTINGS = [
@@ -64,6 +67,7 @@ function initialize({ model }) {
     const delta = model.get("delta");
     if (!delta.seq) return;
     if (applyDelta(model.get("transcript"), delta)) {
+      if (delta.seq < model.get("ack") + ACK_EVERY) return;
       model.set("ack", delta.seq);
       model.save_changes();
     } else if (!asked) {
@@ -775,7 +779,7 @@ function render({ model, el }) {
   let looked = -1e9;
   const onLook = () => {
     const now = performance.now();
-    if (now - looked < 1000) return;
+    if (now - looked < 1000 || model.get("status").phase === "generating") return;
     looked = now;
     commands.run("refresh").catch(() => {});
   };
