@@ -165,9 +165,12 @@ class Interventions:
         return "; ".join(self.describe())
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class LayerEdit:
-    """`Interventions` in one layer, as the modules call them: `edit(site, value)`."""
+    """`Interventions` in one layer, as the modules call them: `edit(site, value)`.
+
+    A pytree, so that layers are traced once for all of their kind.
+    """
 
     interventions: Interventions
     layer: Any

@@ -15,7 +15,7 @@ from gemma_nb.config import LayerSpec, Sliding, TransformerConfig
 from gemma_nb.nn.layers import Einsum, RMSNorm
 from gemma_nb.nn.masks import visible
 from gemma_nb.nn.observe import observe
-from gemma_nb.nn.rope import apply_rope
+from gemma_nb.nn.rope import Rotation, apply_rope
 from gemma_nb.nn.storage import concatenate, preparing
 from gemma_nb.typing import LayerCache
 
@@ -248,16 +248,22 @@ class Attention(nn.Module):
         cache: LayerCache | None,
         attention_mask: Bool[Array, "B T S"] | None,
         edit: Any = None,
+        rotation: Rotation | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attention's output before any post-norm, and the extended cache."""
+        """Attention's output before any post-norm, and the extended cache.
+
+        A pass over many layers gives them their `rotation`, which otherwise is computed here.
+        """
         c, spec = self.config, self.spec
+        if rotation is None:
+            rotation = Rotation.of(positions, c.head_dim, spec)
         q, k, v = self._project(x)
         if c.use_qk_norm:
             q, k = self._query_norm(q), self._key_norm(k)
         q, k = observe(self, "q_pre", q, edit), observe(self, "k_pre", k, edit)
-        q = apply_rope(q, positions, base=spec.rope_base, scale=spec.rope_scale)
+        q = apply_rope(q, rotation)
         q = q * jnp.asarray(c.query_scale, q.dtype)
-        k = apply_rope(k, positions, base=spec.rope_base, scale=spec.rope_scale)
+        k = apply_rope(k, rotation)
         q, k, v = (observe(self, s, x, edit) for s, x in (("q", q), ("k", k), ("v", v)))
 
         seen: LayerCache = {"k": k, "v": v, "positions": positions}

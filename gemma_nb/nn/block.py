@@ -12,6 +12,7 @@ from gemma_nb.nn.attention import Attention
 from gemma_nb.nn.feed_forward import FeedForward
 from gemma_nb.nn.layers import RMSNorm
 from gemma_nb.nn.observe import observe
+from gemma_nb.nn.rope import Rotation
 from gemma_nb.typing import LayerCache
 
 
@@ -44,11 +45,12 @@ class Block(nn.Module):
         cache: LayerCache | None,
         attention_mask: Bool[Array, "B T S"] | None,
         edit: Any = None,
+        rotation: Rotation | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """The residual stream after this layer, and the layer's extended cache."""
         x = observe(self, "residual_pre", x, edit)
         y = observe(self, "attn_in", self.pre_attention_norm(x), edit)
-        y, cache = self.attn(y, positions, cache, attention_mask, edit)
+        y, cache = self.attn(y, positions, cache, attention_mask, edit, rotation)
         if self.config.use_post_attn_norm:
             y = self.post_attention_norm(y)
         y = observe(self, "attn_out", y, edit)

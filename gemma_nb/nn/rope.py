@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
+import flax
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gemma_nb.config import LayerSpec
+from gemma_nb.nn.storage import materialize
 
-def apply_rope(
-    x: Float[Array, "B T heads H"],
-    positions: Int[Array, "B T"],
-    *,
-    base: float,
-    scale: float = 1.0,
-) -> Float[Array, "B T heads H"]:
-    """Rotates each pair (x[i], x[i + H/2]) by the angle position / scale * base^(-2i/H).
 
-    Source: RoFormer (arXiv:2104.09864), equation 34, in the half-split pairing that Gemma uses;
-    dividing positions by `scale` is linear position interpolation (arXiv:2306.15595).
+@flax.struct.dataclass
+class Rotation:
+    """By which angles each position's pairs are turned.
 
-    Angles are computed in float32 whatever x's dtype: bfloat16 cannot tell positions apart
-    beyond 256.
+    Attributes:
+      cos: (B, T, 1, H/2) float32.
+      sin: (B, T, 1, H/2) float32.
     """
-    half = x.shape[-1] // 2
-    # Rounded where the reference implementations round: the timescale to float32, then a division.
-    # One rounding of the exact frequency would be nearer the formula, but the angles it gives at
-    # position 800 are 5e-5 away from those that every other Gemma computes.
-    timescale = (base ** (np.arange(half) / half)).astype(np.float32)
-    frequencies = np.float32(1) / timescale / np.float32(scale)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # (B, T, 1, H/2)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+
+    cos: jax.Array
+    sin: jax.Array
+
+    @classmethod
+    def of(cls, positions: Int[Array, "B T"], head_dim: int, spec: LayerSpec) -> Rotation:
+        """Angles position / scale * base^(-2i/H), the same in every head of such a layer.
+
+        Source: RoFormer (arXiv:2104.09864), equation 34; dividing positions by `scale` is linear
+        position interpolation (arXiv:2306.15595).
+
+        They are computed in float32 whatever the activations' dtype: bfloat16 cannot tell positions
+        apart beyond 256.
+        """
+        half = head_dim // 2
+        # Rounded where the reference implementations round: the timescale to float32, then a
+        # division.  One rounding of the exact frequency would be nearer the formula, but the angles
+        # it gives at position 800 are 5e-5 away from those that every other Gemma computes.
+        timescale = (spec.rope_base ** (np.arange(half) / half)).astype(np.float32)
+        frequencies = np.float32(1) / timescale / np.float32(spec.rope_scale)
+        angles = positions[..., None, None].astype(jnp.float32) * frequencies
+        return cls(cos=jnp.cos(angles), sin=jnp.sin(angles))
+
+    def materialize(self) -> Rotation:
+        """The same, computed once and not anew by each of its readers."""
+        return Rotation(cos=materialize(self.cos), sin=materialize(self.sin))
+
+
+def apply_rope(x: Float[Array, "B T heads H"], rotation: Rotation) -> Float[Array, "B T heads H"]:
+    """Turns each pair (x[i], x[i + H/2]): the half-split pairing that Gemma uses."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    cos, sin = rotation.cos, rotation.sin
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

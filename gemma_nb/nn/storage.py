@@ -107,10 +107,12 @@ def _times_columns(x: Float[Array, "T inner"], columns: jax.Array) -> Float[Arra
     """
     if columns.dtype != jnp.bfloat16:
         return (x.astype(columns.dtype) @ columns).astype(x.dtype)
-    terms = [x] if x.dtype == jnp.bfloat16 else bfloat16_terms(x)
-    y = jnp.dot(jnp.concatenate(terms), columns, preferred_element_type=jnp.float32)
+    if x.dtype == jnp.bfloat16:
+        return jnp.dot(x, columns, preferred_element_type=jnp.float32).astype(x.dtype)
+    terms = jnp.concatenate(bfloat16_terms(materialize(x)))
+    y = jnp.dot(terms, columns, preferred_element_type=jnp.float32)
     # Small terms first.
-    return functools.reduce(jnp.add, reversed(jnp.split(y, len(terms)))).astype(x.dtype)
+    return functools.reduce(jnp.add, reversed(jnp.split(y, 3)))
 
 
 def bfloat16_terms(x: Float[Array, "*n"]) -> list[jax.Array]:
@@ -128,7 +130,7 @@ def bfloat16_terms(x: Float[Array, "*n"]) -> list[jax.Array]:
     return [high, middle, cut(rest)[0]]
 
 
-def materialize(x: Float[Array, " n"]) -> Float[Array, " n"]:
+def materialize(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """x itself, but computed once before whatever reads it.
 
     XLA's CPU fusion would otherwise inline the computation of x into the matrix-vector product
@@ -137,7 +139,9 @@ def materialize(x: Float[Array, " n"]) -> Float[Array, " n"]:
     for every number but the largest, for which the other branch is right too.
     """
     top = jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max
-    return lax.cond(x[0] < top, lambda a: a, lambda a: a + jnp.zeros((), a.dtype), x)
+    if jax.default_backend() != "cpu":
+        return x
+    return lax.cond(x[(0,) * x.ndim] < top, lambda a: a, lambda a: a + jnp.zeros((), a.dtype), x)
 
 
 def preparing(module: nn.Module) -> bool:

@@ -17,9 +17,12 @@ from gemma_nb.config import TransformerConfig
 from gemma_nb.nn.block import Block
 from gemma_nb.nn.layers import Embedder, RMSNorm
 from gemma_nb.nn.observe import observe
+from gemma_nb.nn.rope import Rotation
 from gemma_nb.nn.storage import pack
 from gemma_nb.sites import EVERYWHERE
 from gemma_nb.typing import KVCache, Params
+
+_SharedBlock = nn.jit(Block)
 
 _PADDING_ID = 0  # <pad> of every Gemma vocabulary
 
@@ -73,7 +76,7 @@ class Transformer(nn.Module):
         """Declares embedder, layers and final norm under their official names."""
         c = self.config
         self.embedder = Embedder(c.num_embed, c.embed_dim, self.dtype)
-        self.blocks = [Block(c, spec, name=f"layer_{i}") for i, spec in enumerate(c.layers)]
+        self.blocks = [_SharedBlock(c, spec, name=f"layer_{i}") for i, spec in enumerate(c.layers)]
         self.final_norm = RMSNorm()
 
     @property
@@ -149,10 +152,16 @@ class Transformer(nn.Module):
         x = self.embedder.encode(tokens if edit is None else edit("tokens", tokens))
         x = observe(self, "embed", x, edit)
         new_cache: KVCache = {}
+        # Once for all layers of a kind: sines take long.
+        rotations: dict[tuple[float, float], Rotation] = {}
+        for spec in self.config.layers:
+            if (key := (spec.rope_base, spec.rope_scale)) not in rotations:
+                rotations[key] = Rotation.of(positions, self.config.head_dim, spec).materialize()
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[f"layer_{i}"]
             edit = None if interventions is None else interventions.at(i, positions)
-            x, layer_cache = block(x, positions, layer_cache, attention_mask, edit)
+            rotation = rotations[block.spec.rope_base, block.spec.rope_scale]
+            x, layer_cache = block(x, positions, layer_cache, attention_mask, edit, rotation)
             if layer_cache is not None:
                 new_cache[f"layer_{i}"] = layer_cache
         edit = None if interventions is None else interventions.at(EVERYWHERE, positions)

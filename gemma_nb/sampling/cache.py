@@ -63,7 +63,6 @@ class StreamCache:
           mesh: None for one device.
           roll: make the sliding layers rings.
         """
-        split, whole = placement.stream_sharding(config, mesh), placement.everywhere(mesh)
         width = config.num_kv_heads * config.head_dim
         window = _window(config)
         rings = tuple(
@@ -72,22 +71,22 @@ class StreamCache:
         )
         ring = min(size, window)
 
-        def zeros() -> tuple[jax.Array, ...]:
-            # One array each: a donated buffer must not be passed twice.
-            slots = (ring if is_ring else size for is_ring in rings)
-            return tuple(jnp.zeros((n, width), jnp.float32, device=split) for n in slots)
+        zeros = tuple(np.zeros((ring if is_ring else size, width), np.float32) for is_ring in rings)
 
-        def nowhere(slots: int) -> jax.Array:
-            return jnp.full(slots, EMPTY, jnp.int32, device=whole)
+        def nowhere(slots: int) -> np.ndarray:
+            return np.full(slots, EMPTY, np.int32)
 
-        return cls(
-            k=zeros(),
-            v=zeros(),
-            positions=nowhere(size),
-            ring_positions=nowhere(ring) if any(rings) else None,
-            end_index=jnp.zeros((), jnp.int32, device=whole),
-            rings=rings,
-        )
+        rows = (zeros, zeros)
+        counts = {
+            "positions": nowhere(size),
+            "ring_positions": nowhere(ring) if any(rings) else None,
+            "end_index": np.int32(0),
+        }
+        # All in two calls, as each takes long; copies, since a donated buffer must not be passed
+        # twice.
+        k, v = jax.device_put(rows, placement.stream_sharding(config, mesh), may_alias=False)
+        rest = jax.device_put(counts, placement.everywhere(mesh), may_alias=False)
+        return cls(k=k, v=v, **rest, rings=rings)
 
     @property
     def size(self) -> int:

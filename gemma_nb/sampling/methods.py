@@ -139,16 +139,16 @@ class Controls:
         banned[list(sampling.forbidden)] = True
         if banned.all():
             raise ValueError("every token of the vocabulary is forbidden: none is left to choose")
-        return cls(
-            temperature=jnp.float32(sampling.temperature),
-            top_k=jnp.int32(min(sampling.top_k or 0, num_embed)),
-            top_p=jnp.float32(1.0 if sampling.top_p is None else sampling.top_p),
-            min_p=jnp.float32(sampling.min_p or 0.0),
-            repetition_penalty=jnp.float32(sampling.repetition_penalty or 1.0),
-            banned=jnp.asarray(banned),
-            key=jax.random.key(sampling.seed),
-            forced=jnp.int32(_NONE),
-        )
+        settings = {
+            "temperature": np.float32(sampling.temperature),
+            "top_k": np.int32(min(sampling.top_k or 0, num_embed)),
+            "top_p": np.float32(1.0 if sampling.top_p is None else sampling.top_p),
+            "min_p": np.float32(sampling.min_p or 0.0),
+            "repetition_penalty": np.float32(sampling.repetition_penalty or 1.0),
+            "banned": banned,
+            "forced": np.int32(_NONE),
+        }
+        return cls(**jax.device_put(settings), key=jax.random.key(sampling.seed))
 
     def forcing(self, token: int) -> Controls:
         """The same settings, under which `token` is chosen whatever is drawn.

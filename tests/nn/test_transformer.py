@@ -13,7 +13,7 @@ import gemma_nb as gnb
 from gemma_nb.config import Global, LayerSpec, Sliding, TransformerConfig, interleave
 from gemma_nb.nn.attention import attend
 from gemma_nb.nn.masks import visible
-from gemma_nb.nn.rope import apply_rope
+from gemma_nb.nn.rope import Rotation, apply_rope
 
 BASE = TransformerConfig(
     num_embed=64,
@@ -329,13 +329,14 @@ def test_rope_depends_on_distance_only():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def score(p, s, **kwargs):
-        at = [jnp.asarray([[i]]) for i in (p, s)]
-        rotated = [apply_rope(x, i, base=100.0, **kwargs) for x, i in zip((q, k), at, strict=True)]
+        spec = LayerSpec(Global(), rope_base=100.0, **kwargs)
+        turns = [Rotation.of(jnp.asarray([[i]]), 8, spec) for i in (p, s)]
+        rotated = [apply_rope(x, turn) for x, turn in zip((q, k), turns, strict=True)]
         return float(jnp.vdot(*rotated))
 
     assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5)
     assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-3)
-    assert score(72, 32, scale=8.0) == pytest.approx(score(9, 4), abs=1e-5)
+    assert score(72, 32, rope_scale=8.0) == pytest.approx(score(9, 4), abs=1e-5)
 
 
 def test_decode_branch_equals_the_general_one():
