@@ -73,3 +73,19 @@ def overflows(figure: Figure) -> list[str]:
         "top": box.y1 - height,
     }
     return [f"{side} by {by:.2f} inches" for side, by in beyond.items() if by > 0.03]
+
+
+def written(ax) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def bar_of(ax):
+    """What a colour bar is drawn with: its colours and its scale."""
+    return next(c for c in ax.child_axes[0].collections if c.get_array() is not None)
+
+
+def largest_of_each(values: np.ndarray, block: int, center: float = -np.inf) -> np.ndarray:
+    """(T, C) by blocks of rows, the value farthest from the center."""
+    far = np.abs(values - center) if np.isfinite(center) else values
+    rows = far.reshape(-1, block, values.shape[1]).argmax(1)
+    return np.take_along_axis(values.reshape(-1, block, values.shape[1]), rows[:, None], 1)[:, 0]

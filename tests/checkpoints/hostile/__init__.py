@@ -1,0 +1,1 @@
+"""Tables of damaged and hostile checkpoints, for test_hostile."""
