@@ -24,7 +24,7 @@ help:
 	@echo "make test     linters, type checker and all tests, browser tests included (TESTS=...)"
 	@echo "make parity   compare with Hugging Face transformers, computed now"
 	@echo "make contract run google-deepmind/gemma's samplers on our modules, ours on its"
-	@echo "make bench    speed beside Hugging Face transformers, llama.cpp and TransformerLens"
+	@echo "make bench    speed beside transformers, llama.cpp, gm and TransformerLens, into README"
 	@echo "make lint     linters and type checker"
 	@echo "make clean    remove what make made here (not the converted weights in your cache folder)"
 
@@ -70,9 +70,12 @@ bench:
 	@[ ! -f $(VENV)/.no-llama-cpp ] || \
 	echo "llama-cpp-python could not be installed; going on without llama.cpp" \
 	"(remove $(VENV)/.no-llama-cpp to try again)"
+	@PYTHON='$(PYTHON)' sh .ci/contract.sh || \
+	echo "google-deepmind/gemma could not be installed; going on without it"
 	$(BIN)/python -m tests.bench
 	@if PYTHON='$(PYTHON)' sh .ci/inside.sh; then .venv-inside/bin/python -m tests.bench.inside; else \
 	echo "TransformerLens could not be installed; going on without a comparison of looking inside"; fi
+	@$(BIN)/python -m tests.bench.publish
 
 clean:
 	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +17,9 @@ import jax
 
 import gemma_nb as gnb
 from gemma_nb.sampling.decode import COMPILING, Decoder
-from tests.bench.names import HF_BF16, LLAMA, OURS, OURS_INT8, installed
+from tests.bench.gm import Gm, Worker
+from tests.bench.names import GM, GM_STREAM, HF_BF16, LLAMA, OURS, OURS_INT8, installed
+from tests.bench.reply import Reply
 
 if TYPE_CHECKING:
     from gemma_nb.model import GemmaTransformer
@@ -30,28 +35,13 @@ PROMPT = (
 class Contestant(Protocol):
     """Something that decodes and prefills with the default model's weights, greedily."""
 
-    def token_times(self, count: int) -> list[float]:
-        """Decodes `count` tokens after PROMPT: the time at which each was there."""
+    def reply(self, count: int) -> Reply:
+        """Makes `count` tokens after PROMPT, from nothing."""
         ...
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Computes a prompt from nothing, up to the choice of the next token."""
         ...
-
-
-def seconds_per_token(contestant: Contestant, count: int) -> float:
-    """Of the `count` tokens after the first one, which prefill makes."""
-    times = contestant.token_times(count + 1)
-    if len(times) != count + 1:
-        raise RuntimeError(f"asked for {count + 1} tokens, got {len(times)}")
-    return (times[-1] - times[0]) / count
-
-
-def seconds_of(run: Callable[[], Any]) -> float:
-    """How long `run` takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 class Ours:
@@ -62,12 +52,12 @@ class Ours:
         self._chat = gnb.ChatSession(model, tokenizer, template="none")
         self._decoder = Decoder(model, limit=4096, top_k=self._chat.capture.top_k)
 
-    def token_times(self, count: int) -> list[float]:
-        """As `Contestant` has it; what would end the reply early is forbidden."""
+    def reply(self, count: int) -> Reply:
+        """As `Contestant` has it; what would end it early is forbidden."""
         ends = tuple(sorted(self._chat.template.stop_ids(self._tokenizer)))
         self._chat.new_conversation()
         self._chat.sampling = gnb.Sampling(temperature=0, max_new_tokens=count, forbidden=ends)
-        return [time.perf_counter() for _ in self._chat.stream(PROMPT)]
+        return Reply.watched(self._chat.stream(PROMPT), count)
 
     def prefill(self, ids: Sequence[int]) -> None:
         """As `Contestant` has it."""
@@ -117,9 +107,10 @@ class HuggingFace:
         self._model = hugging_face(model, name)
         self._ids = torch.tensor([tokenizer.encode(PROMPT, bos=True)])
 
-    def token_times(self, count: int) -> list[float]:
+    def reply(self, count: int) -> Reply:
         """As `Contestant` has it."""
         clock = _Clock()
+        start = time.perf_counter()
         self._model.generate(
             self._ids,
             attention_mask=self._torch.ones_like(self._ids),
@@ -128,7 +119,7 @@ class HuggingFace:
             do_sample=False,
             streamer=clock,
         )
-        return clock.times[1:]  # the prompt comes first
+        return Reply.of(start, clock.times[1:], count)  # the prompt comes first
 
     def prefill(self, ids: Sequence[int]) -> None:
         """As `Contestant` has it."""
@@ -149,10 +140,10 @@ class LlamaCpp:
         )
         self._ids = tokenizer.encode(PROMPT, bos=True)
 
-    def token_times(self, count: int) -> list[float]:
+    def reply(self, count: int) -> Reply:
         """As `Contestant` has it."""
         stream = self._llama.generate(self._ids, temp=0.0, reset=True)
-        return [time.perf_counter() for _ in zip(range(count), stream, strict=False)]
+        return Reply.watched(islice(stream, count), count)
 
     def prefill(self, ids: Sequence[int]) -> None:
         """As `Contestant` has it."""
@@ -172,20 +163,40 @@ def joined_gguf(folder: Path) -> Path:
     return path
 
 
-def contestants(names: Sequence[str]) -> dict[str, Contestant]:
-    """Those of `names` that can run here, loaded and warm."""
+def prompt_of(tokenizer: Tokenizer, length: int) -> list[int]:
+    """The first tokens of a text, which is as long as it must be; <bos> is the first."""
+    return tokenizer.encode(PROMPT * (1 + length // 40), bos=True)[:length]
+
+
+@contextlib.contextmanager
+def contestants(names: Sequence[str]) -> Iterator[dict[str, Contestant]]:
+    """Those of `names` that can run here, loaded; prints a sentence about each that cannot."""
     model, tokenizer = gnb.load("gemma3-270m", progress=False)
     jax.block_until_ready(model.params)
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def worker() -> Worker:
+            return stack.enter_context(contextlib.closing(Worker()))
+
+        def make(name: str) -> Contestant:
+            if name == OURS:
+                return Ours(model, tokenizer)
+            if name == OURS_INT8:
+                return Ours(model.replace(storage="int8"), tokenizer)
+            if name in (GM, GM_STREAM):
+                return Gm(worker(), PROMPT, stream=name == GM_STREAM)
+            if name == LLAMA:
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                return LlamaCpp(joined_gguf(Path(folder)), tokenizer)
+            return HuggingFace(model, tokenizer, name)
+
         made: dict[str, Contestant] = {}
         for name in filter(installed, names):
-            if name == OURS:
-                made[name] = Ours(model, tokenizer)
-            elif name == OURS_INT8:
-                made[name] = Ours(model.replace(storage="int8"), tokenizer)
-            elif name == LLAMA:
-                # The file is mapped into memory: on POSIX it may be unlinked while in use.
-                made[name] = LlamaCpp(joined_gguf(Path(folder)), tokenizer)
-            else:
-                made[name] = HuggingFace(model, tokenizer, name)
-    return made
+            try:
+                made[name] = make(name)
+            except Exception as error:
+                if name in (OURS, OURS_INT8):
+                    raise
+                print(f"{name} does not run here, and is left out: {error}")
+        yield made

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-from tests.bench.names import NAMES, OURS, installed
+from tests.bench.names import GM, NAMES, OURS, gm_python, installed
 
 RESULTS = Path(__file__).parents[2] / "assets" / "benchmarks.json"
+
+DECODE = "decode, tokens/s"
+
+
+def prefill_of(tokens: int) -> str:
+    """The title of how fast a prompt of so many tokens is read."""
+    return f"prefill of {tokens}, tokens/s"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +43,10 @@ class Quantity:
         """Of a contestant's rounds."""
         return statistics.median(self.values[name]) if self.values.get(name) else None
 
+    def medians(self) -> dict[str, float]:
+        """Of everybody who was measured."""
+        return {name: statistics.median(values) for name, values in self.values.items() if values}
+
     def advantage(self, name: str) -> float | None:
         """How many times better ours is than `name`: above 1 is in our favour."""
         ours, theirs = self.median(OURS), self.median(name)
@@ -49,15 +61,30 @@ class Quantity:
 
 
 def conditions() -> str:
-    """On what, and with what, this was measured."""
+    """On what, and with what, this is measured."""
     packages = []
     for name in ("jax", "torch", "transformers", "llama-cpp-python", "transformer-lens"):
         try:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
+    if installed(GM):
+        theirs = {d.name: d.version for d in distributions(path=_packages_of(gm_python()))}
+        packages.append(f"gemma {theirs.get('gemma')} with jax {theirs.get('jax')}")
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"{platform.machine()}, {os.cpu_count()} cores{load}; {', '.join(packages)}"
+    return f"{_processor()}, {os.cpu_count()} cores{load}; {', '.join(packages)}"
+
+
+def _packages_of(python: Path) -> list[str]:
+    return [str(path) for path in python.parents[1].glob("lib/python*/site-packages")]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def keep(results: Mapping[str, Any]) -> None:
@@ -74,7 +101,7 @@ def record(quantities: Sequence[Quantity]) -> list[dict[str, object]]:
             "title": q.title,
             "higher_is_better": q.higher_is_better,
             "rounds": {name: list(values) for name, values in q.values.items() if values},
-            "medians": {name: q.median(name) for name in q.values if q.values[name]},
+            "medians": q.medians(),
             "gemma_nb is better": {name: q.advantage(name) for name in q.values if name != OURS},
         }
         for q in quantities
