@@ -24,8 +24,8 @@ class AttentionPanel(Panel):
       chat: the `ChatSession` to look into; None until `attach` is called.
     """
 
-    _esm = static_text("attention.js")
-    _css = static_text("attention.css")
+    _esm = static_text("attention", ".js")
+    _css = static_text("attention", ".css")
 
     status = traitlets.Dict(_IDLE).tag(sync=True)
     shape = traitlets.Dict().tag(sync=True)  # {layers: [label], windows: [n|0], heads, kv_heads}

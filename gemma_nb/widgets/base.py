@@ -24,15 +24,17 @@ logger = logging.getLogger(__name__)
 _VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-def static_text(name: str) -> str:
-    """The text of `widgets/static/<name>`, which ships in the wheel.
+def static_text(panel: str, suffix: str) -> str:
+    """One script or style of all files `static/<panel>/*<suffix>`, which ship in the wheel.
 
-    A panel's script and style are led by what all panels share: the front end loads one module and
-    one style per widget, and cannot follow an import from them.
+    A front end loads one module and one style per widget, and cannot follow an import from them:
+    so the files, in the order of their names, share one scope, led by what all panels share.  One
+    of a panel's scripts has the `export default`.
     """
     folder = importlib.resources.files("gemma_nb.widgets") / "static"
-    shared = folder / f"panel{name[name.rindex('.') :]}"
-    return shared.read_text("utf-8") + "\n" + (folder / name).read_text("utf-8")
+    parts = sorted((folder / panel).iterdir(), key=lambda part: part.name)
+    files = [folder / f"panel{suffix}", *(part for part in parts if part.name.endswith(suffix))]
+    return "\n".join(part.read_text("utf-8") for part in files)
 
 
 def reject_unknown(owner: str, unknown: Mapping[str, object], known: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import traitlets
 from gemma_nb.errors import BusyError, GemmaNbError
 from gemma_nb.widgets import record
 from gemma_nb.widgets.base import command, static_text
-from gemma_nb.widgets.conversation import ConversationPanel
+from gemma_nb.widgets.conversation import ConversationPanel, Wish, another_reply, message
 from gemma_nb.widgets.loading import Loader, model_chips, model_title
 from gemma_nb.widgets.runner import Job
 
@@ -23,8 +23,8 @@ class ChatPanel(ConversationPanel):
         and loads in the background.
     """
 
-    _esm = static_text("chat.js")
-    _css = static_text("chat.css")
+    _esm = static_text("chat", ".js")
+    _css = static_text("chat", ".css")
 
     about = traitlets.Dict().tag(sync=True)  # {title, chips} of the model
     selected = traitlets.Dict().tag(sync=True)  # {turn, token, position, text}
@@ -106,7 +106,7 @@ class ChatPanel(ConversationPanel):
             self._reply_job = job if text else None
         self._tell_listeners()
         if text:
-            self._reply(job, text)
+            self._reply(job, message(text))
         # Last: who waits in a cell comes after the message that waits here.
         self._settled.set()
 
@@ -131,7 +131,7 @@ class ChatPanel(ConversationPanel):
             raise BusyError("one message is waiting for the model already; yours is kept below")
         with self._state_lock:
             if self._session is not None:
-                self._submit_reply(text)
+                self._submit_reply(message(text))
             elif self.status.get("phase") == "error":
                 raise GemmaNbError("the model is not loaded: press Retry, then send again")
             else:
@@ -143,7 +143,35 @@ class ChatPanel(ConversationPanel):
         self._refuse_when_busy()
         if not any(turn.role == "model" for turn in self.chat.turns):
             raise ValueError("there is no reply to regenerate yet")
-        self._submit_reply(None)
+        self._submit_reply(another_reply())
+
+    @command
+    def edit(self, turn: int, text: str) -> None:
+        """Says `text` in the place of a message, on a branch of its own."""
+        self._refuse_when_busy()
+        if not text.strip():
+            raise ValueError("the message is empty: type something first")
+        self._submit_reply(message(text, turn))
+
+    @command
+    def fork(self, turn: int, token: int, with_token: int | None = None) -> None:
+        """Makes another end of a reply, with another token in a place or, by default, after it."""
+        self._refuse_when_busy()
+        self._submit_reply(Wish(lambda session: session.stream_fork(token, with_token, turn=turn)))
+
+    @command
+    def select(self, turn: int) -> None:
+        """Shows the branch of a turn."""
+        self._refuse_when_busy()
+        self.chat.select(turn)
+        self._moved()
+
+    @command
+    def undo(self) -> None:
+        """Takes the last message and its reply back."""
+        self._refuse_when_busy()
+        self.chat.undo()
+        self._moved()
 
     @command
     def stop(self) -> str:
@@ -162,9 +190,13 @@ class ChatPanel(ConversationPanel):
         """Starts over with an empty context."""
         self._refuse_when_busy()
         self.chat.new_conversation()
+        self._moved()
+
+    def _moved(self) -> None:
+        """Shows where the conversation stands now."""
         with self._state_lock:
             self._catch_up()
-        self.publish(selected={}, tokens_per_second=0.0, error="")
+            self.publish(selected={}, error="")
         self._tell_listeners()
 
     @command

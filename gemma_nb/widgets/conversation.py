@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import traitlets
@@ -13,9 +14,45 @@ from gemma_nb.errors import BusyError
 from gemma_nb.widgets import transcript
 from gemma_nb.widgets.base import Panel
 from gemma_nb.widgets.runner import Job, Runner
+from gemma_nb.widgets.transcript import Turn
 
 SETTINGS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
 MAX_SAVED_BYTES = 8_000_000
+_EMPTY: Turn = {"id": -2, "role": "model"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """A reply that is to be made.
+
+    Attributes:
+      stream: begins it, given the session.
+      ahead: what is shown before the model has read anything: turns, each with its place, given
+        those that are shown.
+    """
+
+    stream: Callable[[Any], Iterator[Any]]
+    ahead: Callable[[list[Turn]], list[tuple[int, Turn]]] = lambda _: []
+
+
+def message(text: str, turn: int | None = None) -> Wish:
+    """`text` is said next, or in the place of the message whose id is `turn`."""
+
+    def ahead(turns: list[Turn]) -> list[tuple[int, Turn]]:
+        at = len(turns) if turn is None else [one["id"] for one in turns].index(turn)
+        return [(at, {"id": -1, "role": "user", "text": text}), (at + 1, _EMPTY)]
+
+    if turn is None:
+        return Wish(lambda session: session.stream(text), ahead)
+    return Wish(lambda session: session.stream_edit(turn, text), ahead)
+
+
+def another_reply() -> Wish:
+    """Another reply to the last message."""
+    return Wish(
+        lambda session: session.stream_regenerate(),
+        lambda turns: [(max(i for i, t in enumerate(turns) if t["role"] == "model"), _EMPTY)],
+    )
 
 
 class ConversationPanel(Panel):
@@ -40,7 +77,7 @@ class ConversationPanel(Panel):
     waiting = traitlets.Unicode("").tag(sync=True)  # a message that came before the model
 
     def __init__(self, **unknown: object) -> None:
-        self._feed = transcript.TranscriptFeed(self._send_delta)
+        self._feed = transcript.TranscriptFeed(self._send_delta, head=self._head)
         self._session: Any = None
         self._reply_job: Job | None = None
         self._live = (0, 0.0)  # cache used and tokens per second of the reply being generated
@@ -99,21 +136,20 @@ class ConversationPanel(Panel):
 
     # -- replies, on the worker thread
 
-    def _submit_reply(self, text: str | None) -> None:
+    def _submit_reply(self, wish: Wish) -> None:
         with self._state_lock:
             self._refuse_when_busy()
             self._set_status("generating", "Reading the conversation")
-            self._reply_job = self._runner.submit(lambda job: self._reply(job, text))
+            self._reply_job = self._runner.submit(lambda job: self._reply(job, wish))
 
-    def _reply(self, job: Job, text: str | None) -> None:
+    def _reply(self, job: Job, wish: Wish) -> None:
         session = self._session
         try:
             while session.busy and not job.cancelled.is_set():
                 time.sleep(0.05)  # a cell came first
             self._live = (session.cache_used, 0.0)
-            self._announce(text)
-            events = session.stream_regenerate() if text is None else session.stream(text)
-            self._follow(job, session, events)
+            self._announce(wish)
+            self._follow(job, session, wish.stream(session))
         except Exception as error:
             self.show_error(error)
         finally:
@@ -133,18 +169,13 @@ class ConversationPanel(Panel):
             self._conclude(session)
         self._tell_listeners()
 
-    def _announce(self, text: str | None) -> None:
+    def _announce(self, wish: Wish) -> None:
         """Shows the message and an empty reply before the model has read anything."""
         self._set_status("generating", "Reading the conversation")
         self.publish(waiting="", error="")
         with self._state_lock:
-            turns = self._feed.turns
-            if text is not None:
-                self._feed.place(len(turns), {"id": -1, "role": "user", "text": text})
-                self._feed.place(len(turns), {"id": -2, "role": "model"})
-            else:
-                last = max(i for i, turn in enumerate(turns) if turn["role"] == "model")
-                self._feed.place(last, {"id": -2, "role": "model"})
+            for at, head in wish.ahead(self._feed.turns):
+                self._feed.place(at, head)
 
     def _follow(self, job: Job, session: Any, events: Any) -> None:
         began, stopped = 0.0, False
@@ -156,19 +187,31 @@ class ConversationPanel(Panel):
             with self._state_lock:
                 if count == 0:
                     self._begin_reply(session)
-                self._feed.append(transcript.encode_token(event))
+                if event.index >= len(self._feed.turns[-1]["tokens"]):
+                    self._feed.append(transcript.encode_token(event))
             if job.cancelled.is_set() and not stopped:
                 stopped = True  # Stop came before the stream began
                 session.stop()
 
     def _begin_reply(self, session: Any) -> None:
-        """Gives the announced turns their ids, which the session knows by now."""
-        feed, turns = self._feed, session.turns
-        if len(feed.turns) > 1 and len(turns) == len(feed.turns) - 1 and feed.turns[-2]["id"] < 0:
-            feed.rehead(transcript.encode_head(turns[-1]), at=len(turns) - 1)
-        if session.partial is not None:
-            feed.rehead({"id": session.partial.id, "role": "model"})
+        """Gives the announced turns their ids, or shows the branch: the session knows by now."""
+        feed, turns, partial = self._feed, session.turns, session.partial
+        if partial is not None and feed.turns[-1]["id"] != _EMPTY["id"]:
+            feed.follow((*turns, partial))
+        elif partial is not None:
+            if feed.turns[-2]["id"] < 0:
+                feed.rehead(self._head(turns[-1]), at=len(turns) - 1)
+            feed.rehead({"id": partial.id, "role": "model"})
         self._set_status("generating", "Replying")
+
+    def _head(self, turn: Any) -> Turn:
+        """A turn without its tokens, and the ids of all that were tried in its place."""
+        head = transcript.encode_head(turn)
+        with contextlib.suppress(ValueError):  # the reply being made is not in the tree yet
+            beside = [other.id for other in self._session.siblings(turn)]
+            if len(beside) > 1:
+                head["beside"] = beside
+        return head
 
     def _conclude(self, session: Any) -> None:
         with self.errors_shown(), self._state_lock:

@@ -81,13 +81,14 @@ class TranscriptFeed:
 
     Deltas leave at most every `interval` seconds: drawing one takes a browser as long as the model
     takes for a token, on the same processors.  While more than `window` of them are not
-    acknowledged (`chat.js` tells of every eighth) the feed holds back, up to `hold` seconds, and
+    acknowledged (the browser tells of every eighth) the feed holds back, up to `hold` seconds, and
     the tokens travel together.
 
     Not thread-safe: the panel calls it under its lock.
 
     Args:
       send: takes one delta.
+      head: what a session's turn is without its tokens.
       clock: seconds, monotonic.
     """
 
@@ -95,12 +96,13 @@ class TranscriptFeed:
         self,
         send: Callable[[dict[str, Any]], None],
         *,
+        head: Callable[[Any], Turn] = encode_head,
         interval: float = 0.1,
         window: int = 16,
         hold: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._send = send
+        self._send, self._head = send, head
         self._interval, self._window, self._hold, self._clock = interval, window, hold, clock
         self.turns: list[Turn] = []
         self.seq = 0
@@ -139,7 +141,7 @@ class TranscriptFeed:
     def follow(self, turns: Sequence[Any]) -> None:
         """Makes the transcript that of `turns` (of a session), sending only what differs."""
         for at, turn in enumerate(turns):
-            head = encode_head(turn)
+            head = self._head(turn)
             have = self.turns[at] if at < len(self.turns) else None
             common = None if have is None else _tokens_in_common(have, turn)
             if common == len(turn.tokens) and have == {**head, "tokens": self.turns[at]["tokens"]}:

@@ -63,7 +63,8 @@ def test_chatting_in_the_first_notebook(lab, open_notebook, screenshots) -> None
     began = time.monotonic()
     chat.stop.click()
     expect(chat.stop).to_be_disabled(timeout=5000)
-    assert time.monotonic() - began < 0.5
+    # 0.2 on a quiet machine, and a busy one must not fail the test; the story would go on for 10.
+    assert time.monotonic() - began < 2
     assert running, "the reply was over before Stop"
     assert count >= 4
     assert notebook.run_cell("print(chat.turns[-1].finish_reason)").strip() == "cancelled"

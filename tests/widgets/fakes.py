@@ -150,6 +150,9 @@ class FakeSession:
             pass
         return self.turns[-1]
 
+    def siblings(self, turn: Turn) -> tuple[Turn, ...]:
+        return (turn,)
+
     def stop(self) -> None:
         self._stop.set()
 

@@ -17,7 +17,7 @@ def wait_until(condition: Callable[[], Any], timeout: float = 10.0) -> None:
 
 
 def apply_delta(transcript: dict[str, Any], delta: dict[str, Any]) -> bool:
-    """What `applyDelta` of chat.js does."""
+    """What `applyDelta` of static/chat/transcript.js does."""
     if delta["seq"] <= transcript["seq"]:
         return True
     turns = transcript["turns"]
