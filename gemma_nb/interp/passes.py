@@ -109,6 +109,9 @@ class Pass:
         found: dict[str, np.ndarray] = {}
         for row, layer in enumerate(layers if per_layer else ()):
             for name, value in self._layer(layer, per_layer, select).items():
+                if len(layers) == 1 and value.flags.writeable:
+                    found[name] = value[None]  # our own already; a long text's map is large
+                    continue
                 if name not in found:
                     found[name] = np.empty((len(layers), *value.shape), value.dtype)
                 found[name][row] = value
@@ -173,6 +176,7 @@ class Pass:
             sites,
             select.dtype,
             advance,
+            self.model.mesh is None,
             self._params[f"layer_{layer}"],
             self.model.interventions,
             np.int32(layer),
@@ -181,12 +185,13 @@ class Pass:
         size = self._tokens.shape[1]
         if size <= LENGTHS[-1]:
             x, _, found = call(x, self._positions, None, self._wanted(0, size, select))
-            return x, {s.name: self._cut(s, [found[s.name]], select) for s in sites}
+            return x, {s.name: self._cut(s, found[s.name], select) for s in sites}
         c = self.model.config
         shape = (1, size, c.num_kv_heads, c.head_dim)
         cache: LayerCache | None = empty_cache(1, shape, x.dtype)["layer_0"]
         streams: list[jax.Array] = []
-        pieces: dict[str, list[np.ndarray]] = {s.name: [] for s in sites}
+        whole: dict[str, np.ndarray] = {}
+        done = 0
         for start in range(0, size, PIECE):
             stop = start + PIECE
             if start >= len(self.ids) and not advance:
@@ -198,11 +203,13 @@ class Pass:
                 self._wanted(start, stop, select),
             )
             streams += [part]
-            for name, value in found.items():
+            count = self._count(start, stop, select)
+            for s in sites:
                 # On the host at once: the device holds one piece, whatever is asked for.
-                pieces[name].append(np.asarray(placement.fetch(value)))
+                self._add(whole, s, found[s.name], slice(done, done + count), select)
+            done += count
         after = jnp.concatenate(streams, axis=1) if advance else None
-        return after, {s.name: self._cut(s, pieces[s.name], select) for s in sites}
+        return after, whole
 
     def _wanted(self, start: int, stop: int, select: Selection) -> np.ndarray | None:
         """Rows of a piece to return, as many for every piece; None for all."""
@@ -213,22 +220,31 @@ class Pass:
         rows[: len(inside)] = inside
         return rows
 
-    def _cut(self, s: Site, pieces: Sequence[Any], select: Selection) -> np.ndarray:
-        """Pieces in one, without padding; queries behind heads on a map."""
-        length, axis = len(self.ids), 1 if s.is_map else 0
+    def _count(self, start: int, stop: int, select: Selection) -> int:
+        """How many of the selected positions lie from `start` up to `stop`."""
         if select.positions is None:
-            joined = [np.asarray(placement.fetch(piece)) for piece in pieces]
-            whole = joined[0] if len(joined) == 1 else np.concatenate(joined, axis=axis)
-            whole = whole[:, :length] if s.is_map else whole[:length]
-        else:
-            kept = []
-            for start, piece in zip(range(0, 10**9, PIECE), pieces, strict=False):
-                stop = start + (PIECE if len(pieces) > 1 else length)
-                count = sum(start <= p < stop for p in select.positions)
-                host = np.asarray(placement.fetch(piece))
-                kept.append(host[:, :count] if s.is_map else host[:count])
-            whole = np.concatenate(kept, axis=axis)
-        return whole[..., :length] if s.is_map else whole
+            return max(0, min(stop, len(self.ids)) - start)
+        return sum(start <= p < stop for p in select.positions)
+
+    def _add(
+        self, whole: dict[str, np.ndarray], s: Site, piece: Any, at: slice, select: Selection
+    ) -> None:
+        """Puts a piece's rows in their place, which is made at the first piece."""
+        cut = self._cut(s, piece, select, at.stop - at.start)
+        axis = 1 if s.is_map else 0
+        if s.name not in whole:
+            shape = list(cut.shape)
+            shape[axis] = self._count(0, len(self.ids), select)
+            whole[s.name] = np.empty(shape, cut.dtype)
+        whole[s.name][(slice(None),) * axis + (at,)] = cut
+
+    def _cut(self, s: Site, piece: Any, select: Selection, count: int | None = None) -> np.ndarray:
+        """A piece's first `count` rows (None: all of the text's); queries behind heads on a map."""
+        count = self._count(0, len(self.ids), select) if count is None else count
+        rows = np.asarray(placement.fetch(piece))[:count]
+        # The model keeps queries in front; a map is read head by head.  XLA would take two copies
+        # to turn it; here it is a view, and one copy to where it is kept.
+        return rows[..., : len(self.ids)].transpose(1, 0, 2) if s.is_map else rows
 
     def _whole(self, s: Site, select: Selection) -> np.ndarray:
         """A site that the model has once."""

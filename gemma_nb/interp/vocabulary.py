@@ -4,12 +4,18 @@ One state's logits are V numbers (1 MB for Gemma 3), and a lens looks at thousan
 vocabulary is therefore read once, a stretch at a time, and of each stretch only running sums (the
 online softmax of Milakov and Gimelshein, arXiv:1805.02867) and the largest logits of small groups
 are kept.  The best entries are then looked up in the groups that can hold them.
+
+Where the processor multiplies bfloat16 matrices in hardware, the running sums are made of products
+of bfloat16 terms (`split`).  What these leave out is put right for the best entries, which have the
+largest parts; of all others it has either sign and is lost in the sums.  The best and the watched
+entries themselves are float32 products.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -18,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from gemma_nb import placement
+from gemma_nb.interp import split
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn.layers import RMSNorm
 from gemma_nb.typing import Params
@@ -25,6 +32,7 @@ from gemma_nb.typing import Params
 _STRETCH = 512  # vocabulary entries at a time
 _GROUP = 16  # of them, of which the largest logit is kept
 _PART = 128
+_MENDED = 32  # best entries whose part of the sums is put right
 _AT_ONCE = 8  # states whose best entries are looked at together
 _POSITIONS = (1, 8, 16, 32, 64)  # how many positions are read at a time
 _ABSENT = -1e30  # the logit of an entry that was counted before
@@ -97,12 +105,14 @@ def _read_some(
     size = min(_STRETCH, table.shape[0])
     x, ids = jnp.asarray(states, jnp.float32), jnp.asarray(watched)
     watched_logits = _watched(table, cap, x, ids)
-    sums, groups = _through(size, math.gcd(size, _GROUP), cap, table, x, ids, watched_logits)
-    found = placement.fetch(_finish(sums))
-    best = _best(k, math.gcd(size, _GROUP), size, cap, table, x, groups)
-    top_logits, top_ids = placement.fetch(best)
-    watched_logits = placement.fetch(watched_logits)
-    return {**found, "top_logits": top_logits, "top_ids": top_ids, "watched_logits": watched_logits}
+    # A rank counts all that is larger, however little: watched entries need the plain product.
+    terms = split.pays() and not ids.shape[1] and table.dtype in (jnp.float32, jnp.bfloat16)
+    group = math.gcd(size, _GROUP)
+    sums, groups = _through(size, group, cap, terms, table, x, ids, watched_logits)
+    mend = terms and not split.is_exact(table.dtype)
+    (top_logits, top_ids), sums = _best(k, group, size, cap, mend, table, x, groups, sums)
+    found = {"top_logits": top_logits, "top_ids": top_ids, "watched_logits": watched_logits}
+    return cast(dict[str, np.ndarray], placement.fetch({**_finish(sums), **found}))
 
 
 def _capped(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -133,13 +143,19 @@ def _starts(vocabulary: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(fresh, vocabulary - size), fresh
 
 
-# Static: sizes and the soft-cap.  Logits lie (entries, states), so that sums over entries run
-# through whole vectors of states, and a stretch of them stays in the processor's cache.
-@jax.jit(static_argnums=(0, 1, 2))
+def _times(flat: jax.Array, rows: jax.Array) -> jax.Array:
+    """(entries, states), the plain product."""
+    return lax.dot_general(rows.astype(jnp.float32), flat, (((1,), (1,)), ((), ())))
+
+
+# Static: sizes, the soft-cap and whether to split.  Logits lie (entries, states), so that sums over
+# entries run through whole vectors of states, and a stretch of them stays in the processor's cache.
+@jax.jit(static_argnums=(0, 1, 2, 3))
 def _through(
     size: int,
     group: int,
     cap: float | None,
+    terms: bool,
     table: jax.Array,
     x: jax.Array,
     watched: jax.Array,
@@ -148,6 +164,7 @@ def _through(
     """Sums over the vocabulary (n, P), and the largest logit of each group (groups, n * P)."""
     n, count, width = x.shape
     flat = x.reshape(-1, width)
+    times = split.product(flat, table.dtype) if terms else partial(_times, flat)
     begins, fresh = _starts(table.shape[0], size)
     overlap = bool((begins != fresh).any())
     columns = [(watched_logits[..., w].reshape(-1), watched[:, w]) for w in range(watched.shape[1])]
@@ -156,8 +173,8 @@ def _through(
         sums: dict[str, jax.Array], place: tuple[jax.Array, jax.Array]
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         at, first = place
-        rows = lax.dynamic_slice_in_dim(_held(table, at), at, size).astype(jnp.float32)
-        logits = _capped(lax.dot_general(rows, flat, (((1,), (1,)), ((), ()))), cap)
+        rows = lax.dynamic_slice_in_dim(_held(table, at), at, size)
+        logits = _capped(times(rows), cap)
         ids = at + jnp.arange(size, dtype=jnp.int32)[:, None]
         if overlap:
             logits = jnp.where(ids >= first, logits, _ABSENT)
@@ -190,35 +207,74 @@ def _through(
     return sums, groups.reshape(-1, len(flat))
 
 
-# Static: sizes and the soft-cap.
-@jax.jit(static_argnums=(0, 1, 2, 3))
+# Static: sizes, the soft-cap and whether to put the sums right.
+@jax.jit(static_argnums=(0, 1, 2, 3, 4))
 def _best(
     k: int,
     group: int,
     size: int,
     cap: float | None,
+    mend: bool,
     table: jax.Array,
     x: jax.Array,
     groups: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The k largest logits and their ids: only the k groups with the largest ones can hold them."""
+    sums: dict[str, jax.Array],
+) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
+    """The k largest logits and their ids, which only the k groups with the largest ones can hold.
+
+    And `sums`, where `mend` says so with what `split.product` left out of the best logits.
+    """
+    n, count, width = x.shape
     begins, fresh = _starts(table.shape[0], size)
     starts = (begins[:, None] + np.arange(0, size, group, dtype=np.int32)).reshape(-1)
     firsts = np.repeat(fresh, size // group)
     _, which = _top(groups.T, min(k, len(starts)))
     which = jnp.sort(which, axis=-1)
 
+    def row(ids: jax.Array) -> jax.Array:
+        return _held(table, ids)[ids].astype(jnp.float32)
+
     def among(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         vector, chosen = state
         ids = jnp.asarray(starts)[chosen][:, None] + jnp.arange(group, dtype=jnp.int32)
-        logits = _capped(_held(table, chosen)[ids].astype(jnp.float32) @ vector, cap)
-        logits = jnp.where(ids >= jnp.asarray(firsts)[chosen][:, None], logits, _ABSENT)
-        values, at = lax.top_k(logits.reshape(-1), k)
+        logits = jnp.where(
+            ids >= jnp.asarray(firsts)[chosen][:, None], _capped(row(ids) @ vector, cap), _ABSENT
+        )
+        values, at = lax.top_k(logits.reshape(-1), min(max(k, _MENDED), ids.size))
         return values, ids.reshape(-1)[at]
 
-    flat = x.reshape(-1, x.shape[-1])
+    def both(vectors: jax.Array, ids: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits (ids, vectors) as they are, and as they were summed."""
+        rows = row(ids)
+        logits = rows @ vectors.T
+        pair = logits, logits - split.lost(rows, vectors.T)
+        whole, summed = (jnp.where(counted[:, None], _capped(x, cap), _ABSENT) for x in pair)
+        return whole, summed
+
+    def changes(place: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+        vector, ids, values, largest = place
+        whole, summed = both(vector[None], ids, values > _ABSENT)
+        new, old = jnp.exp(whole - largest), jnp.exp(summed - largest)
+        return {"sum": (new - old).sum(), "weighted": (new * whole - old * summed).sum()}
+
+    def crossed(place: tuple[jax.Array, ...]) -> jax.Array:
+        vectors, ids, values, largest = place  # ids, values and largest of the output
+        whole, summed = both(vectors, ids, values > _ABSENT)
+        new, old = (jnp.exp(x[:, -1:] - largest) for x in (whole, summed))
+        return (new * whole - old * summed).sum(axis=0)
+
+    flat, largest = x.reshape(-1, width), sums["largest"]
     values, ids = lax.map(among, (flat, which), batch_size=_AT_ONCE)
-    return values.reshape(*x.shape[:2], k), ids.reshape(*x.shape[:2], k)
+    if mend:
+        given = (flat, ids, values, largest.reshape(-1))
+        changed = lax.map(changes, given, batch_size=_AT_ONCE)
+        changed = {name: change.reshape(n, count) for name, change in changed.items()}
+        output = (part.reshape(n, count, -1)[-1] for part in given[1:3])
+        across = (x.swapaxes(0, 1), *output, largest[-1])
+        changed["crossed"] = lax.map(crossed, across, batch_size=_AT_ONCE).T
+        sums = sums | {name: sums[name] + change for name, change in changed.items()}
+    values, ids = (part[:, :k].reshape(n, count, k) for part in (values, ids))
+    return (values, ids), sums
 
 
 def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -87,7 +87,8 @@ def attention_grid(
         kinds.append(str(maps["layer_kind"].item()))
         block = -(-maps.sizes["key"] // _SIDE)
         rows.append([_small(m, kinds[-1], hide_bos, block) for m in maps.transpose("head", ...)])
-        remarks = computed_under(maps)
+        remarks, query = computed_under(maps), maps["query"].values
+        del maps  # before the next layer's are made
     largest = max(float(np.ma.filled(m.max(), 0.0)) for row in rows for m in row)
     norm_class: Any = PowerNorm if scale == "sqrt" else Normalize
     exponent = (0.5,) if scale == "sqrt" else ()
@@ -107,7 +108,6 @@ def attention_grid(
         interpolation="none",
         aspect="auto",
     )
-    query = maps["query"].values
     ax.add_patch(_hatched(kinds, len(heads), int(query[0]), int(query[-1])))
     bare(ax)
     _label(ax, layers, kinds, heads, [groups.get(h) for h in heads])

@@ -1,5 +1,7 @@
 """Lenses against whole logits, computed the plain way."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import gemma_nb as gnb
 from gemma_nb.interp import vocabulary
+from tests import tiny
 from tests.parity.cases import RANDOM, model_of
 
 
@@ -104,3 +107,29 @@ def test_loaded_traces_have_no_model(lens, tmp_path):
     trace.save(tmp_path / "trace.nc")
     with pytest.raises(ValueError, match="without its model"):
         gnb.logit_lens(gnb.Trace.load(tmp_path / "trace.nc"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_sums_of_split_products_are_those_of_whole_ones(dtype, cap, monkeypatch):
+    monkeypatch.setattr(vocabulary, "_STRETCH", 1536)
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(4000, 64)), dtype)
+    config = dataclasses.replace(tiny.model(4000).config, final_logit_soft_cap=cap)
+    model = gnb.GemmaTransformer.from_config(config)
+    model = model.replace(params={"embedder": {"input_embedding": table}})
+    states = rng.normal(size=(3, 9, 64)).astype(np.float32) * [[[0.1]], [[3]], [[1]]]
+    states = states.astype(np.float32)
+
+    logits = states.astype(np.float64) @ np.asarray(table, np.float64).T
+    logits = logits if cap is None else cap * np.tanh(logits / cap)
+    logsumexp = np.log(np.exp(logits).sum(-1))
+    logp = logits - logsumexp[..., None]
+    p = np.exp(logp)
+    for split in (True, False):
+        monkeypatch.setattr(vocabulary.split, "pays", lambda split=split: split)
+        found = vocabulary.read(model, states, 5)
+        np.testing.assert_allclose(found.logsumexp, logsumexp, rtol=2e-6)
+        np.testing.assert_allclose(found.entropy, -(p * logp).sum(-1), 1e-5, 2e-5)
+        np.testing.assert_allclose(found.kl, (p[-1] * (logp[-1] - logp)).sum(-1), 5e-6, 5e-5)
+        np.testing.assert_array_equal(found.top_ids, np.argsort(-logits, axis=-1)[..., :5])
