@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gemma_nb.chat.branches import Planner
 from gemma_nb.chat.events import Turn
+from gemma_nb.chat.places import turn_of
 from gemma_nb.chat.tree import Node
 from gemma_nb.text.prefix import shared_prefix
 
@@ -119,12 +120,15 @@ def compare(planner: Planner, a: Node, b: Node) -> Diff:
     """The difference between the branches of two turns; see `ChatSession.diff`.
 
     Raises:
-      ValueError: one branch is part of the other.
+      ValueError: both turns stand on one branch.
     """
     paths = a.path(), b.path()
     together = shared_prefix(*([node.id for node in path] for path in paths))
     if together == min(map(len, paths)):
-        raise ValueError("one of these branches is part of the other: they do not part")
+        raise ValueError(
+            f"turns {turn_of(a).id} and {turn_of(b).id} stand on one branch, which does not part "
+            "between them: give turns of two branches, such as two of chat.siblings(turn)"
+        )
     firsts = [path[together] for path in paths]
     replies = [_reply_from(path[together:]) for path in paths]
     spoken = [planner.spoken(node) if node is not None else ([], []) for node in replies]

@@ -46,7 +46,7 @@ class InspectedConversation(KeptConversation):
           b: a turn of the other.
 
         Raises:
-          ValueError: one branch is part of the other.
+          ValueError: both turns stand on one branch.
         """
         return diffs.compare(self._planner, self.tree.find(a), self.tree.find(b))
 
