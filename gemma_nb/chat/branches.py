@@ -84,7 +84,7 @@ class Planner:
         self._tokenizer = tokenizer
         self._template = template
         self._top_k = top_k
-        self._under: dict[int, Interventions | None] = {}
+        self._under: dict[int, Interventions] = {}
         self._never = (
             *template.forbidden_ids(tokenizer),
             # Some embeddings have rows that stand for no token.
@@ -311,22 +311,30 @@ class Planner:
         """What a reply was computed under.
 
         Raises:
-          ValueError: interventions of a conversation that was loaded: only their names are saved.
+          ValueError: what the conversation's file does not hold (interventions of a class that is
+            not `gemma_nb`'s, or of the model of another session), or what this model does not have.
         """
-        own = self._model.interventions
+        found, own = self._under.get(turn.id), self._model.interventions
+        if found is not None:
+            for item in found.items:
+                item.check(self._model.config)
+            return found
         if turn.interventions == (() if own is None else own.describe()):
             return own
-        if turn.id not in self._under:
-            raise ValueError(
-                f"this reply was made under {'; '.join(turn.interventions) or 'no interventions'}, "
-                "which is not kept with a conversation and not what the model has now: intervene "
-                "again with chat.intervene(...)"
-            )
-        return self._under[turn.id]
+        raise ValueError(
+            f"this reply was made under {'; '.join(turn.interventions) or 'no interventions'}, "
+            "which is not kept with this conversation and not what the model has now: intervene "
+            "again with chat.intervene(...)"
+        )
 
     def remember(self, turn_id: int, interventions: Interventions | None) -> None:
-        """Notes what a reply is made under, for as long as the session lives."""
-        self._under[turn_id] = interventions
+        """Notes what a reply is made under."""
+        if interventions is not None and interventions is not self._model.interventions:
+            self._under[turn_id] = interventions
+
+    def remember_in(self, under: dict[int, Interventions]) -> None:
+        """Goes on with what is noted there: id of a reply -> what it was made under."""
+        self._under = under
 
     def _go_on(self, node: Node, kind: Branching, sampling: Sampling) -> Plan:
         """A sibling of a reply that came to its end, in which that end is refused."""

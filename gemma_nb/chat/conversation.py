@@ -94,6 +94,7 @@ class Conversation:
             system=system,
             when_full=check_policy(when_full),
         )
+        self._planner.remember_in(self.tree.under)
         self._generation = Generation(self._decoder, self._planner)
         self._lock = threading.Lock()
         self._making: tuple[int, Reply] | None = None  # the message's id, and the reply to it
@@ -199,6 +200,7 @@ class Conversation:
         """
         with self._alone():
             self.tree = tree
+            self._planner.remember_in(tree.under)
             self._ids_given = tree.last_id
 
     def stop(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import safetensors
 import safetensors.numpy
 
-from gemma_nb.chat import archive, codec, journal
+from gemma_nb.chat import altered, archive, codec, journal
 from gemma_nb.chat.codec import Tables
 from gemma_nb.chat.events import TokenRecord, Turn
 from gemma_nb.chat.identity import Identity
@@ -119,8 +119,8 @@ def _continue(path: Path, structure: dict[str, Any], blobs: dict[int, bytes]) ->
         )
     partial: Any = None
     for changes, new in more.records:
-        for name in ("nodes", "turns"):
-            structure[name].update(changes.get(name, {}))
+        for name in ("nodes", "turns", "under"):
+            structure.setdefault(name, {}).update(changes.get(name, {}))
         for name in ("strings", "lists"):
             structure[name].extend(changes.get(name, ()))
         structure["settings"] = changes.get("settings", structure["settings"])
@@ -147,6 +147,9 @@ def _decode(
         columns = _columns(blobs.get(int(key), b""))
         turns[int(key)] = decode_turn(data, columns, tables, f"turns.{key}")
     tree = _tree(structure["nodes"], turns, tables)
+    for key, data in structure.get("under", {}).items():
+        arrays = _columns(blobs.get(turns[int(key)].id, b""))
+        tree.under[int(key)] = altered.decode(data, arrays, f"under.{key}")
     recovered = partial is not None and _recover(tree, partial[0], partial[1], tables)
     recovered = _answer(tree) or recovered
     return Saved(

@@ -23,6 +23,8 @@ conversation.json, format version 1, is one object:
                        `gemma_nb.chat.tree.Node`
     turns              id -> the fields of `gemma_nb.chat.events.Turn`.  A field with evidence is
                        {"rows": n} and its rows are in the turn's safetensors file
+    under              id -> the interventions that a reply was computed under, where these are not
+                       the model's own; `gemma_nb.chat.altered` says how
     strings            texts of tokens, to which the evidence refers by index, and others that are
                        stored once, to which this file refers by {"string": index}
     lists              long lists of integers, to which this file refers by {"list": index}
@@ -36,10 +38,10 @@ would change one.
 While a conversation is saved as it goes on, what happened since the file was written stands in the
 journal beside it, `<file>.journal` (see `gemma_nb.chat.journal`), whose header names the generation
 that it continues.  The JSON of a record has what changed in conversation.json: new or changed
-`nodes` and `turns`, all `settings`, what `strings` and `lists` have more; its blobs are the turns'
-safetensors.  The reply being made is `partial`, {"parent", "start", "turn"}, and the blob "partial"
-has its tokens from `start` on.  Loading reads both files.  When the journal has grown, it is folded
-into the file, which is replaced as a whole.
+`nodes`, `turns` and `under`, all `settings`, what `strings` and `lists` have more; its blobs are
+the turns' safetensors.  The reply being made is `partial`, {"parent", "start", "turn"}, and the
+blob "partial" has its tokens from `start` on.  Loading reads both files.  When the journal has
+grown, it is folded into the file, which is replaced as a whole.
 
 A program reads versions up to its own; a new version is given when an older program could no longer
 read a file rightly.  Nothing is pickled, no name from the file is ever imported or opened.
@@ -55,7 +57,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 import safetensors.numpy
 
 from gemma_nb import __version__
-from gemma_nb.chat import archive, codec, journal
+from gemma_nb.chat import altered, archive, codec, journal
 from gemma_nb.chat.codec import Tables
 from gemma_nb.chat.context import WhenFull
 from gemma_nb.chat.events import Turn
@@ -129,6 +131,7 @@ class Encoder:
         self._strings = self._lists = 0  # how many of them are written
         self._turns: dict[int, Turn] = {}
         self._nodes: dict[int, tuple[Any, ...]] = {}
+        self._under: dict[str, Any] = {}
         self._settings: Any = None
         self._partial: tuple[int, int] | None = None  # id, tokens written
 
@@ -139,6 +142,7 @@ class Encoder:
             "settings": self._encoded_settings(),
             "nodes": {str(id_): self._node(links) for id_, links in self._nodes.items()},
             "turns": {str(i): encode_turn(t, self.tables, evidence=False)[0] for i, t in turns},
+            "under": self._under,
             "strings": self.tables.strings,
             "lists": self.tables.lists,
         }
@@ -158,6 +162,7 @@ class Encoder:
         blobs: dict[str, bytes] = {}
         nodes: dict[str, Any] = {}
         turns: dict[str, Any] = {}
+        under: dict[str, Any] = {}
         stack = [tree.root]
         while stack:
             node = stack.pop()
@@ -167,6 +172,10 @@ class Encoder:
             if node.turn is not None and self._turns.get(node.id) is not node.turn:
                 data, columns = encode_turn(node.turn, self.tables)
                 turns[str(node.id)], self._turns[node.id] = data, node.turn
+                changed, arrays = altered.encode(tree.under.get(node.id))
+                if changed is not None:
+                    under[str(node.id)] = self._under[str(node.id)] = changed
+                    columns |= arrays
                 if columns:
                     blobs[str(node.id)] = safetensors.numpy.save(columns)
             # A child that came after the links were noted is written with them, the next time.
@@ -175,6 +184,8 @@ class Encoder:
             changes["nodes"] = nodes
         if turns:
             changes["turns"] = turns
+        if under:
+            changes["under"] = under
         if self._settings != (settings, template):
             self._settings = (settings, template)
             changes["settings"] = self._encoded_settings()

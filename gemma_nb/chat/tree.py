@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from gemma_nb.chat.events import Role, Turn
+from gemma_nb.interventions import Interventions
+
+_OUTLINED = 100  # turns that an outline has at most
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,12 +66,45 @@ class Node:
         return f"<Node {self.id}: {len(self.children)} children, active {self.active}>"
 
 
+def _outlined(node: Node) -> str:
+    """A turn in a line."""
+    turn = node.turn
+    assert turn is not None
+    text = " ".join(turn.text.split())
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    source = turn.origin
+    came = f" ({source.kind} of {source.turn})" if source is not None else ""
+    return f"{turn.id} {turn.role}: {text}{came}"
+
+
 class ConversationTree:
-    """All branches of a conversation; one path through them is active."""
+    """All branches of a conversation; one path through them is active.
+
+    Attributes:
+      root: what comes before the first turn.
+      under: id of a reply -> the interventions that it was computed under, where these are others
+        than the session's model has.
+    """
 
     def __init__(self) -> None:
         self.root = Node()
+        self.under: dict[int, Interventions] = {}
         self._by_id: dict[int, Node] = {}
+
+    def __repr__(self) -> str:
+        """An outline, deeper where branches part; what is shown has a star."""
+        shown = {node.id for node in self.path()}
+        lines = [f"<ConversationTree: {len(self)} turns, of which {len(shown)} are shown (*)>"]
+        left = [(node, 0) for node in reversed(self.root.children)]
+        while left and len(lines) <= _OUTLINED:
+            node, depth = left.pop()
+            star = "*" if node.id in shown else " "
+            lines.append(f"{star} {'  ' * depth}{_outlined(node)}")
+            depth += len(node.children) > 1
+            left += [(child, depth) for child in reversed(node.children)]
+        if len(lines) <= len(self):
+            lines.append(f"  and {len(self) - len(lines) + 1} more")
+        return "\n".join(lines)
 
     # --- looking --------------------------------------------------------------------------------
 

@@ -1,0 +1,166 @@
+"""Interventions in files: every kind there and back, and damaged ones."""
+
+import json
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import gemma_nb as gnb
+from gemma_nb.chat import altered
+from gemma_nb.errors import ConversationError
+from gemma_nb.interventions import Interventions
+
+_RNG = np.random.default_rng(0)
+
+
+def _kinds(trace):
+    """Each kind in each of its forms, for the tiny model."""
+    row = np.full((1, 4), 0.25, np.float32)
+    return [
+        gnb.AblateHeads({0: [1], 2: [0, 1]}),
+        gnb.AblateHeads({1: [0]}, "mean", reference=trace, positions=[3, 5]),
+        gnb.AblateHeads({1: [0]}, "resample", reference=trace, positions=slice(2, 9)),
+        gnb.AblateMLP([0, 2], "mean", reference=trace),
+        gnb.AblateMLP(1),
+        gnb.ScaleHeads({0: {0: 0.5}, 1: {1: 2.0}}, positions=slice(4, None)),
+        gnb.Patch.from_trace(trace, "residual", 1, [2, 3]),
+        gnb.Patch.from_trace(trace, "z", 1, [2, 3], heads=[1]),
+        gnb.Patch("embed", None, 4, jnp.ones(32, jnp.bfloat16)),
+        gnb.Steer(1, _RNG.normal(size=32), scale=4.0, positions=[6]),
+        gnb.EditNeuron(1, 12, 3.0, method="add"),
+        gnb.KnockOut(1, queries=[9], keys=[0, 1]),
+        gnb.KnockOut(0, [1]),
+        gnb.ReplaceAttention(1, 0, row, queries=[5]),
+        gnb.ForceToken(3, 7),
+    ]
+
+
+@pytest.fixture(scope="module")
+def kinds(tiny_model):
+    model, tokenizer = tiny_model
+    ids = tokenizer.encode("abcdefghij", bos=True)
+    return _kinds(gnb.trace(model, ids, sites=()))
+
+
+@pytest.fixture
+def chat(tiny_model):
+    sampling = gnb.Sampling(temperature=1.0, seed=3, max_new_tokens=6)
+    return gnb.ChatSession(*tiny_model, template="gemma", sampling=sampling, cache_length=128)
+
+
+def _same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float64), np.asarray(y, np.float64))
+
+
+def test_every_kind_comes_back_as_it_was(kinds):
+    assert {type(item).__name__ for item in kinds} == set(altered._ARRAYS)
+    under = Interventions(tuple(kinds), jnp.int32(5))
+    data, columns = altered.encode(under)
+    columns = safetensors.numpy.load(safetensors.numpy.save(columns))
+    found = altered.decode(json.loads(json.dumps(data)), columns, "under")
+    _same(found, under)
+    assert found.describe() == under.describe()
+
+
+def test_a_loaded_chat_goes_on_under_the_same_interventions(chat, tiny_model, tmp_path):
+    chat.chat("Hi")
+    turn = chat.intervene(gnb.Steer(1, _RNG.normal(size=32), scale=20.0), at=2)
+    chat.save(tmp_path / "a.gnb")
+    loaded = gnb.ChatSession.load(tmp_path / "a.gnb", *tiny_model)
+    again = loaded.turns[-1]
+    assert again.interventions == turn.interventions
+    np.testing.assert_array_equal(
+        loaded.trace(again, sites=("final",)).final, chat.trace(turn, sites=("final",)).final
+    )
+    resumed, expected = loaded.fork(3, turn=again), chat.fork(3, turn=turn)
+    assert resumed.interventions == turn.interventions
+    assert [r.token_id for r in resumed.tokens] == [r.token_id for r in expected.tokens]
+    # A second generation of the file holds them, too.
+    loaded.save(tmp_path / "b.gnb")
+    third = gnb.ChatSession.load(tmp_path / "b.gnb", *tiny_model)
+    assert third.trace(third.turns[-1]).interventions == turn.interventions
+
+
+def test_they_are_in_the_journal(chat, tiny_model, tmp_path):
+    path = tmp_path / "a.gnb"
+    chat.autosave = path
+    chat.chat("Hi")
+    turn = chat.intervene(gnb.AblateHeads({1: [0]}), at=1)
+    chat.autosave = None
+    loaded = gnb.ChatSession.load(path, *tiny_model)
+    assert loaded.trace(loaded.turns[-1]).interventions == turn.interventions
+
+
+def test_a_class_of_the_users_own_is_kept_by_name(chat, tiny_model, tmp_path):
+    class Own(gnb.AblateMLP):
+        """Another program's."""
+
+    jax.tree_util.register_pytree_node(Own, lambda x: ((), x), lambda x, _: x)
+    chat.chat("Hi")
+    turn = chat.intervene(Own(1), at=1)
+    chat.save(tmp_path / "a.gnb")
+    loaded = gnb.ChatSession.load(tmp_path / "a.gnb", *tiny_model)
+    assert loaded.turns[-1].interventions == turn.interventions
+    with pytest.raises(ValueError, match="not kept with this conversation"):
+        loaded.trace()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda item, _: item.update(kind="Popen"), "expected one of AblateHeads"),
+        (lambda item, _: item.update(fixed={}), "expected method"),
+        (lambda item, _: item.update(fixed={"method": "eval"}), "not one of those"),
+        (lambda item, _: item.update(fixed={"method": ["zero"]}), "not one of those"),
+        (lambda item, _: item.update(arrays=None), "expected names"),
+        (lambda _, columns: columns.pop("under.0.heads"), "expected the array under.0.heads"),
+        (lambda _, c: c.update({"under.0.heads": np.zeros(9, np.int32)}), "axis M is 9 long"),
+        (lambda _, c: c.update({"under.0.heads": np.zeros(3, np.float32)}), "expected i M"),
+        (lambda _, c: c.update({"under.0.values": np.zeros(3, np.float32)}), "expected f M P H"),
+        (lambda _, c: c.update({"under.0.where.listed": np.zeros((2, 2), int)}), "expected i X"),
+        (lambda _, c: c.update({"under.0.layers": np.zeros(5000, np.int32)}), "more than 4096"),
+    ],
+)
+def test_damage_is_said(kinds, change, message):
+    data, columns = altered.encode(Interventions((kinds[0],), jnp.int32(0)))
+    change(data["items"][0], columns)
+    with pytest.raises(ValueError, match=message):
+        altered.decode(data, columns, "under.2")
+
+
+@pytest.mark.parametrize("data", [None, [], {}, {"start": 0, "items": []}, {"start": -1}])
+def test_no_interventions_at_all_are_damage(data):
+    with pytest.raises(ValueError, match=r"under\.2"):
+        altered.decode(data, {}, "under.2")
+
+
+def test_a_damaged_file_is_a_conversation_error(chat, tiny_model, tmp_path):
+    chat.chat("Hi")
+    turn = chat.intervene(gnb.EditNeuron(1, 12, 3.0), at=1)
+    chat.save(tmp_path / "a.gnb")
+    for change, error in (
+        ({"kind": "Nothing"}, ConversationError),
+        ({"layer": 99}, ValueError),
+    ):
+        with zipfile.ZipFile(tmp_path / "a.gnb") as file:
+            members = {name: file.read(name) for name in file.namelist()}
+        structure = json.loads(members["conversation.json"])
+        if "kind" in change:
+            structure["under"][str(turn.id)]["items"][0] |= change
+        else:
+            name = f"evidence/{turn.id}.safetensors"
+            columns = safetensors.numpy.load(members[name])
+            columns["under.0.layer"] = np.array(change["layer"], np.int32)
+            members[name] = safetensors.numpy.save(columns)
+        members["conversation.json"] = json.dumps(structure).encode()
+        with zipfile.ZipFile(tmp_path / "b.gnb", "w") as file:
+            for name, content in members.items():
+                file.writestr(name, content)
+        with pytest.raises(error):
+            gnb.ChatSession.load(tmp_path / "b.gnb", *tiny_model).trace()
