@@ -171,8 +171,12 @@ def unreadable(path: Path, error: OSError) -> ConversationError:
 def damaged(path: Path, problem: object) -> ConversationError:
     """What to say of a file that is not what was written."""
     problem = f"nothing is at {problem} in it" if isinstance(problem, LookupError) else problem
+    inside = (
+        f"  (The file is a zip; if you trust it, {STRUCTURE} in it has the text of every turn.)"
+        if zipfile.is_zipfile(path)
+        else ""
+    )
     return ConversationError(
         f"{path} is not a whole conversation: {problem}.  Expected a file that chat.save(path) "
-        "wrote, unchanged: take another copy of it.  (The file is a zip; if you trust it, "
-        f"{STRUCTURE} in it has the text of every turn.)"
+        f"wrote, unchanged: take another copy of it.{inside}"
     )

@@ -53,6 +53,14 @@ class Side:
     tokens: tuple[DiffToken, ...]
 
     @property
+    def text(self) -> str:
+        """What the reply says from where the branches part."""
+        if self.reply is None or not self.reply.tokens:
+            return "".join(token.piece for token in self.tokens)
+        first = len(self.reply.tokens) - len(self.tokens)
+        return "".join(record.text for record in self.reply.tokens[first:])
+
+    @property
     def logprob(self) -> float:
         """Log-probability in nats of all `tokens` together where they stand."""
         return math.fsum(token.logprob for token in self.tokens)
@@ -99,9 +107,8 @@ class Diff:
     def __repr__(self) -> str:
         lines = [f"<Diff at token {self.index} after {len(self.shared)} turns>"]
         for name, side in (("a", self.a), ("b", self.b)):
-            text = "".join(token.piece for token in side.tokens)
             lines.append(
-                f"{name}: {text!r}  {side.logprob:.2f} nats, "
+                f"{name}: {side.text!r}  {side.logprob:.2f} nats, "
                 f"{side.under_other:.2f} in the place of the other"
             )
         return "\n".join(lines)

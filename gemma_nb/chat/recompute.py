@@ -69,6 +69,8 @@ class Recomputation:
                 turn = dataclasses.replace(turn, origin=origin)
             node.turn = turn
             before[turn.id] = turn.tokens
+        if progress is not None:
+            progress(1.0, "Computed the evidence of the replies")
 
     def turn(self, before: Sequence[Turn], turn: Turn, respell: bool = False) -> Turn:
         """A reply with evidence computed now.

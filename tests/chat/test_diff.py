@@ -31,6 +31,8 @@ def test_two_forks_are_seen_under_each_others_choice(make, score):
     assert len(table) == max(len(a.tokens), len(b.tokens)) - 4
     assert list(table["index"])[:2] == [4, 5]
     assert "in the place of the other" in repr(diff)
+    assert diff.a.text == "".join(record.text for record in a.tokens[4:])
+    assert repr(diff.a.text) in repr(diff)
     assert "<table" in diff._repr_html_()
 
 
