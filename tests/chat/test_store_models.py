@@ -42,6 +42,7 @@ def test_recomputed_evidence_is_that_of_the_new_model(grown, saved, other_model,
         saved, other_model, tokenizer, recompute=True, progress=lambda *r: reports.append(r)
     )
     assert len(reports) > 3
+    assert reports[-1][0] == 1
     assert [turn.text for turn in loaded.tree] == [turn.text for turn in grown.tree]
     run = jax.jit(other_model.transformer.apply)
     for turn, old in zip(loaded.tree, grown.tree, strict=True):
