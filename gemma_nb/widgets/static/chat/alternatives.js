@@ -27,8 +27,9 @@ function tailBefore(tokens, /** @type {number} */ index) {
 /**
  * The card of one token's alternatives.
  * @param {(tokenId: number) => void} branch puts another token there
+ * @param {() => void} leave gives the focus back to the token
  */
-function alternativesCard(branch) {
+function alternativesCard(branch, leave) {
   let all = false;
   const head = h("div", { class: "gnb-alts-head" });
   const rows = h("div", { role: "list", "aria-label": "Alternatives" });
@@ -69,6 +70,7 @@ function alternativesCard(branch) {
           {
             class: "gnb-small gnb-branch",
             type: "button",
+            tabindex: -1,
             "aria-label": `Branch with “${visible(text)}”`,
             title: "Put this token there, and let the reply go on from it",
             click: () => branch(id),
@@ -99,7 +101,9 @@ function alternativesCard(branch) {
     );
   };
 
+  // One tab stop for all rows, arrow keys between them.
   element.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+    if (event.key === "Escape") leave();
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     const buttons = /** @type {HTMLElement[]} */ ([
       ...element.querySelectorAll(".gnb-row:not([hidden]) button"),
@@ -107,7 +111,11 @@ function alternativesCard(branch) {
     const now = buttons.indexOf(/** @type {HTMLElement} */ (event.target));
     if (!step || now < 0) return;
     event.preventDefault();
-    buttons[now + step]?.focus();
+    const next = buttons[now + step];
+    if (!next) return;
+    buttons[now].tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
   });
 
   return {
@@ -139,6 +147,8 @@ function alternativesCard(branch) {
         rows.append(row);
       }
       expand(all);
+      const first = /** @type {HTMLElement|null} */ (rows.querySelector("button"));
+      if (first) first.tabIndex = 0;
     },
   };
 }

@@ -6,7 +6,10 @@ const LOOKING = ["pointerenter", "pointermove", "focusin"];
 /** @param {{model: Model, el: HTMLElement}} context */
 function render({ model, el }) {
   const commands = commander(model);
-  const card = alternativesCard((tokenId) => fork(tokenId));
+  const card = alternativesCard(
+    (tokenId) => fork(tokenId),
+    () => conversation.elementAt(selection.place())?.focus(),
+  );
   const conversation = conversationLog(model, act);
   const { log, live, empty, pending, turns } = conversation;
   const selection = tokenSelection(model, conversation, card);
