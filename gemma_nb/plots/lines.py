@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gemma_nb.interp.trace import Trace
 
 _WIDEST = 4.0  # points, of a line that stands for all of a row's weight
+_WIDEST_BUNDLE = 1.6  # the same where lines are bundled: every block may have one to the sink
 _OPACITY = 0.6
 # More lines than this are one image in vector files.
 _MOST_VECTOR = 4000
@@ -56,6 +57,10 @@ def attention_lines(
     The width of a line is proportional to its weight; the footer says what was left out.  Of a
     single query in a sliding layer, the keys that it can reach are bracketed.
 
+    All lines of a long text would be one black sheet.  Of more than 64 queries, they are drawn in
+    bundles: a line joins two blocks of neighbouring positions, and its weight is what a query of
+    the one gives to all keys of the other together, on average.  The footer says so.
+
     Args:
       source: a trace, or an array (layer, head, query, key) or (layer, query, key).
       layer: index of the layer.
@@ -64,7 +69,7 @@ def attention_lines(
       ax: where to draw; None makes a figure of a size that fits the labels.
       start: first position shown, of both queries and keys.
       stop: position after the last one shown; None shows all.
-      least: weights below it are not drawn.
+      least: weights (of bundles, where lines are bundled) below it are not drawn.
       hide_bos: leave out position 0; the picture says so.  The other weights stay as they are.
 
     Returns:
@@ -78,9 +83,9 @@ def attention_lines(
     chosen = [queries] if isinstance(queries, int) else list(rows if queries is None else queries)
     if missing := [q for q in chosen if not rows[0] <= q <= rows[-1]]:
         raise ValueError(f"queries {missing} are not among the positions {rows[0]} to {rows[-1]}")
-    drawn = p.reachable & (p.weights >= least) & np.isin(rows, chosen)[:, None]
-    if hide_bos:
-        drawn[:, p.keys.positions == 0] = False
+    block = -(-len(rows) // MOST_LABELS) if len(chosen) > MOST_LABELS else 1
+    bundles = _bundles(p, chosen, block, hide_bos)
+    widest = _WIDEST if block == 1 else _WIDEST_BUNDLE
 
     height = float(np.clip(PITCH * 1.15 * len(rows), 2.0, PITCH * MOST_LABELS))
     side = label_inches(p.queries) + 0.3
@@ -89,8 +94,8 @@ def attention_lines(
     ax.set_ylim(rows[-1] + 0.5, rows[0] - 0.5)
     bare(ax)
     ax.set_xticks([])
-    ax.add_collection(_lines(p, drawn), autolim=False)
-    handles = _legend()
+    ax.add_collection(_lines(*bundles, least, widest), autolim=False)
+    handles = _legend(widest)
     if len(chosen) == 1 and p.window is not None:
         handles.append(_bracket(ax, p, chosen[0]))
     label_axis(ax, "y", p.queries, always=chosen if len(chosen) < 8 else ())
@@ -98,29 +103,65 @@ def attention_lines(
     ax.set_ylabel("query: the position that attends", fontsize=SMALL)
     headline(ax, p.name, p.badge)
     footer(
-        ax, handles + role_handles(p.queries), [*_left_out(p, chosen, least, hide_bos), *p.remarks]
+        ax,
+        handles + role_handles(p.queries),
+        [*_left_out(p, chosen, bundles[0], block, least, hide_bos), *p.remarks],
     )
     return figure
 
 
-def _lines(p: Pattern, drawn: np.ndarray) -> LineCollection:
-    row, column = np.nonzero(drawn)
-    weights = p.weights[row, column].astype(float)
+def _bundles(
+    p: Pattern, chosen: Sequence[int], block: int, hide_bos: bool
+) -> tuple[np.ma.MaskedArray, np.ndarray, np.ndarray]:
+    """Weights between blocks of positions, what cannot be masked, and the blocks' centres.
+
+    A block of queries has the mean of its rows, a block of keys the sum of its columns.
+    """
+    rows, columns = p.queries.positions, p.keys.positions
+    mine = np.isin(rows, chosen)
+    shown = p.reachable & mine[:, None]
+    if hide_bos:
+        shown = shown & (columns != 0)
+    if block == 1:
+        return np.ma.masked_array(p.weights, ~shown), rows, columns
+    down, across = np.arange(0, len(rows), block), np.arange(0, len(columns), block)
+    sums = np.add.reduceat(np.where(shown, p.weights, 0.0), across, axis=1)
+    sums = np.add.reduceat(sums, down, axis=0)
+    counts = np.add.reduceat(mine.astype(int), down)
+    means = sums / np.maximum(counts, 1)[:, None]
+    within = np.logical_or.reduceat(np.logical_or.reduceat(shown, across, axis=1), down, axis=0)
+
+    def centres(positions: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        ends = np.append(starts[1:], len(positions)) - 1
+        return (positions[starts] + positions[ends]) / 2
+
+    return np.ma.masked_array(means, ~within), centres(rows, down), centres(columns, across)
+
+
+def _lines(
+    bundles: np.ma.MaskedArray,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    least: float,
+    widest: float,
+) -> LineCollection:
+    row, column = np.nonzero(bundles.filled(-1.0) >= least)
+    weights = bundles.data[row, column].astype(float)
     order = np.argsort(weights)  # the strongest on top
     row, column, weights = row[order], column[order], np.clip(weights[order], 0.0, 1.0)
-    ends = np.stack([p.queries.positions[row], p.keys.positions[column]], 1)
+    ends = np.stack([queries[row], keys[column]], 1)
     points = np.stack([np.broadcast_to([0.0, 1.0], ends.shape), ends], 2)
     lines = LineCollection(
-        list(points), colors=INK, alpha=_OPACITY, linewidths=_WIDEST * weights, capstyle="butt"
+        list(points), colors=INK, alpha=_OPACITY, linewidths=widest * weights, capstyle="butt"
     )
     lines.set_rasterized(len(row) > _MOST_VECTOR)
     lines.set_gid("weights")
     return lines
 
 
-def _legend() -> list[Artist]:
+def _legend(widest: float) -> list[Artist]:
     return [
-        Line2D([], [], color=INK, alpha=_OPACITY, linewidth=_WIDEST * w, label=f"weight {w:g}")
+        Line2D([], [], color=INK, alpha=_OPACITY, linewidth=widest * w, label=f"weight {w:g}")
         for w in (1.0, 0.5, 0.1)
     ]
 
@@ -134,15 +175,30 @@ def _bracket(ax: Axes, p: Pattern, query: int) -> Artist:
     return box
 
 
-def _left_out(p: Pattern, chosen: Sequence[int], least: float, hide_bos: bool) -> list[str]:
+def _left_out(
+    p: Pattern,
+    chosen: Sequence[int],
+    bundles: np.ma.MaskedArray,
+    block: int,
+    least: float,
+    hide_bos: bool,
+) -> list[str]:
     rows = p.weights[np.isin(p.queries.positions, chosen)]
     notes = []
+    if block > 1:
+        notes.append(
+            f"each line joins blocks of {block} positions: what a query of the one gives to all "
+            "keys of the other, on average"
+        )
     if hide_bos and p.keys.positions[0] == 0:
         notes.append(
             f"position 0 left out: these rows give it {rows[:, 0].mean():.0%} of their weight"
         )
         rows = rows[:, 1:]
-    below = float(np.where(rows < least, rows, 0.0).sum(1).mean())
+    if block > 1:
+        rows = bundles.filled(0.0)
+        rows = rows[rows.any(axis=1)]
+    below = float(np.where(rows < least, rows, 0.0).sum(1).mean()) if len(rows) else 0.0
     notes.append(f"weights below {least:g} are not drawn: {below:.0%} of a row on average")
     return notes
 

@@ -298,7 +298,9 @@ def test_grid_hatches_what_cannot_be_attended():
 # --- lines
 
 
-def test_lines_are_the_weights(maps):
+@pytest.mark.parametrize("length", [5, 60])
+def test_lines_are_the_weights(length):
+    maps = make_attention(length)
     figure = gnb.plots.attention_lines(maps, 1, 2, least=0.03)
     axes = figure.axes[0]
     weights = maps.sel(layer=1, head=2).values
@@ -311,6 +313,27 @@ def test_lines_are_the_weights(maps):
     assert f"weights below 0.03 are not drawn: {below:.0%} of a row on average" in notes(axes)
     assert overflows(figure) == []
     save(figure)
+
+
+def test_lines_of_a_long_text_are_bundled_and_say_so():
+    maps = make_attention(200)
+    axes = gnb.plots.attention_lines(maps, 0, 0, least=0.02).axes[0]
+    weights = maps.sel(layer=0, head=0).values
+    expected = np.array([[weights[i : i + 4, j : j + 4].sum(1).mean() for j in range(0, 200, 4)]
+                         for i in range(0, 200, 4)])  # fmt: skip
+    (lines,) = axes.collections
+    segments = np.array(lines.get_segments())
+    row, key = ((segments[:, end, 1] - 1.5) / 4 for end in (0, 1))
+    assert len(segments) == (expected >= 0.02).sum()
+    widths = 1.6 * expected[row.astype(int), key.astype(int)]
+    np.testing.assert_allclose(lines.get_linewidths(), widths, rtol=1e-5)
+    assert "each line joins blocks of 4 positions" in notes(axes)
+    below = np.where(expected < 0.02, expected, 0).sum(1).mean()
+    assert f"weights below 0.02 are not drawn: {below:.0%} of a row on average" in notes(axes)
+    save(axes.figure)
+    # A few queries are drawn as they are.
+    few = gnb.plots.attention_lines(maps, 0, 0, queries=[150, 151], least=0).axes[0]
+    assert set(np.array(few.collections[0].get_segments())[:, 0, 1]) == {150, 151}
 
 
 def test_lines_of_one_query_bracket_what_it_can_reach(sixty):
