@@ -205,14 +205,15 @@ def _expect(holds: bool, expected: str, got: Any, where: str) -> Any:
 
 
 def hints(cls: Any) -> dict[str, Any]:
-    """Field name -> type, of a dataclass."""
+    """Field name -> type, of a dataclass, without fields whose metadata says "stored": False."""
     return _hints(cls)
 
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     known = typing.get_type_hints(cls)
-    return {field.name: known[field.name] for field in dataclasses.fields(cls)}
+    fields = [field for field in dataclasses.fields(cls) if field.metadata.get("stored", True)]
+    return {field.name: known[field.name] for field in fields}
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,11 +18,13 @@ from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.keeping import Keeper
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
-from gemma_nb.errors import BusyError, ContextFullError
+from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Capture
+from gemma_nb.sampling.look import can_look
 from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.rows import AttentionKept, AttentionRows
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template, resolve_template
 from gemma_nb.text.tokenizer import Tokenizer
@@ -62,7 +65,7 @@ class Conversation:
           system: what the model is told before the conversation; None takes the template's own.
           sampling: None takes what is recommended for the model.
           cache_length: most positions (tokens) of context.
-          capture: evidence to keep; by default ten alternatives per token.
+          capture: evidence to keep; by default ten alternatives per token, and no attention.
           template: "gemma" for instruction-tuned models, "transcript" for base models, "none" for
             raw text, "auto" to choose by the model, or your own `Template`.
           when_full: what happens when the context is full.  "stop": the reply ends there.
@@ -86,7 +89,10 @@ class Conversation:
         self.tree = ConversationTree()
         system = self.template.default_system if system is None else system
         self.tokenizer.encode(system or "")  # refuses what cannot be tokenized, now
-        self._decoder = Decoder(model, limit=cache_length, top_k=self.capture.top_k)
+        self._rows = AttentionRows(self.capture, model, tokenizer, shown=can_look(model))
+        self._decoder = Decoder(
+            model, limit=cache_length, top_k=self.capture.top_k, rows=self._rows
+        )
         self._planner = Planner(
             *(model, tokenizer, self.template, self._decoder),
             top_k=self.capture.top_k,
@@ -101,6 +107,7 @@ class Conversation:
         self._stream: weakref.ref[Generator[TokenEvent, None, None]] | None = None
         self._reader: int | None = None  # the thread that read the last token
         self._ids_given = 0
+        self._told_evicted = False
         self.keeper = Keeper()
         self.keeper.autosave(self, autosave)
 
@@ -151,6 +158,15 @@ class Conversation:
         last = making[1].context if making is not None else last
         dropped = last.dropped if last is not None else 0
         return Context(self.system, dropped, self.cache_used, self.cache_length)
+
+    @property
+    def attention_kept(self) -> AttentionKept:
+        """How many tokens have their `attention`, what it takes, and how many rows were evicted.
+
+        Its `warning` is what there is to tell; the first time that something is evicted, it is also
+        a ConversationWarning, at the end of the reply or before the next one.
+        """
+        return self._rows.kept
 
     @property
     def sampling(self) -> Sampling:
@@ -243,6 +259,7 @@ class Conversation:
         """The stream of the reply that `make()` plans, once it is read."""
         self._refuse_if_busy()
         self.keeper.warn()
+        self._tell_evicted()
         stream = self._generate(make)
         # Weak, so that a stream that its reader drops is closed at once.
         self._stream = weakref.ref(stream)
@@ -327,4 +344,11 @@ class Conversation:
     def _exhaust(self, events: Iterator[TokenEvent]) -> Turn:
         for _ in events:
             pass
+        self._tell_evicted()
         return self.turns[-1]
+
+    def _tell_evicted(self) -> None:
+        warning = "" if self._told_evicted else self.attention_kept.warning
+        if warning:
+            self._told_evicted = True
+            warnings.warn(warning, ConversationWarning, stacklevel=4)

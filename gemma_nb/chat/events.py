@@ -6,10 +6,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal
 
 from gemma_nb.chat.packed import Packed
+from gemma_nb.chat.rows import labelled
 from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.rows import AttentionRow
 
 if TYPE_CHECKING:
     import pandas
+    import xarray
 
 Role = Literal["user", "model"]
 
@@ -59,6 +62,7 @@ class TokenRecord:
       key: (seed, fold) of the random key that drew it: `jax.random.fold_in(key(seed), fold)`.  None
         for a token that was given, not drawn; `probability` is then what the sampler would have
         drawn it with.
+      attention_row: what `attention` reads; neither compared nor saved.
     """
 
     index: int
@@ -72,13 +76,44 @@ class TokenRecord:
     rank: int
     alternatives: tuple[Alternative, ...]
     key: tuple[int, int] | None = dataclasses.field(default=None, kw_only=True)
+    attention_row: AttentionRow | None = dataclasses.field(
+        default=None, kw_only=True, compare=False, repr=False, metadata={"stored": False}
+    )
+
+    def __repr__(self) -> str:
+        others = [a for a in self.alternatives if a.token_id != self.token_id][:3]
+        instead = ", ".join(f"{a.text!r} {a.probability:.3f}" for a in others)
+        return (
+            f"<{type(self).__name__} {self.index} {self.piece!r}: probability "
+            f"{self.probability:.3f}, logprob {self.logprob:.2f}, rank {self.rank}, entropy "
+            f"{self.entropy:.2f}; instead {instead or 'nothing'}>"
+        )
+
+    @property
+    def attention(self) -> xarray.DataArray | None:
+        """How much each head looked at each token before this one when it was chosen.
+
+        The query is the token at `position` - 1, whose states the choice was made from: its row
+        says why this token, not what this token looked at itself.  It came out of the step that
+        made the choice, under the interventions of that step, and was kept in float16.
+
+        Returns:
+          (layer, head, key) float32 over the layers captured and the positions up to the query's,
+          0 outside a local layer's window; each row sums to 1 within float16's rounding.  None
+          where the session's `Capture.attention_layers` is None; where the token's evidence did
+          not come from a decoding step (one of three or more replies of `chat.sample`, a long text
+          put there by hand, evidence that was recomputed, another library's module or one on a
+          mesh); where the row was evicted (see `chat.attention_kept`); and in a conversation that
+          was loaded, since files do not hold rows.  `chat.look` computes what is not there.
+        """
+        return None if self.attention_row is None else labelled(self.attention_row)
 
 
 # In place of the slot, which then holds what `Packed` makes of the alternatives.
 setattr(TokenRecord, "alternatives", Packed(vars(TokenRecord)["alternatives"], Alternative))  # noqa: B010
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class TokenEvent(TokenRecord):
     """A token of the reply being made.
 
@@ -208,7 +243,8 @@ class Turn:
     interventions: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        end = f", {len(self.tokens)} tokens, {self.finish_reason}" if self.role == "model" else ""
+        evidence = f"{len(self.tokens)} tokens" if self.tokens else "no evidence"
+        end = f", {evidence}, {self.finish_reason}" if self.role == "model" else ""
         return f"<Turn {self.id} {self.role}: {self.text!r}{end}>"
 
     def table(self, k: int = 3) -> pandas.DataFrame:

@@ -128,7 +128,8 @@ def load(
     if recompute is None or (not recompute and saved.identity.tokenizer != now.tokenizer):
         _check_model(saved, now)
     length = min(saved.settings.cache_length, model.config.max_context)
-    settings = dataclasses.replace(saved.settings, cache_length=length)
+    capture = saved.settings.capture.fitting(model.config.num_layers)
+    settings = dataclasses.replace(saved.settings, cache_length=length, capture=capture)
     chat = cls(model, tokenizer, template=_template(saved, template), **settings.fields())
     if recompute:
         respell = saved.identity.tokenizer != now.tokenizer

@@ -208,6 +208,7 @@ def token_record(
             for i, logprob, probability in zip(*columns, strict=True)
         ),
         key=key,
+        attention_row=evidence.attention,
     )
 
 

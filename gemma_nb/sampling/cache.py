@@ -64,12 +64,8 @@ class StreamCache:
           roll: make the sliding layers rings.
         """
         width = config.num_kv_heads * config.head_dim
-        window = _window(config)
-        rings = tuple(
-            roll and isinstance(spec.kind, Sliding) and spec.kind.window == window
-            for spec in config.layers
-        )
-        ring = min(size, window)
+        rings = ring_layers(config) if roll else (False,) * config.num_layers
+        ring = min(size, smallest_window(config))
 
         zeros = tuple(np.zeros((ring if is_ring else size, width), np.float32) for is_ring in rings)
 
@@ -198,7 +194,7 @@ def _widen(cache: StreamCache, size: int, ring: int) -> StreamCache:
 
 def grow(cache: StreamCache, size: int, config: TransformerConfig) -> StreamCache:
     """`cache` with room for `size` slots; rings grow up to one window."""
-    return _widen(cache, size, min(size, _window(config)))
+    return _widen(cache, size, min(size, smallest_window(config)))
 
 
 def size_for(length: int, limit: int) -> int:
@@ -211,7 +207,13 @@ def next_size(size: int, limit: int) -> int | None:
     return None if size >= limit else size_for(size + 1, limit)
 
 
-def _window(config: TransformerConfig) -> int:
+def ring_layers(config: TransformerConfig) -> tuple[bool, ...]:
+    """Per layer, whether its cache may be a ring: the sliding layers with the smallest window."""
+    window, kinds = smallest_window(config), [spec.kind for spec in config.layers]
+    return tuple(isinstance(kind, Sliding) and kind.window == window for kind in kinds)
+
+
+def smallest_window(config: TransformerConfig) -> int:
     """The smallest window of the sliding layers."""
     windows = [spec.kind.window for spec in config.layers if isinstance(spec.kind, Sliding)]
     return min(windows, default=config.max_context)

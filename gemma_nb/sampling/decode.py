@@ -1,16 +1,12 @@
-"""The compiled step, and the stream of tokens that it makes."""
+"""The stream of tokens that compiled steps make."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,102 +14,16 @@ import numpy as np
 from gemma_nb import placement
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.nn import Output, Transformer
+from gemma_nb.sampling import ahead
 from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewind, size_for
-from gemma_nb.sampling.choose import choose, exact_logit
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.head import Scores
-from gemma_nb.sampling.look import Look, compiled_look, look
+from gemma_nb.sampling.look import Look, can_look, compile_look, compiled_look, look
 from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import BUCKETS, chunks
-from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
+from gemma_nb.sampling.rows import AttentionRows
+from gemma_nb.sampling.step import Made, Program
+from gemma_nb.sampling.weights import decoding_weights
 from gemma_nb.text.prefix import shared_prefix
-
-# The name of the threads that compile what is not needed yet.
-COMPILING = "gemma-nb-compile"
-
-
-@functools.cache
-def compiled(transformer: Transformer, weights: Any, top_k: int) -> Any:
-    """The jitted step of a model.
-
-    All but the module (its configuration), the structure of the weights and the number of
-    alternatives is traced, so a compilation is made per (number of tokens, cache size) and no
-    setting adds one.
-
-    Args:
-      transformer: the module.
-      weights: the tree structure of its `DecodingWeights`.  The step takes their leaves, since
-        flattening hundreds of arrays anew takes part of a millisecond.
-      top_k: number of alternatives.
-    """
-
-    def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
-        return _step(transformer, jax.tree.unflatten(weights, leaves), *args, top_k=top_k)
-
-    return jax.jit(step, donate_argnums=(1, 2), compiler_options=compiler_options())
-
-
-def compiler_options() -> dict[str, Any] | None:
-    """What XLA is told when it compiles a step.
-
-    XLA:CPU uses half of AVX-512's width unless it is told otherwise: products of a matrix and a
-    vector then take up to 1.7 times as long.
-    """
-    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
-
-
-def _step(
-    transformer: Transformer,
-    weights: DecodingWeights,
-    cache: StreamCache,
-    seen: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-    last: jax.Array,
-    controls: Controls,
-    interventions: Interventions | None,
-    *,
-    top_k: int,
-) -> tuple[StreamCache, jax.Array, _Made]:
-    """Feeds tokens (1, T), and chooses the one after index `last`."""
-    result = transformer.apply(
-        weights.variables,
-        tokens,
-        cache=cache.to_model(transformer.config),
-        positions=positions,
-        return_hidden_states=True,
-        interventions=interventions,
-        mutable=["intermediates"] if any(cache.rings) else False,
-    )
-    output, rows = cast(Output, result), None
-    if any(cache.rings):
-        output, state = cast(Any, result)
-        rows = _new_rows(state["intermediates"], cache.rings)
-    assert output.hidden_states is not None
-    assert output.cache is not None
-    # Only the last token's logits: the vocabulary is most of a small model's work.
-    hidden, forced_logit = output.hidden_states[0, last], None
-    if weights.head is not None:
-        cap = transformer.config.final_logit_soft_cap
-        scores = weights.head.scores(hidden, weights.table, cap)
-        forced_logit = exact_logit(controls.forced, hidden, weights.table, cap)
-    else:
-        logits = transformer.apply(weights.variables, hidden, method="unembed")
-        scores = Scores.of(cast(jax.Array, logits))
-    padded = jnp.where(positions[0] >= 0, tokens[0], seen.shape[0])
-    seen = seen.at[padded].set(True, mode="drop")
-    evidence = choose(scores, controls, seen, positions[0, last], top_k, forced_logit)
-    made = _Made(evidence.token.reshape(1, 1), evidence.pack(), rows)
-    return cache.updated(output.cache), seen, made
-
-
-def _new_rows(sown: Any, rings: Sequence[bool]) -> jax.Array:
-    """Keys and values (ring layers, 2, T, K*H) that a step has added, float32."""
-    layers = [sown[f"layer_{i}"]["attn"] for i, ring in enumerate(rings) if ring]
-    rows = [[layer[site][0][0] for site in ("k", "v")] for layer in layers]
-    stacked = jnp.stack([jnp.stack(pair) for pair in rows])
-    return stacked.reshape(*stacked.shape[:3], -1).astype(jnp.float32)
 
 
 class Decoder:
@@ -128,26 +38,45 @@ class Decoder:
     Attributes:
       ids: the token ids in the cache, in order.
       limit: most positions that the cache may hold.
+      looks: whether `look` works: with our own module, on one device.
     """
 
-    def __init__(self, model: GemmaTransformer, *, limit: int, top_k: int) -> None:
+    def __init__(
+        self,
+        model: GemmaTransformer,
+        *,
+        limit: int,
+        top_k: int,
+        rows: AttentionRows | None = None,
+    ) -> None:
+        """An empty stream.
+
+        Args:
+          model: what computes.
+          limit: most positions.
+          top_k: number of alternatives.
+          rows: where the attention rows of each choice are kept; None computes none.
+        """
         self.limit = limit
         self.ids: list[int] = []
         self._transformer = model.transformer
         self._mesh = model.mesh
         self._weights = decoding_weights(model)
         self._interventions = model.interventions
-        self._many = _Program.of(model.transformer, self._weights, top_k)
+        self._rows = rows
+        captured = (top_k, rows.layers if rows is not None else ())
+        self._many = Program.of(model.transformer, self._weights, *captured)
         # One token is given less.
-        self._one = _Program.of(model.transformer, self._weights.for_one_token(), top_k)
+        self._one = Program.of(model.transformer, self._weights.for_one_token(), *captured)
         # Rings of a spread cache would have to be gathered; somebody else's module knows none.
-        self._roll = self._mesh is None and isinstance(model.transformer, Transformer)
+        self._roll = self.looks = can_look(model)
+        self._looked = False  # whether somebody looks, or may soon
         self._cache: StreamCache | None = None
         self._archive = Archive()
         self._seen: Any = None
         self._controls: Controls | None = None
         self._next: int | None = None  # the token chosen last, not yet fed
-        self._ahead: _Made | None = None  # what the step that feeds it makes
+        self._ahead: Made | None = None  # what the step that feeds it makes
 
     @property
     def interventions(self) -> Interventions | None:
@@ -158,11 +87,6 @@ class Decoder:
     def cache(self) -> StreamCache | None:
         """What is cached of `ids`, for reading: the next step takes its arrays away."""
         return self._cache
-
-    @property
-    def looks(self) -> bool:
-        """Whether `look` works: with our own module, on one device."""
-        return self._mesh is None and isinstance(self._transformer, Transformer)
 
     @property
     def full(self) -> bool:
@@ -186,7 +110,10 @@ class Decoder:
                 self._cache = self._cache.with_rings(rows, shared)
             else:
                 self._cache = rewind(self._cache, jnp.int32(shared))
-        self.ids, self._next, self._ahead = self.ids[:shared], None, None
+        if shared < len(self.ids):
+            # Another list: attention rows refer to the old one.
+            self.ids = self.ids[:shared]
+        self._next = self._ahead = None
 
     def intervene(self, interventions: Interventions | None) -> None:
         """Computes under other interventions from now on; None takes them away.
@@ -285,7 +212,8 @@ class Decoder:
         under the interventions that the stream has, and equals a pass over all tokens up to there
         as nearly as decoding does.  The stream is left as it is.
 
-        The first look at each cache size compiles a program of its own, which takes seconds.
+        It is a program of its own for each cache size.  From `compile` or the first look on it is
+        compiled ahead, as the steps are; a look before that takes seconds.
 
         Args:
           position: an index into `ids`.
@@ -298,8 +226,9 @@ class Decoder:
             raise RuntimeError("another library's module, or one on a mesh, cannot be looked into")
         if self._cache is None or not 0 <= position < len(self.ids):
             raise ValueError(f"the cache holds positions 0 to {len(self.ids) - 1}, not {position}")
+        self._looked = True
         return look(
-            compiled_look(self._transformer, self._one.structure),
+            self._look_program,
             *(self._one.leaves, self._cache, self._archive, self._interventions),
             *(self.ids[position], position),
         )
@@ -307,7 +236,8 @@ class Decoder:
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
         """Compiles every step that a short conversation needs, and leaves the stream empty.
 
-        Those of a longer one are compiled on another thread afterwards, while nobody waits.
+        Those of a longer one, and the looks, are compiled on another thread afterwards, while
+        nobody waits.
         """
         self.reset()
         sizes = (*BUCKETS[:2], 1)
@@ -317,7 +247,12 @@ class Decoder:
             self.reset()
             if progress is not None:
                 progress((i + 1) / len(sizes))
-        self._compile_ahead(next_size(size_for(1, self.limit), self.limit))
+        self._looked = True
+        first = size_for(1, self.limit)
+        following = next_size(first, self.limit)
+        ahead.begin(
+            [*self._steps_at(following), *self._looks_at(first), *self._looks_at(following)]
+        )
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -325,33 +260,39 @@ class Decoder:
         assert self._controls is not None
         return self._controls if token is None else self._controls.forcing(int(token))
 
-    def _feed_one(self, token: Any, position: int, controls: Controls) -> _Made:
+    def _feed_one(self, token: Any, position: int, controls: Controls) -> Made:
         return self._feed(token, np.array([[position]], np.int32), 0, controls)
 
-    def _feed(self, tokens: Any, positions: np.ndarray, last: int, controls: Controls) -> _Made:
+    def _feed(self, tokens: Any, positions: np.ndarray, last: int, controls: Controls) -> Made:
         """Starts a step; what it makes is not there yet."""
         self._make_room(int(positions[0, last]) + 1)
         args = (self._seen, tokens, positions, np.int32(last), controls, self._interventions)
         with self._undone():
             self._cache, self._seen, made = self._step(self._cache, *args)
-        return cast(_Made, made)
+        return cast(Made, made)
 
     def _step(self, cache: StreamCache | None, seen: jax.Array, tokens: Any, *rest: Any) -> Any:
         program = self._one if tokens.shape[1] == 1 else self._many
         return program.run(program.leaves, cache, seen, tokens, *rest)
 
-    def _take(self, fed: Sequence[int], made: _Made) -> Evidence:
+    def _take(self, fed: Sequence[int], made: Made) -> Evidence:
         """Waits for what a step has made of `fed`, and keeps it."""
+        start = len(self.ids)
         with self._undone():
-            words, rows = jax.device_get((made.words, made.rows))
+            words, rows, attention = jax.device_get((made.words, made.rows, made.attention))
             evidence = Evidence.unpack(words)
         if rows is not None:
-            self._archive.write(len(self.ids), rows[:, :, : len(fed)])
+            self._archive.write(start, rows[:, :, : len(fed)])
         self.ids.extend(fed)
         self._next = int(evidence.token)
+        if attention is not None:
+            assert self._rows is not None
+            kept = self._rows.keep(attention, self.ids, start, self._interventions)
+            evidence = evidence.replace(attention=kept)  # type: ignore[attr-defined]
         assert self._cache is not None
         if 2 * len(self.ids) >= self._cache.size:
-            self._compile_ahead(next_size(self._cache.size, self.limit))
+            following = next_size(self._cache.size, self.limit)
+            ahead.begin([*self._steps_at(following), *self._looks_at(following)])
         return evidence
 
     @contextlib.contextmanager
@@ -369,77 +310,41 @@ class Decoder:
         if self._cache.size < size:
             self._cache = grow(self._cache, size, self._transformer.config)
 
-    def _compile_ahead(self, size: int | None) -> None:
-        """Compiles the steps for a cache size on another thread, before they are needed."""
-        what = (size, jax.tree.structure(self._interventions))
-        begun = _begun(self._one.run)
-        # Several hosts must run the same programs in the same order.
-        if size is None or what in begun or self._mesh is not None:
+    def _steps_at(self, size: int | None) -> Iterator[Callable[[], object]]:
+        """What compiles the steps that come first at a cache size, unless that was begun."""
+        if size is None or not self._is_new(self._one.run, size):
             return
-        begun.add(what)
-        empty = partial(StreamCache.empty, self._transformer.config, size, roll=self._roll)
         # Shapes: the arrays themselves are given away by the next step.
-        seen = jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype)
-        arguments = (self._one, self._many, jax.eval_shape(empty), seen)
+        given = (self._shapes(size), jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype))
+        assert self._controls is not None
         settings = (self._controls, self._interventions)
-        # Not a daemon: XLA must not be stopped in the middle of a compilation when Python ends.
-        thread = threading.Thread(target=_compile, args=(*arguments, *settings))
-        thread.name = COMPILING
-        thread.start()
+        for length in (1, *BUCKETS[:2]):
+            program = self._one if length == 1 else self._many
+            yield partial(program.compile, *given, length, *settings)
 
+    def _looks_at(self, size: int | None) -> Iterator[Callable[[], object]]:
+        """What compiles the looks at a cache size, where they may be wanted."""
+        if size is None or not (self._looked and self.looks):
+            return
+        program = self._look_program
+        if self._is_new(program, size):
+            given = (self._one.leaves, self._shapes(size), self._interventions)
+            yield partial(compile_look, program, *given)
 
-@functools.cache
-def _begun(run: Any) -> set[tuple[int | None, Any]]:
-    """What of a jitted step was compiled ahead: cache sizes, and structures of interventions."""
-    del run
-    return set()
+    @property
+    def _look_program(self) -> Any:
+        return compiled_look(self._transformer, self._one.structure)
 
+    def _shapes(self, size: int) -> StreamCache:
+        empty = partial(StreamCache.empty, self._transformer.config, size, roll=self._roll)
+        return cast(StreamCache, jax.eval_shape(empty))
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """A jitted step and the weights that it is given."""
-
-    run: Any
-    leaves: list[jax.Array]
-    structure: Any
-
-    @classmethod
-    def of(cls, transformer: Any, weights: DecodingWeights, top_k: int) -> _Program:
-        leaves, structure = jax.tree.flatten(weights)
-        return cls(compiled(transformer, structure, top_k), leaves, structure)
-
-
-@flax.struct.dataclass
-class _Made:
-    """What a step makes beside the cache.
-
-    Attributes:
-      token: (1, 1) int32, the chosen id, as the next step takes it.
-      words: the evidence, packed.
-      rows: the new tokens' keys and values on the layers whose cache is a ring, (layers, 2, T, K*H)
-        float32; None where there are none.
-    """
-
-    token: jax.Array
-    words: jax.Array
-    rows: jax.Array | None
-
-
-def _compile(
-    one: _Program,
-    many: _Program,
-    cache: StreamCache,
-    seen: jax.ShapeDtypeStruct,
-    controls: Controls,
-    interventions: Interventions | None,
-) -> None:
-    """Compiles the steps that come first at a cache size; nothing is allocated or run.
-
-    JAX keeps what it has compiled for these shapes, and a later call of `step` finds it.
-    """
-    for length in (1, *BUCKETS[:2]):
-        tokens = positions = np.zeros((1, length), np.int32)
-        last = np.int32(0)
-        program = one if length == 1 else many
-        arguments = (cache, seen, tokens, positions, last, controls, interventions)
-        program.run.lower(program.leaves, *arguments).compile()
+    def _is_new(self, program: Any, size: int) -> bool:
+        """Whether nobody has begun to compile a program for a cache size; notes that it is."""
+        what = (size, jax.tree.structure(self._interventions))
+        begun = ahead.begun(program)
+        # Several hosts must run the same programs in the same order.
+        if what in begun or self._mesh is not None:
+            return False
+        begun.add(what)
+        return True

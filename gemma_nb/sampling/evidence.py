@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+if TYPE_CHECKING:
+    from gemma_nb.sampling.rows import AttentionRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +22,42 @@ class Capture:
 
     Attributes:
       top_k: how many alternatives.
+      attention_layers: layers whose attention weights are kept: "all", indices (negative ones count
+        from the last layer), or None.  They come out of the step that chooses the token, in
+        float16; see `TokenRecord.attention`.  By default none are, since they take memory: for
+        Gemma 3 270M up to 61 kB a token in the local layers, and another 24 bytes for each token of
+        the context in the global ones; what nobody looks at may as well be computed when it is
+        looked at (`chat.look`).
+      attention_bytes: most bytes that the attention rows of a session may take.  When they are
+        used up, the oldest rows are evicted; `chat.attention_kept` says how many.
     """
 
     top_k: int = 10
+    attention_layers: Literal["all"] | Sequence[int] | None = None
+    attention_bytes: int = 256_000_000
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= 256:
             raise ValueError(f"Capture.top_k must lie in 1 to 256, got {self.top_k!r}")
+        layers = self.attention_layers
+        if isinstance(layers, str) and layers != "all":
+            raise ValueError(
+                'Capture.attention_layers must be "all", a list of layer indices, or None; '
+                f"got {layers!r}"
+            )
+        if layers is not None and layers != "all":
+            object.__setattr__(self, "attention_layers", tuple(int(i) for i in layers))
+        if self.attention_bytes < 0:
+            raise ValueError(
+                f"Capture.attention_bytes must be at least 0, got {self.attention_bytes!r}"
+            )
+
+    def fitting(self, num_layers: int) -> Capture:
+        """The same for a model of so many layers, without those that it does not have."""
+        if self.attention_layers is None or self.attention_layers == "all":
+            return self
+        layers = tuple(i for i in self.attention_layers if -num_layers <= i < num_layers)
+        return dataclasses.replace(self, attention_layers=layers or None)
 
 
 @flax.struct.dataclass
@@ -43,6 +77,7 @@ class Evidence:
       logprobs: (k,) float32, theirs before the sampler.
       probabilities: (k,) float32, theirs after it.
       finite: bool, whether all logits were finite.
+      attention: on the host, the attention row of the choice; None where none was captured.
     """
 
     token: jax.Array
@@ -54,6 +89,7 @@ class Evidence:
     logprobs: jax.Array
     probabilities: jax.Array
     finite: jax.Array
+    attention: AttentionRow | None = flax.struct.field(pytree_node=False, default=None)
 
     def pack(self) -> jax.Array:
         """All of it as one array of 32-bit words: each array that a step makes costs time."""

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.interventions import Interventions
+from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import Archive, StreamCache
+from gemma_nb.sampling.rows import in_order, together
+from gemma_nb.sampling.step import compiler_options, sown_attention
 from gemma_nb.sampling.weights import DecodingWeights
 from gemma_nb.sites import SITES
 from gemma_nb.typing import EMPTY
@@ -50,7 +53,28 @@ def compiled_look(transformer: Transformer, weights: Any) -> Any:
     def look(leaves: Sequence[jax.Array], *args: Any) -> Any:
         return _look(transformer, jax.tree.unflatten(weights, leaves), *args)
 
-    return jax.jit(look)
+    return jax.jit(look, compiler_options=compiler_options())
+
+
+def can_look(model: GemmaTransformer) -> bool:
+    """Whether a model shows what it computes while it decodes: our own module, on one device."""
+    return model.mesh is None and isinstance(model.transformer, Transformer)
+
+
+def compile_look(
+    program: Any,
+    leaves: Sequence[jax.Array],
+    cache: StreamCache,
+    interventions: Interventions | None,
+) -> None:
+    """Compiles a `compiled_look` for a cache of these shapes; nothing is allocated or run."""
+    rows, positions, size = None, None, cache.ring_size
+    if size:
+        width = cache.k[0].shape[1]
+        rows = jax.ShapeDtypeStruct((sum(cache.rings), 2, size, width), np.float32)
+        positions = jax.ShapeDtypeStruct((size,), np.int32)
+    given = (rows, positions, np.int32(0), np.int32(0), interventions)
+    program.lower(leaves, cache, *given).compile()
 
 
 def _look(
@@ -76,8 +100,7 @@ def _look(
       interventions: what is changed in the model.
 
     Returns:
-      Weights (ring layers, N, W) and (other layers, N, S) by slot, None where there are no such
-      layers; residual (L, D); final (D,).  All float32.
+      Attention weights as of `sown_attention`; residual (L, D); final (D,).  All float32.
     """
     held = cache.to_model(transformer.config)
     before = 0
@@ -101,19 +124,10 @@ def _look(
     )
     sown: Any = state["intermediates"]
 
-    def attention(rings: bool) -> jax.Array | None:
-        which = [i for i, ring in enumerate(cache.rings) if ring == rings]
-        found = [SITES["attention"].value(sown, i)[0, 0].astype(jnp.float32) for i in which]
-        return jnp.stack(found) if found else None
-
     residual = jnp.stack([SITES["residual"].value(sown, i)[0, 0] for i in range(len(cache.rings))])
     final = SITES["final"].value(sown)[0, 0]
-    return (
-        attention(True),
-        attention(False),
-        residual.astype(jnp.float32),
-        final.astype(jnp.float32),
-    )
+    near, far = sown_attention(sown, cache.rings, range(len(cache.rings)), 0, jnp.float32)
+    return near, far, residual.astype(jnp.float32), final.astype(jnp.float32)
 
 
 def look(
@@ -141,15 +155,10 @@ def look(
     if size:
         rows, ring_positions = _rings(archive, size, position)
     given = (rows, ring_positions, np.int32(token), np.int32(position), interventions)
-    rings, others, residual, final = jax.device_get(compiled(leaves, cache, *given))
-    heads = (rings if others is None else others).shape[1]
-    attention = np.zeros((len(cache.rings), heads, position + 1), np.float32)
-    seen = np.arange(max(0, position + 1 - size), position + 1)
-    is_ring = np.array(cache.rings)
-    if rings is not None:
-        attention[np.ix_(is_ring, np.arange(heads), seen)] = rings[:, :, seen % size]
-    if others is not None:
-        attention[~is_ring] = others[:, :, : position + 1]
+    near, far, residual, final = jax.device_get(compiled(leaves, cache, *given))
+    if near is not None:
+        near = in_order(near, size, position, position)
+    attention = together(near, far, cache.rings, position)
     return Look(attention, residual, final)
 
 

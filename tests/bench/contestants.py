@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 
 import gemma_nb as gnb
-from gemma_nb.sampling.decode import COMPILING, Decoder
+from gemma_nb.sampling.ahead import COMPILING
+from gemma_nb.sampling.decode import Decoder
 from tests.bench.gm import Gm, Worker
 from tests.bench.names import GM, GM_STREAM, HF_BF16, LLAMA, OURS, OURS_INT8, installed
 from tests.bench.reply import Reply

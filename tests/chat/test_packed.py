@@ -43,7 +43,8 @@ def test_records_compare_copy_and_convert_as_any_dataclass(alternatives):
         assert copied == made
     assert dataclasses.replace(made, text="b").alternatives == alternatives
     assert dataclasses.asdict(made)["alternatives"] == tuple(map(dataclasses.asdict, alternatives))
-    assert [f.name for f in dataclasses.fields(made)][-2:] == ["alternatives", "key"]
+    names = [f.name for f in dataclasses.fields(made)]
+    assert names[-3:] == ["alternatives", "key", "attention_row"]
 
 
 def test_events_are_packed_as_records_are():

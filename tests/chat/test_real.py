@@ -97,6 +97,22 @@ def test_traces_see_the_same_choice(chat):
     )
 
 
+def test_kept_attention_is_that_of_the_trace(chat):
+    kept = gnb.ChatSession(
+        *(chat.model, chat.tokenizer),
+        sampling=gnb.Sampling.recommended(chat.model, seed=0, max_new_tokens=6),
+        capture=gnb.Capture(attention_layers="all"),
+    )
+    turn = kept.chat("What is the capital of France?")
+    trace = kept.trace(turn)
+    for record in turn.tokens:
+        p = record.position - 1
+        expected = trace.attention.sel(query=p, key=slice(0, p))
+        # Both are within this of float32, see `tests/parity`.
+        np.testing.assert_allclose(record.attention, expected, atol=2e-3)
+    assert kept.attention_kept.tokens == len(turn.tokens)
+
+
 def test_text_is_not_broken(chat):
     """Emoji and CJK come in several byte tokens; none is shown before it is whole."""
     chat.new_conversation()

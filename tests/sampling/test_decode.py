@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.sampling import decode, prefill
+from gemma_nb.sampling import ahead, prefill
+from gemma_nb.sampling.ahead import COMPILING
 from gemma_nb.sampling.cache import StreamCache, grow, next_size, rewind, size_for
-from gemma_nb.sampling.decode import COMPILING, Decoder
+from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.step import Program
 
 GREEDY = Sampling(temperature=0, seed=0)
 
@@ -212,23 +214,23 @@ def test_a_step_ahead_that_nobody_asks_for_is_taken_back(decoder, score):
 
 def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, caplog):
     monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96, 192))
-    decode._begun.cache_clear()  # of other tests
+    ahead.begun.cache_clear()  # of other tests
     decoder = Decoder(tiny_model[0], limit=150, top_k=5)
     compiled = []
-    programs = decode._compile
+    compile_ = Program.compile
 
-    def compile_(one, many, cache, *rest):
+    def noted(program, cache, *rest):
         compiled.append((cache.size, threading.current_thread().name))
-        programs(one, many, cache, *rest)
+        compile_(program, cache, *rest)
 
-    monkeypatch.setattr(decode, "_compile", compile_)
+    monkeypatch.setattr(Program, "compile", noted)
     decoder.prefill(decoder.begin(random_ids(20), GREEDY))
     for _ in range(5):
         decoder.step()
     for thread in threading.enumerate():
         if thread.name == COMPILING:
             thread.join()
-    assert compiled == [(96, COMPILING)]
+    assert compiled == [(96, COMPILING)] * 3
     assert decoder._cache.size == 48
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         while decoder._cache.size == 48:
@@ -291,15 +293,13 @@ def test_a_token_that_is_put_there_does_not_recompile(decoder):
 
 def test_warming_up_compiles_the_next_size_too(tiny_model, monkeypatch):
     sizes = []
-    monkeypatch.setattr(
-        decode, "_compile", lambda one, many, cache, *rest: sizes.append(cache.size)
-    )
-    decode._begun.cache_clear()  # of other tests
+    monkeypatch.setattr(Program, "compile", lambda program, cache, *rest: sizes.append(cache.size))
+    ahead.begun.cache_clear()  # of other tests
     for _ in range(2):  # a second stream of the model finds it done
         decoder = Decoder(tiny_model[0], limit=1024, top_k=5)
         decoder.compile()
         for thread in threading.enumerate():
             if thread.name == COMPILING:
                 thread.join()
-    assert sizes == [512]
+    assert sizes == [512] * 3
     assert decoder.ids == []

@@ -1,0 +1,36 @@
+"""Compilation ahead of need, on a thread of its own."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+# The name of the threads.
+COMPILING = "gemma-nb-compile"
+
+
+def begin(jobs: Iterable[Callable[[], object]]) -> None:
+    """Runs what compiles something, one after the other, while the caller goes on.
+
+    JAX keeps what was compiled for some shapes, and a later call with such finds it.
+    """
+    jobs = list(jobs)
+    if jobs:
+        # Not a daemon: XLA must not be stopped in the middle of a compilation when Python ends.
+        threading.Thread(target=_run, args=(jobs,), name=COMPILING).start()
+
+
+def _run(jobs: Iterable[Callable[[], object]]) -> None:
+    for job in jobs:
+        if not threading.main_thread().is_alive():
+            return  # Python ends, and waits
+        job()
+
+
+@functools.cache
+def begun(program: Any) -> set[Any]:
+    """For what a jitted function was compiled ahead, once for each process."""
+    del program
+    return set()
