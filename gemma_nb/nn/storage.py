@@ -19,8 +19,12 @@ from jaxtyping import Array, Float, Int8
 
 # How far the inputs of int8 layers are evened out, see `quantise`: where weights are small,
 # activations tend to be large, and what is rounded coarsely would be multiplied by much.  On Gemma
-# 3 270M, the mean KL divergence from float32 is 4.7e-3 with 0, 3.0e-3 with 1/2, 3.1e-3 with 1.
+# 3 270M with all layers in int8, the mean KL divergence from float32 is 4.7e-3 with 0, 3.0e-3 with
+# 1/2, 3.1e-3 with 1.
 _BALANCE = 0.5
+
+# One layer in so many is not quantised, see `pack`.
+_SPARED = 6
 
 
 @flax.struct.dataclass
@@ -153,17 +157,23 @@ def preparing(module: nn.Module) -> bool:
 def pack(prepared: Any, *, int8: bool, columns: Any) -> Any:
     """A collection of float `Stored` weights in the form that is kept.
 
+    Of int8, every sixth layer counted from the last is left out: the last one bears the most, and
+    the three of Gemma 3 270M make a quarter of the divergence (over 1,280 tokens of English: mean
+    KL 3.0e-3 with them, 2.3e-3 without; the same first choice for 97.0 and 97.4 tokens in 100).
+
     Args:
       prepared: as the modules put it.
-      int8: quantise the rows.
+      int8: quantise the rows of the other layers.
       columns: dtype of the columns; None keeps none.
     """
+    exact = {f"layer_{i}" for i in range(len(prepared) - 1, -1, -_SPARED)}
 
-    def one(stored: Stored) -> Stored:
+    def one(path: tuple[str, ...], stored: Stored) -> Stored:
         kept = None if columns is None or stored.columns is None else stored.columns.astype(columns)
-        if not int8:
+        if not int8 or path[0] in exact:
             return Stored(rows=stored.rows, columns=kept)
         rows, scale, inputs = quantise(stored.rows, _BALANCE)
         return Stored(rows=rows, scale=scale, inputs=inputs, columns=kept)
 
-    return jax.tree.map(one, prepared, is_leaf=lambda leaf: isinstance(leaf, Stored))
+    flat = flax.traverse_util.flatten_dict(prepared)
+    return flax.traverse_util.unflatten_dict({path: one(path, x) for path, x in flat.items()})

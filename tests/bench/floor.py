@@ -74,9 +74,11 @@ def sizes() -> dict[str, int]:
     weights = config.num_params()
     layers = weights - config.num_embed * config.embed_dim
     vocabulary = config.num_embed * (config.embed_dim + 4)
+    # What `gemma_nb.nn.storage.pack` does not round has two bytes a weight.
+    exact = layers // config.num_layers * len(range(config.num_layers - 1, -1, -6))
     return {
         OURS: 2 * layers + vocabulary,
-        OURS_INT8: layers + vocabulary,
+        OURS_INT8: layers + exact + vocabulary,
         LLAMA: sum(part.stat().st_size for part in parts),
         **dict.fromkeys((HF_BF16, GM, GM_STREAM), 2 * weights),
         HF_F32: 4 * weights,
