@@ -243,9 +243,13 @@ class Turn:
     interventions: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
+        if self.role == "user":
+            return f"<Turn {self.id} user: {self.text!r}>"
+        # An empty reply is a riddle without its reason.
         evidence = f"{len(self.tokens)} tokens" if self.tokens else "no evidence"
-        end = f", {evidence}, {self.finish_reason}" if self.role == "model" else ""
-        return f"<Turn {self.id} {self.role}: {self.text!r}{end}>"
+        known = self.text or not self.finish_detail
+        end = f"{evidence}, {self.finish_reason}" if known else self.finish_detail
+        return f"<Turn {self.id} model: {self.text!r}, {end}>"
 
     def table(self, k: int = 3) -> pandas.DataFrame:
         """The reply's tokens, one per row, with the `k` alternatives that were not chosen.

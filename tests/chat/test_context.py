@@ -32,6 +32,12 @@ def test_a_warning_from_eighty_percent_on(make):
     assert not chat.context.nearly_full
 
 
+def test_a_reply_that_found_no_room_says_so(make):
+    chat = make(cache_length=30, template="gemma")
+    shown = repr(chat.chat("This message is longer than the context"))
+    assert shown.startswith("<Turn 2 model: '', The context is full: ")
+
+
 def test_stop_ends_the_reply_and_another_policy_lets_it_go_on(make, score):
     chat = make(cache_length=64, template="gemma")
     chat.chat("one")
