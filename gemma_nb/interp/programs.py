@@ -66,18 +66,16 @@ def finish(
 
 
 def _matrices(block: Block, params: Params) -> Params:
-    """Some of a layer's weights as plain matrices, for the collection `prepared`.
+    """A layer's largest weight as a plain matrix, for the collection `prepared`.
 
-    They are the weights themselves, seen otherwise.  XLA's CPU backend would write an einsum's
-    weight anew into (in, out) on each call, an eighth of the time of a pass over 512 tokens.
+    It is the weight itself, seen otherwise.  XLA's CPU backend would write an einsum's weight anew
+    into (in, out) on each call, an eighth of the time of a pass over 512 tokens.  The other
+    einsums stay as they are: the order of their sums is what the recorded parity was held with.
     """
-    w = params["attn"]["attn_vec_einsum"]["w"]
-    out = w.reshape(-1, w.shape[-1])
-    prepared: dict[str, Any] = {"attn": {"attn_vec_einsum": {"w": Stored(rows=out.T, columns=out)}}}
+    if not block.config.transpose_gating_einsum:
+        return {}
     gating = params["mlp"]["gating_einsum"]
-    if block.config.transpose_gating_einsum:
-        prepared["mlp"] = {"gating_einsum": Stored(rows=gating.reshape(-1, gating.shape[-1]))}
-    return prepared
+    return {"mlp": {"gating_einsum": Stored(rows=gating.reshape(-1, gating.shape[-1]))}}
 
 
 # Static: the block (kind and sizes), the sites, the dtype, whether the stream goes on, and whether
