@@ -145,16 +145,16 @@ def test_branching_off_with_the_keyboard(start) -> None:
     chat.wait_until_done()
     now = chat.tokens.evaluate_all("tokens => tokens.map(token => token.dataset.tokenId)")
     assert now[:4] == [*ids[:3], other]
-    page.get_by_role("button", name="Previous branch").click()
+    page.get_by_role("button", name="Previous branch", exact=True).click()
     expect(chat.log).to_contain_text("branch 1 of 2")
     assert ids == chat.tokens.evaluate_all("tokens => tokens.map(token => token.dataset.tokenId)")
 
     chat.tokens.nth(1).click()
-    page.get_by_role("button", name="Branch from here").click()
+    page.get_by_role("button", name="Branch from here", exact=True).click()
     expect(chat.log).to_contain_text("branch 3 of 3")
     chat.wait_until_done()
 
-    page.get_by_role("button", name="Edit").click()
+    page.get_by_role("button", name="Edit", exact=True).click()
     box = page.get_by_role("textbox", name="Edit message")
     expect(box).to_be_focused()
     page.keyboard.press("Escape")
@@ -165,7 +165,7 @@ def test_branching_off_with_the_keyboard(start) -> None:
     expect(chat.log).to_contain_text("good bye")
     chat.wait_until_done()
     expect(chat.log).not_to_contain_text("hello")
-    page.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo", exact=True).click()
     expect(chat.tokens).to_have_count(0)
     assert notebook.run_cell("print(len(chat.tree.branches))").strip() == "4"
 
@@ -310,7 +310,7 @@ def test_errors_are_seen_and_can_be_dismissed(start) -> None:
     chat.say("hello")
     expect(chat.context).to_contain_text("of 16, nearly full")
     expect(chat.alert.first).to_contain_text("NaN logits at position")
-    chat.log.page.get_by_role("button", name="Dismiss").first.click()
+    chat.log.page.get_by_role("button", name="Dismiss", exact=True).first.click()
     expect(chat.log.page.get_by_text("NaN logits at position")).to_be_hidden()
 
 
