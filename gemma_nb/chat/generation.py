@@ -83,7 +83,7 @@ class Generation:
             if reply.finish_reason is not None:
                 return
             with between_steps():
-                evidence = self._decoder.step()
+                evidence = self._decoder.step(last=reply.one_left)
 
     def _prefill(self, ids: Sequence[int], sampling: Sampling, reply: Reply) -> Evidence | None:
         """The first choice after `ids`; None where the reply was stopped before."""

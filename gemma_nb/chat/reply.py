@@ -80,6 +80,11 @@ class Reply:
         self._count += len(records)
         self._certain(self._stops.resume(texts))
 
+    @property
+    def one_left(self) -> bool:
+        """Whether the next choice is the last one, whatever it will be."""
+        return self._drawn + 1 >= self.sampling.max_new_tokens
+
     def give(self, record: TokenRecord) -> list[TokenRecord]:
         """Takes a token that the user put there; returns what became certain."""
         return self._take(record)

@@ -182,12 +182,13 @@ class Decoder:
             result = self._take(fed, self._feed(tokens, positions, last, controls))
         return result
 
-    def step(self, token: int | None = None) -> Evidence:
+    def step(self, token: int | None = None, *, last: bool = False) -> Evidence:
         """Feeds the token chosen last, and chooses the next; evidence on the host.
 
         Args:
           token: chosen whatever is drawn, with the evidence of this choice.  What follows it is not
             computed ahead, since it may be given too.
+          last: nothing is computed ahead, since nobody will ask for it.
 
         Raises:
           RuntimeError: nothing was chosen yet, or the cache is full.
@@ -201,7 +202,7 @@ class Decoder:
         made = self._ahead or self._feed_one(np.array([[fed]], np.int32), len(self.ids), controls)
         self._ahead = None
         position = len(self.ids) + 1
-        if token is None and position < self.limit:
+        if token is None and not last and position < self.limit:
             self._ahead = self._feed_one(made.token, position, controls)
         return self._take([fed], made)
 

@@ -68,10 +68,11 @@ class Ours:
 
 
 def settle() -> None:
-    """Waits for what a step compiles for later on another thread."""
+    """Waits for what a step compiles for later on another thread, and for threads that spin."""
     for thread in threading.enumerate():
         if thread.name == COMPILING:
             thread.join()
+    time.sleep(0.1)
 
 
 def hugging_face(model: GemmaTransformer, name: str) -> Any:

@@ -208,9 +208,9 @@ def test_an_interrupt_inside_a_step_waits_for_its_end(make, monkeypatch, score):
     chat = make()
     step = chat._decoder.step
 
-    def interrupted_step():
+    def interrupted_step(**how):
         os.kill(os.getpid(), signal.SIGINT)
-        return step()
+        return step(**how)
 
     monkeypatch.setattr(chat._decoder, "step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):

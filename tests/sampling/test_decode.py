@@ -261,6 +261,17 @@ def test_a_token_that_is_put_there_has_its_own_evidence(decoder, score):
         assert decoder.ids == tokens[:-1]
 
 
+def test_nothing_is_computed_after_the_last_token(decoder):
+    decoder.prefill(decoder.begin([2, 5, 7], Sampling(temperature=0, seed=0)))
+    expected = [int(decoder.step().token) for _ in range(3)]
+    decoder.keep([2, 5])
+    decoder.prefill(decoder.begin([2, 5, 7], Sampling(temperature=0, seed=0)))
+    tokens = [int(decoder.step(last=last).token) for last in (False, True, False)]
+    assert tokens == expected  # also the one that was not the last after all
+    decoder.step(last=True)
+    assert decoder._ahead is None
+
+
 def test_a_token_may_be_put_where_a_step_ahead_has_chosen(decoder, score):
     ids = random_ids(30)
     sampling = Sampling(top_k=5, temperature=2.0, repetition_penalty=1.2, seed=8)
