@@ -149,7 +149,7 @@ def test_interventions_of_the_model_hold(tiny_model, make):
 def test_a_module_of_another_library_samples_one_after_another(make, monkeypatch):
     chat = make()
     expected = chat.sample("Hi", n=3)
-    monkeypatch.setattr(type(chat._decoder), "looks", False)
+    monkeypatch.setattr(chat._decoder, "looks", False)
     monkeypatch.setattr(several, "Batch", None)
     for ours, theirs in zip(chat.sample("Hi", n=3), expected, strict=True):
         same(ours, theirs)
