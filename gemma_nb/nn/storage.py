@@ -23,6 +23,9 @@ from jaxtyping import Array, Float, Int8
 # 1/2, 3.1e-3 with 1.
 _BALANCE = 0.5
 
+# What stands in one `qkv`.
+JOINED = ("q_einsum", "kv_einsum")
+
 # One layer in so many is not quantised, see `pack`.
 _SPARED = 6
 
@@ -176,4 +179,7 @@ def pack(prepared: Any, *, int8: bool, columns: Any) -> Any:
         return Stored(rows=rows, scale=scale, inputs=inputs, columns=kept)
 
     flat = flax.traverse_util.flatten_dict(prepared)
-    return flax.traverse_util.unflatten_dict({path: one(path, x) for path, x in flat.items()})
+    joined = {path[:-1] for path in flat if path[-1] == "qkv"}
+    # What stands in a `qkv` is not used beside it.
+    kept = [path for path in flat if path[-2] not in JOINED or path[:-2] not in joined]
+    return flax.traverse_util.unflatten_dict({path: one(path, flat[path]) for path in kept})
