@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from gemma_nb.nn.storage import bfloat16_terms
+from gemma_nb.nn.storage import bfloat16_terms, split_bfloat16
 from gemma_nb.sampling.weights import has_matrix_unit
 
 
@@ -71,13 +70,6 @@ def lost(rows: Float[Array, "entries D"], x: Float[Array, "D states"]) -> jax.Ar
 
 def _terms(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Two bfloat16 terms of a float32 array, each rounded to the nearest, and the rest."""
-
-    def cut(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # On bits, because XLA may drop a conversion to bfloat16 and back.
-        upper = (lax.bitcast_convert_type(x, jnp.uint32) + np.uint32(0x8000)) >> 16
-        kept = lax.bitcast_convert_type(upper << 16, jnp.float32)
-        return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16), x - kept
-
-    high, rest = cut(x)
-    low, rest = cut(rest)
+    high, rest = split_bfloat16(x, rounded=True)
+    low, rest = split_bfloat16(rest, rounded=True)
     return high, low, rest

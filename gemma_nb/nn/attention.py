@@ -207,9 +207,11 @@ class Attention(nn.Module):
             # Official multi-head checkpoints store the three projections as one.
             self.qkv_einsum = Einsum("...D,CNDH->...CNH", (3, c.num_heads, c.embed_dim, c.head_dim))
         else:
-            self.q_einsum = Einsum("...D,NDH->...NH", (c.num_heads, c.embed_dim, c.head_dim))
+            self.q_einsum = Einsum(
+                "...D,NDH->...NH", (c.num_heads, c.embed_dim, c.head_dim), joined=True
+            )
             self.kv_einsum = Einsum(
-                "...D,CKDH->...CKH", (2, c.num_kv_heads, c.embed_dim, c.head_dim)
+                "...D,CKDH->...CKH", (2, c.num_kv_heads, c.embed_dim, c.head_dim), joined=True
             )
         self.attn_vec_einsum = Einsum("...NH,NHD->...D", (c.num_heads, c.head_dim, c.embed_dim))
         if c.use_qk_norm:

@@ -25,11 +25,13 @@ class Einsum(nn.Module):
       eqn: the einsum; the output's weight axes stand in the weight's own order.
       shape: the weight's shape.
       weight_name: the parameter's name.
+      joined: whether the module around it prepares the weight, as a part of a larger one.
     """
 
     eqn: str
     shape: tuple[int, ...]
     weight_name: str = "w"
+    joined: bool = False
 
     def _axes(self) -> tuple[list[int], list[int]]:
         """Indices of the weight's output axes and of its input axes."""
@@ -58,7 +60,7 @@ class Einsum(nn.Module):
             y = stored(x.reshape(*x.shape[: x.ndim - len(inner)], -1))
             return y.reshape(*y.shape[:-1], *(self.shape[axis] for axis in out))
         w = self.param(self.weight_name, _INIT, self.shape)
-        if preparing(self):
+        if preparing(self) and not self.joined:
             self.put_variable("prepared", self.weight_name, self.stored())
         return jnp.einsum(self.eqn, x, w.astype(x.dtype))
 

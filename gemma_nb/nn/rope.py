@@ -49,7 +49,10 @@ class Rotation:
 
 
 def apply_rope(x: Float[Array, "B T heads H"], rotation: Rotation) -> Float[Array, "B T heads H"]:
-    """Turns each pair (x[i], x[i + H/2]): the half-split pairing that Gemma uses."""
+    """Turns each pair (x[i], x[i + H/2]) by its angle, in float32; x's dtype again.
+
+    Source: RoFormer (arXiv:2104.09864), equation 34, in the half-split pairing that Gemma uses.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = rotation.cos, rotation.sin
     turned = [first * cos - second * sin, second * cos + first * sin]

@@ -13,6 +13,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int8
@@ -23,11 +24,8 @@ from jaxtyping import Array, Float, Int8
 # 1/2, 3.1e-3 with 1.
 _BALANCE = 0.5
 
-# What stands in one `qkv`.
-JOINED = ("q_einsum", "kv_einsum")
-
 # One layer in so many is not quantised, see `pack`.
-_SPARED = 6
+SPARED = 6
 
 
 @flax.struct.dataclass
@@ -124,30 +122,39 @@ def _times_columns(x: Float[Array, "T inner"], columns: jax.Array) -> Float[Arra
 
 def bfloat16_terms(x: Float[Array, "*n"]) -> list[jax.Array]:
     """Three bfloat16 arrays whose sum is x (float32)."""
+    # Cut off: three terms hold all 24 bits either way, and rounding takes longer.
+    high, rest = split_bfloat16(x)
+    middle, rest = split_bfloat16(rest)
+    return [high, middle, split_bfloat16(rest)[0]]
 
-    def cut(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # The upper half of the bits, which is a bfloat16, and the rest.  On bits, because XLA may
-        # drop a conversion to bfloat16 and back; cut off, because rounding takes longer.
-        upper = lax.bitcast_convert_type(x, jnp.uint32) >> 16
-        kept = lax.bitcast_convert_type(upper << 16, jnp.float32)
-        return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16), x - kept
 
-    high, rest = cut(x)
-    middle, rest = cut(rest)
-    return [high, middle, cut(rest)[0]]
+def split_bfloat16(
+    x: Float[Array, "*n"], *, rounded: bool = False
+) -> tuple[jax.Array, Float[Array, "*n"]]:
+    """A bfloat16 and what float32 x is more than it.
+
+    Args:
+      x: float32.
+      rounded: take the nearest bfloat16, else the upper half of the bits, which is quicker.
+    """
+    # On bits, because XLA may drop a conversion to bfloat16 and back.
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    upper = (bits + np.uint32(0x8000) if rounded else bits) >> 16
+    kept = lax.bitcast_convert_type(upper << 16, jnp.float32)
+    return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16), x - kept
 
 
 def materialize(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """x itself, but computed once before whatever reads it.
+    """x itself, but computed once before whatever reads it; on a CPU.
 
-    XLA's CPU fusion would otherwise inline the computation of x into the matrix-vector product
-    that follows and redo it for every output row.  A conditional is the one boundary it keeps
-    (`lax.optimization_barrier` is dropped before fusion); its predicate is not provable, but holds
-    for every number but the largest, for which the other branch is right too.
+    XLA's CPU fusion would otherwise inline the computation of x into each of its readers, and into
+    the matrix-vector product that follows for every output row anew.  A conditional is the one
+    boundary it keeps (`lax.optimization_barrier` is dropped before fusion); its predicate is not
+    provable, but holds for every number but the largest, for which the other branch is right too.
     """
-    top = jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max
     if jax.default_backend() != "cpu":
         return x
+    top = jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max
     return lax.cond(x[(0,) * x.ndim] < top, lambda a: a, lambda a: a + jnp.zeros((), a.dtype), x)
 
 
@@ -169,7 +176,7 @@ def pack(prepared: Any, *, int8: bool, columns: Any) -> Any:
       int8: quantise the rows of the other layers.
       columns: dtype of the columns; None keeps none.
     """
-    exact = {f"layer_{i}" for i in range(len(prepared) - 1, -1, -_SPARED)}
+    exact = {f"layer_{i}" for i in range(len(prepared) - 1, -1, -SPARED)}
 
     def one(path: tuple[str, ...], stored: Stored) -> Stored:
         kept = None if columns is None or stored.columns is None else stored.columns.astype(columns)
@@ -179,7 +186,4 @@ def pack(prepared: Any, *, int8: bool, columns: Any) -> Any:
         return Stored(rows=rows, scale=scale, inputs=inputs, columns=kept)
 
     flat = flax.traverse_util.flatten_dict(prepared)
-    joined = {path[:-1] for path in flat if path[-1] == "qkv"}
-    # What stands in a `qkv` is not used beside it.
-    kept = [path for path in flat if path[-2] not in JOINED or path[:-2] not in joined]
-    return flax.traverse_util.unflatten_dict({path: one(path, flat[path]) for path in kept})
+    return flax.traverse_util.unflatten_dict({path: one(path, x) for path, x in flat.items()})

@@ -22,6 +22,8 @@ from gemma_nb.nn.storage import pack
 from gemma_nb.sites import EVERYWHERE
 from gemma_nb.typing import KVCache, Params
 
+# Layers of one kind differ in their names only, and are traced once: tracing all of them takes
+# longer than loading their compiled program.
 _SharedBlock = nn.jit(Block)
 
 _PADDING_ID = 0  # <pad> of every Gemma vocabulary

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from gemma_nb.checkpoints import memory
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
-from gemma_nb.nn.storage import JOINED, Stored
+from gemma_nb.nn.storage import Stored
 from gemma_nb.sampling.head import Int8Head
 from gemma_nb.sampling.pages import use_huge_pages
 from gemma_nb.typing import Params
@@ -121,9 +121,13 @@ def _without(params: Params, prepared: Params) -> Params:
     """`params` less what `prepared` stands for: every array that is passed costs time."""
     flat = flax.traverse_util.flatten_dict(dict(params))
     replaced = flax.traverse_util.flatten_dict(prepared)
-    joined = {(*path[:-1], name) for path in replaced if path[-1] == "qkv" for name in JOINED}
+    joined = {(*path[:-1], name) for path in replaced if path[-1] == "qkv" for name in _JOINED}
     kept = {p: x for p, x in flat.items() if p not in replaced and p[:-1] not in joined}
     return cast(Params, flax.traverse_util.unflatten_dict(kept))
+
+
+# What stands in one `qkv`.
+_JOINED = ("q_einsum", "kv_einsum")
 
 
 def _columns(model: GemmaTransformer) -> Any:

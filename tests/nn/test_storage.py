@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.nn.storage import Stored, materialize, product, quantise
+from gemma_nb.config import Global, LayerSpec, TransformerConfig
+from gemma_nb.nn import Transformer
+from gemma_nb.nn.storage import (
+    Stored,
+    bfloat16_terms,
+    materialize,
+    product,
+    quantise,
+    split_bfloat16,
+)
 
 OUT, INNER = 96, 160
 
@@ -54,6 +63,38 @@ def test_extreme_activations_are_split_exactly(weight):
     for row in (1, 3):
         assert error(y[row], expected[row]) < 5e-7
     assert (y[2] == 0).all()
+
+
+def test_bfloat16_terms_add_up():
+    x = tokens(5)
+    assert (sum(np.asarray(t, np.float64) for t in bfloat16_terms(x)) == x).all()
+    for rounded, most in ((False, 2**-7), (True, 2**-8)):
+        upper, rest = split_bfloat16(x, rounded=rounded)
+        assert (np.asarray(upper, np.float64) + np.asarray(rest, np.float64) == x).all()
+        assert (np.abs(rest) <= most * np.abs(x)).all()
+
+
+@pytest.mark.parametrize(("layers", "exact_ones"), [(3, {2}), (8, {1, 7})])
+def test_what_is_prepared_of_a_model(layers, exact_ones):
+    """The joined product instead of its parts; int8 but for every sixth layer from the last."""
+    config = TransformerConfig(
+        num_embed=32,
+        embed_dim=16,
+        hidden_dim=24,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8.0,
+        layers=(LayerSpec(Global()),) * layers,
+    )
+    transformer = Transformer(config)
+    params = transformer.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    prepared = transformer.prepare(params, int8=True)
+    for i in range(layers):
+        layer = prepared[f"layer_{i}"]
+        assert set(layer["attn"]) == {"qkv", "attn_vec_einsum"}
+        kinds = {stored.rows.dtype for stored in (layer["attn"]["qkv"], layer["mlp"]["linear"])}
+        assert kinds == {jnp.dtype(jnp.float32 if i in exact_ones else jnp.int8)}
 
 
 def test_what_is_not_finite_stays_so(weight):
