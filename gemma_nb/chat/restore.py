@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from gemma_nb.chat import altered, archive, codec, journal
 from gemma_nb.chat.codec import Tables
+from gemma_nb.chat.columns import Columns, from_columns
 from gemma_nb.chat.events import TokenRecord, Turn
 from gemma_nb.chat.identity import Identity
 from gemma_nb.chat.store import FORMAT, LINKS, VERSION, Settings, is_evidence, own_class
@@ -209,7 +210,7 @@ def _recover(tree: ConversationTree, data: Any, parts: list[Any], tables: Tables
         columns = _columns(blob)
         rows = len(columns["tokens.token_id"])
         del tokens[start:]
-        tokens += codec.from_columns(TokenRecord, rows, columns, tables, "tokens")
+        tokens += from_columns(TokenRecord, rows, columns, tables, "tokens")
     rest = {name: value for name, value in data["turn"].items() if name != "tokens"}
     turn = decode_turn(rest, {}, tables, "partial")
     ended = dataclasses.replace(
@@ -239,7 +240,7 @@ def _answer(tree: ConversationTree) -> bool:
     return found
 
 
-def _columns(blob: bytes) -> codec.Columns:
+def _columns(blob: bytes) -> Columns:
     return safetensors.numpy.load(blob) if blob else {}
 
 
@@ -259,7 +260,7 @@ def _hexadecimal(value: Any) -> str:
     return value
 
 
-def decode_turn(data: Any, columns: codec.Columns, tables: Tables, where: str) -> Turn:
+def decode_turn(data: Any, columns: Columns, tables: Tables, where: str) -> Turn:
     """What `encode_turn` was given.
 
     Raises:
@@ -276,5 +277,5 @@ def decode_turn(data: Any, columns: codec.Columns, tables: Tables, where: str) -
         if type(count) is not int or count < 0:
             raise ValueError(f"{where}.{name}: expected a number of rows, got {data[name]!r}")
         hint = get_args(fields[name])[0]
-        rows[name] = tuple(codec.from_columns(hint, count, columns, tables, name))
+        rows[name] = tuple(from_columns(hint, count, columns, tables, name))
     return dataclasses.replace(turn, **rows)

@@ -31,7 +31,7 @@ conversation.json, format version 1, is one object:
 
 A reply's safetensors file has one array per column: `tokens.token_id`, `tokens.logprob`,
 `tokens.entropy`, `tokens.rank`, `tokens.position`, `tokens.alternatives.count`, and so on, by the
-fields of `TokenRecord` and `Alternative`; `gemma_nb.chat.codec` says how.  Integers are in the
+fields of `TokenRecord` and `Alternative`; `gemma_nb.chat.columns` says how.  Integers are in the
 smallest dtype that holds them; floats in float32, as they were computed, or in float64 where that
 would change one.
 
@@ -59,6 +59,7 @@ import safetensors.numpy
 from gemma_nb import __version__
 from gemma_nb.chat import altered, archive, codec, journal
 from gemma_nb.chat.codec import Tables
+from gemma_nb.chat.columns import Columns, to_columns
 from gemma_nb.chat.context import WhenFull
 from gemma_nb.chat.events import Turn
 from gemma_nb.chat.identity import Identity
@@ -243,10 +244,10 @@ def _links(node: Node) -> tuple[Any, ...]:
 
 def encode_turn(
     turn: Turn, tables: Tables, *, evidence: bool = True
-) -> tuple[dict[str, Any], codec.Columns]:
+) -> tuple[dict[str, Any], Columns]:
     """A turn's JSON and the columns of its evidence."""
     data: dict[str, Any] = {}
-    columns: codec.Columns = {}
+    columns: Columns = {}
     for name, hint in codec.hints(Turn).items():
         value = getattr(turn, name)
         if not is_evidence(hint):
@@ -254,7 +255,7 @@ def encode_turn(
         elif value:
             data[name] = {"rows": len(value)}
             if evidence:
-                columns |= codec.to_columns(get_args(hint)[0], value, tables, name)
+                columns |= to_columns(get_args(hint)[0], value, tables, name)
     return data, columns
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_nb.chat import codec
-from gemma_nb.chat.codec import Tables, from_columns, from_json, to_columns, to_json
+from gemma_nb.chat.codec import Tables, from_json, to_json
+from gemma_nb.chat.columns import from_columns, to_columns
 from gemma_nb.chat.events import Alternative, TokenRecord, Turn
 from gemma_nb.chat.restore import decode_turn
 from gemma_nb.chat.store import encode_turn
