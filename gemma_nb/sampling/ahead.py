@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 # The name of the threads.
 COMPILING = "gemma-nb-compile"
 
+_log = logging.getLogger(__name__)
+
 
 def begin(jobs: Iterable[Callable[[], object]]) -> None:
     """Runs what compiles something, one after the other, while the caller goes on.
 
-    JAX keeps what was compiled for some shapes, and a later call with such finds it.
+    JAX keeps what was compiled for some shapes, and a later call with such finds it.  A job that
+    fails is logged, and the others are run: whoever needs what it should have compiled compiles it
+    then, and is the one to be told why that cannot be done.
     """
     jobs = list(jobs)
     if jobs:
@@ -26,7 +31,11 @@ def _run(jobs: Iterable[Callable[[], object]]) -> None:
     for job in jobs:
         if not threading.main_thread().is_alive():
             return  # Python ends, and waits
-        job()
+        try:
+            job()
+        except Exception:  # whatever it is: nobody asked for this yet
+            # No warning: settings of JAX that hold for one thread only are lawful, and fail here.
+            _log.info("compiling ahead of need failed; it is done when needed", exc_info=True)
 
 
 @functools.cache

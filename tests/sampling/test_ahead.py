@@ -1,0 +1,52 @@
+"""Compilation ahead of need: what fails there is nobody's error yet."""
+
+import logging
+import threading
+
+from gemma_nb.sampling import ahead
+from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.step import Program
+
+
+def joined():
+    for thread in threading.enumerate():
+        if thread.name == ahead.COMPILING:
+            thread.join()
+
+
+def test_a_job_that_fails_is_logged_and_the_others_are_run(caplog, capfd):
+    done = []
+
+    def fails():
+        raise TypeError("no promotion path")
+
+    with caplog.at_level(logging.INFO, logger=ahead.__name__):
+        ahead.begin([lambda: done.append(1), fails, lambda: done.append(2)])
+        joined()
+    assert done == [1, 2]
+    assert "compiling ahead of need failed" in caplog.text
+    assert "no promotion path" in caplog.text
+    assert capfd.readouterr().err == ""  # no traceback of a thread
+
+
+def test_decoding_goes_on_where_the_next_size_could_not_be_compiled_ahead(
+    tiny_model, score, monkeypatch
+):
+    monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96))
+    ahead.begun.cache_clear()  # of other tests
+    decoder = Decoder(tiny_model[0], limit=90, top_k=5)
+    tried = []
+
+    def refuse(*args):
+        tried.append(args)
+        raise TypeError("no promotion path")
+
+    monkeypatch.setattr(Program, "compile", refuse)
+    decoder.prefill(decoder.begin([7] * 20, Sampling(temperature=0, seed=0)))
+    while decoder._cache.size == 48:
+        evidence = decoder.step()
+    joined()
+    assert len(tried) == 3
+    likeliest = score(decoder.ids)[-1].argmax()
+    assert int(evidence.token) == int(likeliest)
