@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,9 +17,10 @@ import jax
 import gemma_nb as gnb
 from gemma_nb.sampling.ahead import COMPILING
 from gemma_nb.sampling.decode import Decoder
-from tests.bench.gm import Gm, Worker
-from tests.bench.names import GM, GM_STREAM, HF_BF16, LLAMA, OURS, OURS_INT8, installed
+from tests.bench.names import GM, GM_STREAM, LLAMA, OURS, OURS_INT8, gm_python, installed
 from tests.bench.reply import Reply
+from tests.bench.rivals import joined_gguf
+from tests.bench.worker import Worker, bounded
 
 if TYPE_CHECKING:
     from gemma_nb.model import GemmaTransformer
@@ -55,16 +55,36 @@ class Ours:
 
     def reply(self, count: int) -> Reply:
         """As `Contestant` has it; what would end it early is forbidden."""
+        with bounded():
+            return self._reply(count)
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """As `Contestant` has it."""
+        with bounded():
+            self._decoder.reset()
+            rest = self._decoder.begin(ids, gnb.Sampling(temperature=0, seed=0))
+            self._decoder.prefill(rest)
+
+    def _reply(self, count: int) -> Reply:
         ends = tuple(sorted(self._chat.template.stop_ids(self._tokenizer)))
         self._chat.new_conversation()
         self._chat.sampling = gnb.Sampling(temperature=0, max_new_tokens=count, forbidden=ends)
         return Reply.watched(self._chat.stream(PROMPT), count)
 
+
+class Rival:
+    """Another library, in the process of `worker`."""
+
+    def __init__(self, worker: Worker, *options: Any) -> None:
+        self._worker, self._options = worker, options
+
+    def reply(self, count: int) -> Reply:
+        """As `Contestant` has it."""
+        return Reply(*self._worker.ask("reply", PROMPT, count, *self._options))
+
     def prefill(self, ids: Sequence[int]) -> None:
         """As `Contestant` has it."""
-        self._decoder.reset()
-        rest = self._decoder.begin(ids, gnb.Sampling(temperature=0, seed=0))
-        self._decoder.prefill(rest)
+        self._worker.ask("prefill", list(ids))
 
 
 def settle() -> None:
@@ -73,96 +93,6 @@ def settle() -> None:
         if thread.name == COMPILING:
             thread.join()
     time.sleep(0.1)
-
-
-def hugging_face(model: GemmaTransformer, name: str) -> Any:
-    """`Gemma3ForCausalLM` with our weights, in the dtype that `name` tells."""
-    import torch
-
-    from tests.parity import reference
-
-    theirs = reference.build(model.params, model.config, attention="sdpa")
-    return theirs.to(torch.bfloat16 if name == HF_BF16 else torch.float32)
-
-
-class _Clock:
-    """A streamer for `generate` that notes when tokens come."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        del value
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-
-class HuggingFace:
-    """transformers' `generate` with its key-value cache and its fastest attention for CPUs."""
-
-    def __init__(self, model: GemmaTransformer, tokenizer: Tokenizer, name: str) -> None:
-        import torch
-
-        self._torch = torch
-        self._model = hugging_face(model, name)
-        self._ids = torch.tensor([tokenizer.encode(PROMPT, bos=True)])
-
-    def reply(self, count: int) -> Reply:
-        """As `Contestant` has it."""
-        clock = _Clock()
-        start = time.perf_counter()
-        self._model.generate(
-            self._ids,
-            attention_mask=self._torch.ones_like(self._ids),
-            min_new_tokens=count,
-            max_new_tokens=count,
-            do_sample=False,
-            streamer=clock,
-        )
-        return Reply.of(start, clock.times[1:], count)  # the prompt comes first
-
-    def prefill(self, ids: Sequence[int]) -> None:
-        """As `Contestant` has it."""
-        with self._torch.inference_mode():
-            given = self._torch.tensor([list(ids)])
-            int(self._model(given, use_cache=True, logits_to_keep=1).logits.argmax())
-
-
-class LlamaCpp:
-    """llama.cpp on the GGUF file that our weights came from."""
-
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
-        import llama_cpp
-
-        threads = os.cpu_count()
-        self._llama = llama_cpp.Llama(
-            str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-        self._ids = tokenizer.encode(PROMPT, bos=True)
-
-    def reply(self, count: int) -> Reply:
-        """As `Contestant` has it."""
-        stream = self._llama.generate(self._ids, temp=0.0, reset=True)
-        return Reply.watched(islice(stream, count), count)
-
-    def prefill(self, ids: Sequence[int]) -> None:
-        """As `Contestant` has it."""
-        self._llama.reset()
-        next(self._llama.generate(list(ids), temp=0.0))
-
-
-def joined_gguf(folder: Path) -> Path:
-    """The default model's package joined into one GGUF file, which llama.cpp wants."""
-    from gemma_nb.checkpoints import catalog
-
-    parts, _ = catalog.PACKAGES["gemma3-270m"].locate()
-    path = folder / "model.gguf"
-    with path.open("wb") as whole:
-        for part in parts:
-            whole.write(part.read_bytes())
-    return path
 
 
 def prompt_of(tokenizer: Tokenizer, length: int) -> list[int]:
@@ -177,9 +107,12 @@ def contestants(names: Sequence[str]) -> Iterator[dict[str, Contestant]]:
     jax.block_until_ready(model.params)
     with contextlib.ExitStack() as stack:
 
+        def worker(name: str, *command: str) -> Worker:
+            return stack.enter_context(contextlib.closing(Worker(name, command)))
+
         @functools.cache
-        def worker() -> Worker:
-            return stack.enter_context(contextlib.closing(Worker()))
+        def gm() -> Worker:  # one for both of its ways
+            return worker(GM, str(gm_python()), "-m", "tests.bench.gm")
 
         def make(name: str) -> Contestant:
             if name == OURS:
@@ -187,11 +120,12 @@ def contestants(names: Sequence[str]) -> Iterator[dict[str, Contestant]]:
             if name == OURS_INT8:
                 return Ours(model.replace(storage="int8"), tokenizer)
             if name in (GM, GM_STREAM):
-                return Gm(worker(), PROMPT, stream=name == GM_STREAM)
+                return Rival(gm(), name == GM_STREAM)
+            command = [sys.executable, "-m", "tests.bench.rivals", name]
             if name == LLAMA:
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
-                return LlamaCpp(joined_gguf(Path(folder)), tokenizer)
-            return HuggingFace(model, tokenizer, name)
+                command.append(str(joined_gguf(Path(folder))))
+            return Rival(worker(name, *command))
 
         made: dict[str, Contestant] = {}
         for name in filter(installed, names):

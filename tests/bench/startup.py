@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.bench.names import HF_BF16, LLAMA, OURS
+from tests.bench.worker import PATIENCE, REPO, bounded
 
 if TYPE_CHECKING:
     from gemma_nb.model import GemmaTransformer
@@ -29,6 +30,9 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     Args:
       name: whose process: a name of `contestants`.
       folder: gemma_nb's cache folder (empty: a cold start); for others see `prepare`.
+
+    Raises:
+      subprocess.SubprocessError: the process failed, or took too long.
     """
     environment = {**os.environ, "GEMMA_NB_CACHE": str(folder)}
     # JAX would otherwise keep compiled programs where the user has it keep them.
@@ -36,7 +40,13 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.bench.startup", name, str(folder)]
     start = time.time()
     done = subprocess.run(
-        command, env=environment, check=True, stdout=subprocess.PIPE, text=True, cwd=_root()
+        command,
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPO,
+        timeout=PATIENCE + 10,  # it has said by then where it was, see `main`
     )
     marks = json.loads(done.stdout.splitlines()[-1])
     return {mark: marks[mark] - start for mark in MARKS}
@@ -50,20 +60,16 @@ def prepare(name: str, model: GemmaTransformer, tokenizer: Tokenizer, folder: Pa
     ids = template.encode(tokenizer, [Message("user", QUESTION)])
     (folder / "prompt.json").write_text(json.dumps(ids))
     if name == LLAMA:
-        from tests.bench.contestants import joined_gguf
+        from tests.bench.rivals import joined_gguf
 
         joined_gguf(folder)
     elif name != OURS:
         import transformers
 
-        from tests.bench.contestants import hugging_face
+        from tests.bench.rivals import hugging_face
 
         transformers.utils.logging.disable_progress_bar()
         hugging_face(model, name).save_pretrained(folder)
-
-
-def _root() -> Path:
-    return Path(__file__).parents[2]
 
 
 def _ours(marks: dict[str, float]) -> None:
@@ -100,12 +106,13 @@ def _llama_cpp(marks: dict[str, float], folder: Path) -> None:
 def main(name: str, folder: Path) -> None:
     """Runs one process's part."""
     marks: dict[str, float] = {}
-    if name == OURS:
-        _ours(marks)
-    elif name == LLAMA:
-        _llama_cpp(marks, folder)
-    else:
-        _hugging_face(marks, folder, "bfloat16" if name == HF_BF16 else "float32")
+    with bounded():
+        if name == OURS:
+            _ours(marks)
+        elif name == LLAMA:
+            _llama_cpp(marks, folder)
+        else:
+            _hugging_face(marks, folder, "bfloat16" if name == HF_BF16 else "float32")
     marks["first token"] = time.time()
     print(json.dumps(marks))
 
