@@ -87,10 +87,10 @@ class LlamaCpp:
         self._llama = llama_cpp.Llama(
             str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
         )
-        self._ids = tokenizer.encode(PROMPT, bos=True)
 
-    def reply(self, count: int) -> Reply:
-        """As `Contestant` has it."""
+    def reply(self, prompt: str, count: int) -> Reply:
+        """Makes `count` tokens after the prompt, from nothing."""
+        ids = self._tokenizer.encode(prompt, bos=True)
         stream = self._llama.generate(ids, temp=0.0, reset=True)
         return Reply.watched(islice(stream, count), count)
 

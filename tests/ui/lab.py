@@ -213,10 +213,11 @@ class Notebook:
     def output(self, cell: int) -> Locator:
         return self.page.locator(".jp-Notebook .jp-CodeCell").nth(cell).locator(".jp-OutputArea")
 
-    def run_cell(self, source: str) -> str:
+    def run_cell(self, source: str, seconds: float = 240) -> str:
         """Runs `source` in the notebook's kernel, beside its cells; returns what it printed."""
+        # Playwright itself bounds no script.
         return self.page.evaluate(
-            """async (code) => {
+            """async ([code, seconds]) => {
                 const {kernel} = window.jupyterapp.shell.currentWidget.sessionContext.session;
                 const future = kernel.requestExecute({code, store_history: false});
                 let out = '';
@@ -224,8 +225,11 @@ class Notebook:
                     if (m.header.msg_type === 'stream') out += m.content.text;
                     if (m.header.msg_type === 'error') out += m.content.traceback.join('\\n');
                 };
-                await future.done;
+                const silence = new Promise((_, reject) => setTimeout(() => reject(new Error(
+                    `the kernel is ${kernel.status} and ${kernel.connectionStatus}, and has not ` +
+                    `done within ${seconds} s: ${code}`)), 1000 * seconds));
+                await Promise.race([future.done, silence]);
                 return out;
             }""",
-            source,
+            [source, seconds],
         )
