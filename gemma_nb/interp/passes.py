@@ -4,6 +4,9 @@ Between two layers there is nothing but the residual stream, (T, D) numbers.  A 
 every layer (200 MB for 4,000 tokens of the default model) and recomputes a layer from it when one
 of its sites is asked for: attention of all layers at once would take 4.6 GB, of one head 64 MB.
 
+What is known of the stream already is not computed again: of a text that grew, only the new
+positions go through the layers, each with the keys and values of all that came before.
+
 Layers of one kind share one compiled program, whose parameters and layer number are arguments: a
 model of 18 layers compiles two blocks instead of one program of 18.  Long texts go through a layer
 in pieces that fill the layer's own key-value cache, so that no (N, T, T) array is ever whole.
@@ -15,7 +18,7 @@ import dataclasses
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +26,22 @@ import numpy as np
 
 from gemma_nb import placement
 from gemma_nb.interp import programs
+from gemma_nb.interp.pieces import Pieces, Selection
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer, Wrapped
 from gemma_nb.nn.block import Block
 from gemma_nb.sites import Site
+from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.typing import EMPTY, LayerCache, Params, empty_cache
 
 # Texts are padded to one of these lengths, so that a growing conversation seldom recompiles.
 LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 PIECE = 512  # tokens of a longer text that go through a layer at a time
+# New positions of a text that go through a layer at a time: one compilation for each.
+_STEPS = (64, PIECE)
+# The beginning of a text must be so long for its known stream to be used: a pass over less is quick
+# and needs no other program.
+_WORTH = PIECE
 # The residual stream is kept at fewer layers where all of them would take more.
 _KEPT_BYTES = 2**30
 _VOCABULARY_ROWS = 64  # positions whose logits are computed at a time
@@ -42,22 +52,20 @@ def padded_length(length: int) -> int:
     return next((n for n in LENGTHS if n >= length), -(-length // 1024) * 1024)
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """What of a site is wanted; None means all.
+ALL = Selection()
+
+
+class Known(Protocol):
+    """The residual stream of a text's beginning, from where it was computed before.
 
     Attributes:
-      positions: absolute positions (of queries, on maps).
-      heads: indices of query heads.
-      dtype: of the result.
+      length: tokens of the text that it covers.
     """
 
-    positions: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
-    dtype: str = "float32"
+    length: int
 
-
-ALL = Selection()
+    def before(self, layer: int) -> np.ndarray | None:
+        """(length, D) before `layer`, of index L after the last; None where it is not known."""
 
 
 class Pass:
@@ -76,6 +84,7 @@ class Pass:
         self._tokens[0, : len(ids)] = ids
         self._positions[0, : len(ids)] = np.arange(len(ids))
         self._kept: dict[int, jax.Array] = {}
+        self._known: dict[type[Known], Known] = {}
         layers, width = model.config.num_layers, model.config.embed_dim
         self._stride = max(1, -(-4 * (layers + 1) * size * width // _KEPT_BYTES))
 
@@ -83,13 +92,27 @@ class Pass:
     def of(cls, model: GemmaTransformer, ids: np.ndarray) -> Pass:
         """A pass of `ids`: the one that some trace still holds, or a new one.
 
-        So a panel that asks for one layer after the other computes the residual stream once.
+        So a panel that asks for one layer after the other computes the residual stream once, and a
+        new pass takes over what one that is held found of the same beginning.
         """
-        key = (model.transformer, id(model.params), id(model.interventions), ids.tobytes())
+        of_model = (model.transformer, id(model.params), id(model.interventions))
+        key = (*of_model, ids.tobytes())
         found = _alive.get(key)
         if found is None:
+            others = [other for whose, other in list(_alive.items()) if whose[:3] == of_model]
             found = _alive[key] = cls(model, ids)
+            for other in others:
+                found.learn(Beginning.of(other, ids))
         return found
+
+    def learn(self, known: Known) -> None:
+        """Uses what is known of the beginning of the text, under the same interventions.
+
+        Of each kind of source the one that covers most is kept.
+        """
+        held = self._known.get(type(known))
+        if known.length >= _WORTH and (held is None or held.length < known.length):
+            self._known[type(known)] = known
 
     def capture(
         self, sites: Sequence[Site], layers: Sequence[int], select: Selection = ALL
@@ -105,20 +128,20 @@ class Pass:
         """
         if isinstance(self.model.transformer, Wrapped):
             return self._capture_wrapped(sites, layers, select)
-        per_layer = tuple(s for s in sites if s.per_layer)
-        found: dict[str, np.ndarray] = {}
-        for row, layer in enumerate(layers if per_layer else ()):
-            for name, value in self._layer(layer, per_layer, select).items():
-                if len(layers) == 1 and value.flags.writeable:
-                    found[name] = value[None]  # our own already; a long text's map is large
-                    continue
-                if name not in found:
-                    found[name] = np.empty((len(layers), *value.shape), value.dtype)
-                found[name][row] = value
-        for s in sites:
-            if not s.per_layer:
-                found[s.name] = self._whole(s, select)
-        return found
+        within = tuple(s for s in sites if s.per_layer and s.name != "residual")
+        after = [s for s in sites if s.name == "residual"]
+        size, pieces = self._tokens.shape[1], Pieces(len(layers), len(self.ids), select)
+        for row, layer in enumerate(layers):
+            if within:
+                onward = bool(after) or row + 1 < len(layers)
+                self._sites(layer, within, row, pieces, onward=onward)
+            for s in after:
+                stream = self.residual(layer + 1)
+                pieces.catch_up()
+                pieces.add(s, row, partial(self._rows, stream, select), 0, size)
+        pieces.catch_up()
+        whole = {s.name: self._whole(s, select) for s in sites if not s.per_layer}
+        return pieces.found | whole
 
     def residual(self, layer: int) -> jax.Array:
         """(1, padded T, D): the stream before `layer`; of index L after the last one."""
@@ -128,9 +151,8 @@ class Pass:
             self._kept[0] = programs.embed(*given)
         x = self._kept[start]
         for i in range(start, layer):
-            x, _ = cast(tuple[jax.Array, Any], self._through(i, x, (), ALL))
-            if (i + 1) % self._stride == 0 or i + 1 == self.model.config.num_layers:
-                self._kept[i + 1] = x
+            x = self._after(i, x)
+            self._keep(i + 1, x)
         return x
 
     # --- inside ---------------------------------------------------------------------------------
@@ -148,115 +170,107 @@ class Pass:
     def _edits(self) -> tuple[jax.Array, Any]:
         return jnp.asarray(self._positions), self.model.interventions
 
-    def _layer(self, layer: int, sites: tuple[Site, ...], select: Selection) -> dict[str, Any]:
-        """Sites of one layer; keeps the stream after it where that is news."""
-        after = [s for s in sites if s.name == "residual"]
-        within = tuple(s for s in sites if s.name != "residual")
-        values: dict[str, Any] = {}
-        if within:
-            x, values = self._through(layer, self.residual(layer), within, select)
-            if layer + 1 not in self._kept and x is not None and (layer + 1) % self._stride == 0:
-                self._kept[layer + 1] = x
-        for s in after:
-            values[s.name] = self._rows(s, self.residual(layer + 1)[0], select)
-        return values
+    def _keep(self, layer: int, x: jax.Array) -> None:
+        if layer % self._stride == 0 or layer == self.model.config.num_layers:
+            self._kept[layer] = x
 
-    def _rows(self, s: Site, value: jax.Array, select: Selection) -> np.ndarray:
-        rows = slice(len(self.ids)) if select.positions is None else np.array(select.positions)
-        return np.asarray(placement.fetch(value[rows].astype(select.dtype)))
+    def _held(self, layer: int) -> np.ndarray | None:
+        """(n, D): the known beginning of the stream before `layer`."""
+        found = [rows for k in self._known.values() if (rows := k.before(layer)) is not None]
+        return max(found, key=len, default=None)
+
+    def _call(self, program: Any, layer: int, *static: Any) -> Any:
+        """A program of `programs`, given a layer."""
+        block = Block(self.model.config, self.model.config.layers[layer])
+        alone = self.model.mesh is None
+        given = (self._params[f"layer_{layer}"], self.model.interventions, np.int32(layer))
+        return partial(program, block, *static, alone, *given)
+
+    def _after(self, layer: int, x: jax.Array) -> jax.Array:
+        """The stream after a layer: its known beginning, and the rest computed."""
+        held = self._held(layer + 1)
+        if held is None:
+            nothing = Pieces(0, len(self.ids), ALL)
+            computed = self._through(layer, x, (), 0, nothing, onward=True)
+            assert computed is not None
+            return computed
+        size, length = self._tokens.shape[1], len(self.ids)
+        after: Any = np.zeros(x.shape, x.dtype)
+        after[0, : len(held)] = held
+        step = min(size, next((n for n in _STEPS if n >= length - len(held)), PIECE))
+        extend = self._call(programs.extend, layer, step)
+        for start in range(len(held), length, step):
+            # The last piece may begin among what is known, which then comes out once more.
+            after = extend(x, after, self._positions, np.int32(min(start, size - step)))
+        return jnp.asarray(after)
+
+    def _sites(
+        self, layer: int, sites: tuple[Site, ...], row: int, pieces: Pieces, *, onward: bool
+    ) -> None:
+        """Adds sites of one layer to `pieces`; computes the stream after it where it is wanted."""
+        x = self.residual(layer)
+        onward = onward and layer + 1 not in self._kept and self._held(layer + 1) is None
+        after = self._through(layer, x, sites, row, pieces, onward=onward)
+        if after is not None:
+            self._keep(layer + 1, after)
 
     def _through(
-        self, layer: int, x: jax.Array, sites: tuple[Site, ...], select: Selection
-    ) -> tuple[jax.Array | None, dict[str, np.ndarray]]:
-        """The stream after a layer (None where it is known already), and some of its sites."""
-        advance = layer + 1 not in self._kept
-        call = partial(
-            programs.run_block,
-            Block(self.model.config, self.model.config.layers[layer]),
-            sites,
-            select.dtype,
-            advance,
-            self.model.mesh is None,
-            self._params[f"layer_{layer}"],
-            self.model.interventions,
-            np.int32(layer),
-            None if select.heads is None else np.array(select.heads, np.int32),
+        self,
+        layer: int,
+        x: jax.Array,
+        sites: tuple[Site, ...],
+        row: int,
+        pieces: Pieces,
+        *,
+        onward: bool,
+    ) -> jax.Array | None:
+        """The stream after a layer (None unless `onward`); adds sites of it to `pieces`."""
+        heads, size = pieces.select.heads, self._tokens.shape[1]
+        run = partial(
+            self._call(programs.run_block, layer, sites, pieces.select.dtype, onward),
+            None if heads is None else np.array(heads, np.int32),
         )
-        size = self._tokens.shape[1]
+
+        def add(found: dict[str, jax.Array], start: int, stop: int) -> None:
+            pieces.catch_up()
+            for s in sites:
+                pieces.add(s, row, partial(placement.fetch, found[s.name]), start, stop)
+
         if size <= LENGTHS[-1]:
-            x, _, found = call(x, self._positions, None, self._wanted(0, size, select))
-            return x, {s.name: self._cut(s, found[s.name], select) for s in sites}
+            after, _, found = run(x, self._positions, None, pieces.rows(0, size))
+            add(found, 0, size)
+            return cast(jax.Array | None, after)
         c = self.model.config
         shape = (1, size, c.num_kv_heads, c.head_dim)
         cache: LayerCache | None = empty_cache(1, shape, x.dtype)["layer_0"]
         streams: list[jax.Array] = []
-        whole: dict[str, np.ndarray] = {}
-        done = 0
         for start in range(0, size, PIECE):
-            stop = start + PIECE
-            if start >= len(self.ids) and not advance:
-                break
-            part, cache, found = call(
-                x[:, start:stop],
-                self._positions[:, start:stop],
-                cache,
-                self._wanted(start, stop, select),
-            )
+            part, stop = programs.piece(x, np.int32(start), PIECE), start + PIECE
+            # Of what is padding only, anything will do.
+            if start < len(self.ids):
+                positions = self._positions[:, start:stop]
+                part, cache, found = run(part, positions, cache, pieces.rows(start, stop))
+                add(found, start, stop)
             streams += [part]
-            count = self._count(start, stop, select)
-            for s in sites:
-                # On the host at once: the device holds one piece, whatever is asked for.
-                self._add(whole, s, found[s.name], slice(done, done + count), select)
-            done += count
-        after = jnp.concatenate(streams, axis=1) if advance else None
-        return after, whole
+        return jnp.concatenate(streams, axis=1) if onward else None
 
-    def _wanted(self, start: int, stop: int, select: Selection) -> np.ndarray | None:
-        """Rows of a piece to return, as many for every piece; None for all."""
-        if select.positions is None:
-            return None
-        inside = [p - start for p in select.positions if start <= p < stop]
-        rows = np.full(len(select.positions), inside[0] if inside else 0, np.int32)
-        rows[: len(inside)] = inside
-        return rows
-
-    def _count(self, start: int, stop: int, select: Selection) -> int:
-        """How many of the selected positions lie from `start` up to `stop`."""
-        if select.positions is None:
-            return max(0, min(stop, len(self.ids)) - start)
-        return sum(start <= p < stop for p in select.positions)
-
-    def _add(
-        self, whole: dict[str, np.ndarray], s: Site, piece: Any, at: slice, select: Selection
-    ) -> None:
-        """Puts a piece's rows in their place, which is made at the first piece."""
-        cut = self._cut(s, piece, select, at.stop - at.start)
-        axis = 1 if s.is_map else 0
-        if s.name not in whole:
-            shape = list(cut.shape)
-            shape[axis] = self._count(0, len(self.ids), select)
-            whole[s.name] = np.empty(shape, cut.dtype)
-        whole[s.name][(slice(None),) * axis + (at,)] = cut
-
-    def _cut(self, s: Site, piece: Any, select: Selection, count: int | None = None) -> np.ndarray:
-        """A piece's first `count` rows (None: all of the text's); queries behind heads on a map."""
-        count = self._count(0, len(self.ids), select) if count is None else count
-        rows = np.asarray(placement.fetch(piece))[:count]
-        # The model keeps queries in front; a map is read head by head.  XLA would take two copies
-        # to turn it; here it is a view, and one copy to where it is kept.
-        return rows[..., : len(self.ids)].transpose(1, 0, 2) if s.is_map else rows
+    def _rows(self, stream: jax.Array, select: Selection) -> np.ndarray:
+        """What is wanted of (1, padded T, ...)."""
+        rows = slice(len(self.ids)) if select.positions is None else np.array(select.positions)
+        found: np.ndarray = np.asarray(placement.fetch(stream))[0][rows]
+        return found.astype(select.dtype, copy=False)
 
     def _whole(self, s: Site, select: Selection) -> np.ndarray:
         """A site that the model has once."""
         if s.name == "embed":
-            return self._rows(s, self.residual(0)[0], select)
+            return self._rows(self.residual(0), select)
         last = self.residual(self.model.config.num_layers)
         final, rms = programs.finish(self._ours, self._params, last, *self._edits)
         if s.name == "final_rms":
-            return self._rows(s, rms[0], select)
+            return self._rows(rms, select)
         if s.name == "final":
-            return self._rows(s, final[0], select)
-        wanted = self._rows(s, final[0], dataclasses.replace(select, dtype=str(final.dtype)))
+            return self._rows(final, select)
+        wanted = self._rows(final, dataclasses.replace(select, dtype=str(final.dtype)))
         return _logits(self.model, wanted, select.dtype)
 
     def _capture_wrapped(
@@ -282,6 +296,24 @@ class Pass:
                 value = np.take(value, rows, axis=1 if s.per_layer else 0)
             found[s.name] = value
         return found
+
+
+class Beginning:
+    """What another pass keeps, or will keep, of the beginning that its text shares with one."""
+
+    def __init__(self, kept: dict[int, jax.Array], length: int) -> None:
+        """`length` tokens of a pass that keeps the stream as `kept`."""
+        self.length, self._kept = length, kept
+
+    @classmethod
+    def of(cls, other: Pass, ids: np.ndarray) -> Beginning:
+        """What `other` is for a text of `ids`."""
+        return cls(other._kept, shared_prefix(ids.tolist(), other.ids.tolist()))
+
+    def before(self, layer: int) -> np.ndarray | None:
+        """(length, D), see `Known`."""
+        x = self._kept.get(layer)
+        return None if x is None else np.asarray(placement.fetch(x))[0, : self.length]
 
 
 # A pass keeps its model alive, so the numbers in a key stand for what they stood for.

@@ -8,13 +8,16 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gemma_nb.nn import Transformer, Wrapped
+from gemma_nb.nn.attention import attend
 from gemma_nb.nn.block import Block
 from gemma_nb.nn.masks import visible
+from gemma_nb.nn.rope import Rotation
 from gemma_nb.nn.storage import Stored
 from gemma_nb.sites import EVERYWHERE, Site
-from gemma_nb.typing import LayerCache, Params
+from gemma_nb.typing import EMPTY, LayerCache, Params
 
 
 # Static: the module and the dtype.
@@ -65,6 +68,13 @@ def finish(
     return final, state["intermediates"]["final_norm"]["rms"][0]
 
 
+# Static: the count.  Traced: where it begins, so all pieces of a stream share a compilation.
+@jax.jit(static_argnums=2)
+def piece(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    """`count` positions of (1, T, D) from `start` on."""
+    return lax.dynamic_slice_in_dim(x, start, count, axis=1)
+
+
 def _matrices(block: Block, params: Params) -> Params:
     """A layer's largest weight as a plain matrix, for the collection `prepared`.
 
@@ -76,6 +86,16 @@ def _matrices(block: Block, params: Params) -> Params:
         return {}
     gating = params["mlp"]["gating_einsum"]
     return {"mlp": {"gating_einsum": Stored(rows=gating.reshape(-1, gating.shape[-1]))}}
+
+
+def _variables(block: Block, params: Params, alone: bool) -> dict[str, Params]:
+    """What a block is applied to."""
+    return {"params": params, "prepared": _matrices(block, params)} if alone else {"params": params}
+
+
+def _rotation(block: Block, positions: jax.Array) -> Rotation:
+    """Sines and cosines, which XLA would otherwise compute anew in every head."""
+    return Rotation.of(positions, block.config.head_dim, block.spec).materialize()
 
 
 # Static: the block (kind and sizes), the sites, the dtype, whether the stream goes on, and whether
@@ -99,29 +119,82 @@ def run_block(
 ) -> tuple[jax.Array | None, LayerCache | None, dict[str, jax.Array]]:
     """(stream (1, T, D), cache, site name -> (T, ...) or (T, N, S))."""
     edit = None if interventions is None else interventions.at(layer, positions)
-    variables = {"params": params}
-    if alone:
-        variables["prepared"] = _matrices(block, params)
     (after, cache), state = block.apply(
-        variables, x, positions, cache, None, edit, mutable=["intermediates"]
+        *(_variables(block, params, alone), x, positions, cache, None, edit),
+        _rotation(block, positions),
+        mutable=["intermediates"],
     )
     sown = state["intermediates"]
+    # Where nothing edits the weights, those of other heads need not be computed.
+    plain = edit is None or not edit.edits_attention
 
     def value(s: Site) -> jax.Array:
         if s.name == "head_out":
             array = head_outputs(params, sown["attn"]["z"][0])
         elif s.name == "scores":
             array = _scores(block, sown, positions, cache, edit)
+        elif s.name == "attention" and heads is not None and plain:
+            array = _pattern(block, sown, positions, cache, heads)
         else:
             array = s.value(sown)
         array = array[0]
         if rows is not None:
             array = array[rows]
-        if heads is not None and "N" in s.dims:
+        if heads is not None and "N" in s.dims and array.shape[1] != heads.shape[0]:
             array = array[:, heads]
         return array.astype(dtype)
 
     return after if advance else None, cache, {s.name: value(s) for s in sites}
+
+
+# Static: the block, how many positions, and whether the weights are on one device.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def extend(
+    block: Block,
+    count: int,
+    alone: bool,
+    params: Params,
+    interventions: Any,
+    layer: jax.Array,
+    x: jax.Array,
+    after: jax.Array,
+    positions: jax.Array,
+    start: jax.Array,
+) -> jax.Array:
+    """The stream after a layer, of which the beginning is known, with `count` more positions.
+
+    Args:
+      block: the layer's kind and sizes.
+      count: positions that go through the layer.
+      alone: whether the weights are on one device.
+      params: the layer's.
+      interventions: what is changed in the model.
+      layer: its number.
+      x: (1, T, D) the stream before it, at least up to the last of these positions.
+      after: (1, T, D) the stream after it, up to `start`.
+      positions: (1, T).
+      start: () the first of these positions.
+    """
+    variables = _variables(block, params, alone)
+
+    def edit(at: jax.Array) -> Any:
+        return None if interventions is None else interventions.at(layer, at)
+
+    # Nothing but keys and values is asked for, so XLA drops the rest.
+    _, state = block.apply(
+        variables, x, positions, None, None, edit(positions), mutable=["intermediates"]
+    )
+    sown = cast(Any, state)["intermediates"]["attn"]
+    seen = jnp.arange(x.shape[1]) < start
+    cache = {
+        "k": sown["k"][0],
+        "v": sown["v"][0],
+        "positions": jnp.where(seen, positions, EMPTY),
+        "end_index": start[None],
+    }
+    at = lax.dynamic_slice_in_dim(positions, start, count, axis=1)
+    new, _ = block.apply(variables, piece(x, start, count), at, cache, None, edit(at))
+    return lax.dynamic_update_slice_in_dim(after, new, start, axis=1)
 
 
 def head_outputs(params: Params, z: jax.Array) -> jax.Array:
@@ -143,9 +216,7 @@ def _scores(
     edit: Any,
 ) -> jax.Array:
     """(B, T, N, S) float32 scores as the softmax sees them, -inf where it sees none."""
-    q, k, keys = sown["attn"]["q"][0], sown["attn"]["k"][0], positions
-    if cache is not None:
-        k, keys = cache["k"].astype(q.dtype), cache["positions"]
+    q, k, keys = _queries_and_keys(sown, positions, cache)
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
     scores = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k).astype(jnp.float32)
@@ -158,6 +229,30 @@ def _scores(
     if edit is not None:
         mask = edit.edges(mask, keys)
     return jnp.where(mask, scores, -jnp.inf)
+
+
+def _pattern(
+    block: Block,
+    sown: Mapping[str, Any],
+    positions: jax.Array,
+    cache: LayerCache | None,
+    heads: jax.Array,
+) -> jax.Array:
+    """(B, T, len(heads), S) attention weights of some heads, the others never computed."""
+    q, k, keys = _queries_and_keys(sown, positions, cache)
+    q, k = q[:, :, heads], k[:, :, heads // (q.shape[2] // k.shape[2])]
+    mask = visible(positions, keys, block.spec.kind)
+    return attend(q, k, k, mask, soft_cap=block.config.attn_logits_soft_cap)[0]
+
+
+def _queries_and_keys(
+    sown: Mapping[str, Any], positions: jax.Array, cache: LayerCache | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q (B, T, N, H), k (B, S, K, H) and the positions (B, S) of the keys."""
+    q = sown["attn"]["q"][0]
+    if cache is None:
+        return q, sown["attn"]["k"][0], positions
+    return q, cache["k"].astype(q.dtype), cache["positions"]
 
 
 # Static: the module, and what is captured, since both decide what is computed at all.

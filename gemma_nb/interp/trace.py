@@ -13,7 +13,8 @@ from gemma_nb.config import Sliding, TransformerConfig
 from gemma_nb.interp import store
 from gemma_nb.interp.display import Facts, pictures
 from gemma_nb.interp.labels import Labels, dims_of
-from gemma_nb.interp.passes import Pass, Selection
+from gemma_nb.interp.passes import Pass
+from gemma_nb.interp.pieces import Selection
 from gemma_nb.interp.sizes import Chosen, Indices, refuse_too_large
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import SITES, Site, check_layers, site_of

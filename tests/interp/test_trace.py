@@ -10,7 +10,9 @@ import pytest
 import xarray
 
 import gemma_nb as gnb
+from gemma_nb.interp import programs
 from gemma_nb.interp.passes import Pass
+from gemma_nb.sites import SITES
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +242,33 @@ def test_traces_of_one_text_share_its_pass(tiny_model):
         gnb.trace(model.edit("final_norm/scale", lambda w: w), [5, 6, 7]),
     ):
         assert other.source is not first.source
+
+
+@pytest.mark.parametrize(
+    ("held", "more", "edited"),
+    [(1090, 10, False), (600, 600, True), (1000, 20, False)],
+    ids=["a few", "several pieces, under interventions", "a last piece among what is known"],
+)
+def test_of_a_text_that_grew_only_what_is_new_is_computed(
+    tiny_model, held, more, edited, monkeypatch
+):
+    model, _ = tiny_model
+    if edited:
+        cut = gnb.KnockOut(2, queries=slice(500, None), keys=slice(20, 60))
+        model = model.intervene(gnb.AblateHeads({0: [1]}), cut)
+    ids = np.random.default_rng(held).integers(6, 260, held + more).astype(np.int32)
+    other = np.concatenate([ids[:held], [5, 5, 5]]).astype(np.int32)  # went on in another way
+    before = gnb.trace(model, other, sites=("residual",))
+    plain = Pass(model, ids)
+    expected = {i: np.asarray(plain.residual(i))[0, : len(ids)] for i in range(4)}
+    maps = plain.capture([SITES["attention"]], (0, 2))["attention"]
+    through = []
+    run = programs.run_block
+    monkeypatch.setattr(programs, "run_block", lambda *a: through.append(a[3]) or run(*a))
+    grown = gnb.trace(model, ids, sites=())
+    assert grown.source is not before.source
+    np.testing.assert_allclose(grown.residual, [expected[i + 1] for i in range(3)], atol=1e-5)
+    assert not any(through), "the whole text went through a layer"
+    for layer in (0, 2):
+        got = grown.get("attention", layers=layer, heads=1).values[0, 0]
+        np.testing.assert_allclose(got, maps[layer // 2, 1], atol=1e-5)
