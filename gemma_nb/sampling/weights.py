@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.storage import Stored
 from gemma_nb.sampling.head import Int8Head
-from gemma_nb.sampling.pages import use_huge_pages
+from gemma_nb.sampling.pages import in_huge_pages
 from gemma_nb.typing import Params
 
 
@@ -100,11 +101,25 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
         norms=tuple(jnp.stack(list(scales.values())) for scales in norms.values()),
         paths=tuple(tuple(scales) for scales in norms.values()),
     )
-    if weights.table.dtype == jnp.float32 and not int8:
-        return weights  # whoever asks for float32 asks for exactness
-    head = Int8Head.of(weights.table)
-    use_huge_pages(head.rows)
-    return dataclasses.replace(weights, head=head)
+    # Whoever asks for float32 asks for exactness.
+    if int8 or weights.table.dtype != jnp.float32:
+        weights = dataclasses.replace(weights, head=Int8Head.of(weights.table))
+    found, structure = jax.tree_util.tree_flatten_with_path(weights)
+    leaves = [leaf for _, leaf in found]
+    streamed = [i for i, (path, _) in enumerate(found) if _is_rows(path)]
+    rows = [leaves[i] for i in streamed]
+    # Nothing but the list is to hold what is copied.
+    for i in streamed:
+        leaves[i] = None
+    del weights, prepared, found
+    for i, copy in zip(streamed, in_huge_pages(rows), strict=True):
+        leaves[i] = copy
+    return cast(DecodingWeights, jax.tree.unflatten(structure, leaves))
+
+
+def _is_rows(path: Sequence[Any]) -> bool:
+    """Whether a leaf is what every step reads: `rows` of a `Stored` or of the head."""
+    return isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "rows"
 
 
 def _split_norms(params: Params) -> tuple[Params, dict[int, dict[tuple[str, ...], jax.Array]]]:
