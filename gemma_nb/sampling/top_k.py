@@ -23,5 +23,12 @@ def top_k(x: Float[Array, " V"], k: int) -> tuple[Float[Array, " k"], Int[Array,
     # Ascending, so that ties go to the lowest index as in `lax.top_k`.
     blocks = jnp.sort(blocks)
     candidates = (blocks[:, None] * _BLOCK + jnp.arange(_BLOCK)).reshape(-1)
-    values, which = lax.top_k(x[candidates], k)
+    # XLA's CPU backend knows a top-k by its slices [:k] of a sort.  A caller's slices, as of the
+    # largest alone, would be joined with them, and it would sort all candidates: five times the
+    # work of everything else here.  A conditional keeps them apart; its predicate always holds.
+    values, which = lax.cond(
+        blocks[0] >= 0,
+        lambda: tuple(lax.top_k(x[candidates], k)),
+        lambda: (x[:k], blocks),
+    )
     return values, candidates[which]

@@ -196,3 +196,16 @@ def test_recommended_settings_come_from_the_checkpoint(tiny_model):
     tuned = Sampling.recommended(model.replace(info=info), seed=4)
     assert (tuned.temperature, tuned.top_k, tuned.top_p, tuned.seed) == (1.0, 64, 0.95, 4)
     assert dataclasses.replace(tuned, top_k=None).top_k is None
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA's CPU backend compiles it")
+def test_what_a_caller_takes_of_the_largest_does_not_make_it_sort_all_candidates():
+    def some(x):
+        values, ids = top_k(x, 64)
+        return values[0], values[:5], ids[:7]
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=1 << 14), jnp.float32)
+    compiled = jax.jit(some).lower(x).compile()
+    sorts = [line for line in compiled.as_text().splitlines() if " sort(" in line]
+    assert not [line for line in sorts if "[4096]" in line]  # 64 blocks of 64
+    np.testing.assert_array_equal(compiled(x)[1], np.sort(x)[::-1][:5])
