@@ -17,6 +17,7 @@ from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
+from gemma_nb.interventions.base import check
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
 from gemma_nb.structure import ArrayStructure, ParamTree, draw
@@ -195,7 +196,9 @@ class GemmaTransformer:
                 "Compute with gnb.nn.Transformer on the same parameters"
             )
         for each in interventions:
-            each.check(self.config)
+            check(each, self.config)
+        if start < 0:
+            raise ValueError(f"start must be a position from 0 on, got {start}")
         before = self.interventions
         if before is not None and int(before.start) != start:
             raise ValueError(

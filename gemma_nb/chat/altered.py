@@ -5,24 +5,32 @@ intervention's class, its fields that are no arrays, and the names of those that
 item 2 is the column `under.2.a` of the reply's safetensors file; one that lies in a `Where` is
 `under.2.where.start`.  bfloat16 is stored as float32, which holds it.
 
-Only the classes of `gemma_nb.interventions` are stored and read, each with the axes that it has to
-have.  Of a reply under another class, the file keeps the description alone.
+The classes of `gemma_nb.interventions` are read with the axes that they have to have.  A class of
+the user's own ("own": true) is stored where its fields are arrays, `Where`, or plain values, and
+read where the class is given: a file names no code to run.  Until then it is `Unread`, and saved
+again as it was.  Of a reply under anything else, the file keeps the description alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb import interventions as known
+from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.interventions import Intervention, Interventions, Where
 from gemma_nb.interventions.base import fill
 from gemma_nb.sites import SITES
+
+if TYPE_CHECKING:
+    from gemma_nb.chat.tree import ConversationTree
 
 _METHODS = ("zero", "mean", "resample")
 # Form of an array by its field in a `Where`.
@@ -60,32 +68,82 @@ _ARRAYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 _MOST_PARTS = 4096
 
 
-def encode(under: Interventions | None) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """Interventions of which a class was not given, as they are in the file.
+
+    Attributes:
+      data: of `encode`.
+      columns: of `encode`.
+      missing: names of the classes.
+    """
+
+    data: Mapping[str, Any]
+    columns: Mapping[str, np.ndarray]
+    missing: tuple[str, ...]
+
+    @property
+    def remedy(self) -> str:
+        """How to have them."""
+        given = ", ".join(self.missing)
+        return f"load it with interventions=[{given}], the class of your own that it was made with"
+
+
+def encode(
+    under: Interventions | Unread | None,
+) -> tuple[Mapping[str, Any] | None, dict[str, np.ndarray]]:
     """JSON and columns; (None, {}) where there is nothing, or something that no file can hold."""
-    if under is None or any(_kind(item) is None for item in under.items):
-        return None, {}
+    if isinstance(under, Unread):
+        return under.data, dict(under.columns)
     items: list[dict[str, Any]] = []
     columns: dict[str, np.ndarray] = {}
-    for index, item in enumerate(under.items):
-        kind = type(item).__name__
-        arrays: dict[str, Any] = {}
-        for field, axes in _ARRAYS[kind].items():
-            value = getattr(item, field)
-            parts = {"": value}
-            if axes == "where":
-                parts = {f".{name}": getattr(value, name) for name in _WHERE}
-            arrays |= {field + end: part for end, part in parts.items() if part is not None}
-        fixed = {name: getattr(item, name) for name in _FIXED[kind]}
-        items.append({"kind": kind, "fixed": fixed, "arrays": list(arrays)})
+    for index, item in enumerate(() if under is None else under.items):
+        entry, arrays = _parts(item)
+        if entry is None:
+            return None, {}
+        items.append({**entry, "arrays": list(arrays)})
         columns |= {f"under.{index}.{name}": _stored(array) for name, array in arrays.items()}
-    return {"start": int(under.start), "items": items}, columns
+    return (None if under is None else {"start": int(under.start), "items": items}), columns
 
 
-def decode(data: Any, columns: Mapping[str, np.ndarray], where: str) -> Interventions:
+def _parts(item: Intervention) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The entry of one intervention, None for what cannot be stored, and its arrays by name."""
+    kind, ours = type(item).__name__, _kind(item) is not None
+    if not ours and not dataclasses.is_dataclass(item):
+        return None, {}
+    names = (*_FIXED[kind], *_ARRAYS[kind]) if ours else [f.name for f in dataclasses.fields(item)]
+    fixed: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
+    for name in names:
+        value = getattr(item, name)
+        if isinstance(value, Where):
+            arrays |= {f"{name}.{end}": getattr(value, end) for end in _WHERE}
+        elif isinstance(value, jax.Array | np.ndarray | np.generic):
+            arrays[name] = value
+        elif isinstance(value, bool | int | float | str) or (value is None and not ours):
+            fixed[name] = value
+        elif value is not None:
+            return None, {}
+    return {"kind": kind, "fixed": fixed, **({} if ours else {"own": True})}, arrays
+
+
+def decode(
+    data: Any,
+    columns: Mapping[str, np.ndarray],
+    where: str,
+    classes: Sequence[type[Intervention]] = (),
+) -> Interventions | Unread:
     """What `encode` was given.
+
+    Args:
+      data: the JSON.
+      columns: the arrays.
+      where: in the file, for errors.
+      classes: of the user's own.
 
     Raises:
       ValueError: `data` or `columns` are not of interventions.
+      ConversationError: a class of the user's own has other fields now.
     """
     entries = data.get("items") if isinstance(data, dict) else None
     start = data.get("start") if isinstance(data, dict) else None
@@ -93,13 +151,74 @@ def decode(data: Any, columns: Mapping[str, np.ndarray], where: str) -> Interven
         raise ValueError(f"{where}: expected a start and interventions, got {data!r:.60}")
     if not 0 <= start < 2**31:
         raise ValueError(f"{where}.start: expected a position, got {start}")
-    items = []
+    given = {each.__name__: each for each in classes}
+    items, missing = [], []
     for index, entry in enumerate(entries):
-        place = f"{where}.items[{index}]"
+        place, prefix = f"{where}.items[{index}]", f"under.{index}."
+        own = isinstance(entry, dict) and entry.get("own") is True
+        if own and isinstance(entry.get("kind"), str):
+            if entry["kind"] in given:
+                items.append(_own(given[entry["kind"]], entry, columns, prefix, place))
+            else:
+                missing.append(entry["kind"])
+            continue
         if not isinstance(entry, dict) or entry.get("kind") not in _ARRAYS:
             raise ValueError(f"{place}: expected one of {', '.join(_ARRAYS)}, got {entry!r:.60}")
-        items.append(_item(entry, _Columns(columns, f"under.{index}."), place))
+        items.append(_item(entry, _Columns(columns, prefix), place))
+    if missing:
+        kept = {name: array for name, array in columns.items() if name.startswith("under.")}
+        return Unread(data, kept, tuple(dict.fromkeys(missing)))
     return Interventions(tuple(items), jnp.int32(start))
+
+
+def _own(
+    cls: type[Intervention],
+    entry: dict[str, Any],
+    columns: Mapping[str, np.ndarray],
+    prefix: str,
+    place: str,
+) -> Intervention:
+    """An intervention of a class of the user's own."""
+    fixed, names = entry.get("fixed"), entry.get("arrays")
+    if not isinstance(fixed, dict) or not isinstance(names, list):
+        raise ValueError(f"{place}: expected fields and arrays, got {entry!r:.60}")
+    fields: dict[str, Any] = dict(fixed)
+    ranges: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if prefix + str(name) not in columns:
+            raise ValueError(f"{place}: expected the array {prefix}{name}, got none")
+        field, _, end = str(name).partition(".")
+        value = jnp.asarray(columns[prefix + name])
+        if end:
+            ranges.setdefault(field, {})[end] = value
+        else:
+            fields[field] = value
+    fields |= {field: Where(**parts) for field, parts in ranges.items()}
+    has: set[str] = (
+        {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    )
+    if has != set(fields):
+        raise ConversationError(
+            f"{cls.__name__} has the fields {', '.join(sorted(has)) or 'none'}, and had "
+            f"{', '.join(sorted(fields))} when the conversation was saved"
+        )
+    item: Intervention = object.__new__(cls)
+    fill(item, **fields)
+    return item
+
+
+def warn_of_unread(tree: ConversationTree) -> None:
+    """Warns of replies whose interventions cannot be computed with, as a class was not given."""
+    unread = [under for under in tree.under.values() if isinstance(under, Unread)]
+    if unread:
+        missing = tuple(dict.fromkeys(name for under in unread for name in under.missing))
+        warnings.warn(
+            f"{len(unread)} of the replies were made under {', '.join(missing)}: they can be read, "
+            "but not traced or gone on with; to do that, "
+            f"{dataclasses.replace(unread[0], missing=missing).remedy}",
+            ConversationWarning,
+            stacklevel=4,
+        )
 
 
 def _kind(item: Intervention) -> str | None:

@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 
+from gemma_nb.chat.altered import Unread
 from gemma_nb.chat.context import Contexts, WhenFull, too_long
 from gemma_nb.chat.events import Branching, Context, Origin, TokenRecord, Turn
 from gemma_nb.chat.places import alternative, asked_by, spelling, turn_of, turns_to
@@ -84,7 +85,7 @@ class Planner:
         self._tokenizer = tokenizer
         self._template = template
         self._top_k = top_k
-        self._under: dict[int, Interventions] = {}
+        self._under: dict[int, Interventions | Unread] = {}
         self._never = (
             *template.forbidden_ids(tokenizer),
             # Some embeddings have rows that stand for no token.
@@ -311,10 +312,15 @@ class Planner:
         """What a reply was computed under.
 
         Raises:
-          ValueError: what the conversation's file does not hold (interventions of a class that is
-            not `gemma_nb`'s, or of the model of another session), or what this model does not have.
+          ValueError: what the conversation's file does not hold (interventions of the model of
+            another session), a class of the user's own that was not given when it was loaded, or
+            what this model does not have.
         """
         found, own = self._under.get(turn.id), self._model.interventions
+        if isinstance(found, Unread):
+            raise ValueError(
+                f"this reply was made under {'; '.join(turn.interventions)}: {found.remedy}"
+            )
         if found is not None:
             for item in found.items:
                 item.check(self._model.config)
@@ -332,7 +338,7 @@ class Planner:
         if interventions is not None and interventions is not self._model.interventions:
             self._under[turn_id] = interventions
 
-    def remember_in(self, under: dict[int, Interventions]) -> None:
+    def remember_in(self, under: dict[int, Interventions | Unread]) -> None:
         """Goes on with what is noted there: id of a reply -> what it was made under."""
         self._under = under
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from gemma_nb.chat import journal, restore, store
+from gemma_nb.chat import altered, journal, restore, store
 from gemma_nb.chat.autosave import Autosave
 from gemma_nb.chat.identity import Identity
 from gemma_nb.chat.recompute import Recomputation
 from gemma_nb.chat.restore import Saved
 from gemma_nb.errors import ConversationError, ConversationWarning, ModelMismatchError
+from gemma_nb.interventions import Intervention
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.text.template import Template
 from gemma_nb.text.tokenizer import Tokenizer
@@ -119,11 +120,13 @@ def load(
     *,
     recompute: bool | None,
     template: str | Template | None,
+    interventions: Sequence[type[Intervention]],
     autosave: bool,
     progress: Progress | None,
 ) -> Kept:
     """See `ChatSession.load`."""
-    saved = restore.read(absolute(path))
+    saved = restore.read(absolute(path), interventions)
+    altered.warn_of_unread(saved.tree)
     now = Identity.of(model, tokenizer)
     if recompute is None or (not recompute and saved.identity.tokenizer != now.tokenizer):
         _check_model(saved, now)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from gemma_nb.chat import export, keeping
 from gemma_nb.chat.conversation import Conversation
 from gemma_nb.chat.recompute import Recomputation
+from gemma_nb.interventions import Intervention
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.text.template import Template
 from gemma_nb.text.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class KeptConversation(Conversation):
         *,
         recompute: bool | None = None,
         template: str | Template | None = None,
+        interventions: Sequence[type[Intervention]] = (),
         autosave: bool = False,
         progress: Callable[[float, str], None] | None = None,
     ) -> Self:
@@ -62,6 +64,9 @@ class KeptConversation(Conversation):
             tokenized anew).  False keeps the evidence as it was.
           template: in place of the one that the conversation was held in; needed where that is a
             class of your own.
+          interventions: classes of your own that replies were made under (`intervene`).  Without
+            them a ConversationWarning names them, and these replies can be read and saved again,
+            but not traced or gone on with.
           autosave: go on saving to the same file.
           progress: called with a fraction and a sentence while evidence is recomputed.
 
@@ -77,6 +82,7 @@ class KeptConversation(Conversation):
             tokenizer,
             recompute=recompute,
             template=template,
+            interventions=interventions,
             autosave=autosave,
             progress=progress,
         )

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ from gemma_nb.chat.identity import Identity
 from gemma_nb.chat.store import FORMAT, LINKS, VERSION, Settings, is_evidence, own_class
 from gemma_nb.chat.tree import ConversationTree, Node
 from gemma_nb.errors import ConversationError, ConversationWarning
+from gemma_nb.interventions import Intervention
 from gemma_nb.text.template import Template
 
 _DAMAGE = (*archive.DAMAGE, safetensors.SafetensorError)
@@ -52,8 +53,12 @@ class Saved:
     left_out: bool = False
 
 
-def read(path: Path) -> Saved:
+def read(path: Path, classes: Sequence[type[Intervention]] = ()) -> Saved:
     """The conversation at `path`, with what its journal has more.
+
+    Args:
+      path: the file.
+      classes: of the user's own interventions.
 
     Raises:
       ConversationError: there is none, it is damaged, or of a later version.
@@ -63,7 +68,7 @@ def read(path: Path) -> Saved:
     try:
         partial, left_out = _continue(path, structure, evidence)
         with _no_collection():
-            return _decode(path, structure, evidence, partial, left_out)
+            return _decode(path, structure, evidence, partial, left_out, classes)
     except _DAMAGE as error:
         raise archive.damaged(path, error) from error
 
@@ -136,7 +141,12 @@ def _continue(path: Path, structure: dict[str, Any], blobs: dict[int, bytes]) ->
 
 
 def _decode(
-    path: Path, structure: Any, blobs: dict[int, bytes], partial: Any, left_out: bool
+    path: Path,
+    structure: Any,
+    blobs: dict[int, bytes],
+    partial: Any,
+    left_out: bool,
+    classes: Sequence[type[Intervention]],
 ) -> Saved:
     lists = [tuple(_integers(items)) for items in structure["lists"]]
     tables = Tables(codec.from_json(list[str], structure["strings"], Tables(), "strings"), lists)
@@ -150,7 +160,7 @@ def _decode(
     tree = _tree(structure["nodes"], turns, tables)
     for key, data in structure.get("under", {}).items():
         arrays = _columns(blobs.get(turns[int(key)].id, b""))
-        tree.under[int(key)] = altered.decode(data, arrays, f"under.{key}")
+        tree.under[int(key)] = altered.decode(data, arrays, f"under.{key}", classes)
     recovered = partial is not None and _recover(tree, partial[0], partial[1], tables)
     recovered = _answer(tree) or recovered
     return Saved(

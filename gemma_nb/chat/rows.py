@@ -15,20 +15,17 @@ if TYPE_CHECKING:
 def labelled(row: AttentionRow) -> xarray.DataArray | None:
     """(layer, head, key) float32 with the names that `chat.trace` uses; None once it is evicted."""
     from gemma_nb.interp.labels import Labels
+    from gemma_nb.interventions.base import lines_of
     from gemma_nb.sites import SITES
 
     ids, weights, home = list(row.ids[: row.position + 1]), row.weights(), row.home
     if weights is None:
         return None
-    under = row.interventions
     labels = Labels(
         config=home.config,
         ids=np.array(ids, np.int32),
         tokens=tuple(map(home.tokenizer.token_text, ids)),
-        attrs={
-            "model": home.title,
-            "interventions": [] if under is None else list(under.describe()),
-        },
+        attrs={"model": home.title, "interventions": lines_of(row.interventions)},
         tokenizer=home.tokenizer,
     )
     found = labels.array(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from gemma_nb.chat.altered import Unread
 from gemma_nb.chat.events import Role, Turn
 from gemma_nb.interventions import Interventions
 
@@ -88,7 +89,7 @@ class ConversationTree:
 
     def __init__(self) -> None:
         self.root = Node()
-        self.under: dict[int, Interventions] = {}
+        self.under: dict[int, Interventions | Unread] = {}
         self._by_id: dict[int, Node] = {}
 
     def __repr__(self) -> str:

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 def direct_logit_attribution(
     trace: Trace,
-    token: int,
+    token: int | str,
     *,
     by: Literal["component", "head", "token"] = "component",
     position: int | None = None,
-    against: int | None = None,
+    against: int | str | None = None,
 ) -> xarray.DataArray:
     """How much each part of the model adds to the logit of `token`.
 
@@ -35,8 +35,10 @@ def direct_logit_attribution(
         logit(c) = c / rms * (1 + scale) . W_E[token]
 
     and the shares add up to the logit (before the soft-cap, where the model has one).  A head's
-    share goes through the layer's post-norm, frozen likewise.  Source: Elhage et al. 2021, "A
-    mathematical framework for transformer circuits"; the name from Nanda's TransformerLens.
+    share goes through the layer's post-norm, frozen likewise.  What interventions change between
+    these parts (the residual stream, a head's output behind its values) is one more component,
+    "interventions".  Source: Elhage et al. 2021, "A mathematical framework for transformer
+    circuits"; the name from Nanda's TransformerLens.
 
     What it does not mean: only the direct path to the logits is counted.  What a component does
     through later ones is in their shares, and a part of a share may be the same for all tokens:
@@ -44,12 +46,12 @@ def direct_logit_attribution(
 
     Args:
       trace: of any sites.
-      token: its id.
+      token: its id, or a text that is one token, such as " Paris".
       by: "component": embedding, each layer's attention and feed-forward.  "head": with each head
         of its own.  "token": the heads' shares split over the source positions whose values they
         read, for the prediction at one `position`.
       position: for `by="token"`, the position that predicts; None is the last one.
-      against: a second token's id, whose shares are subtracted.
+      against: a second token, whose shares are subtracted.
 
     Returns:
       (component, position).  For "component" and "head", the prediction after each position; for
@@ -58,27 +60,25 @@ def direct_logit_attribution(
     Raises:
       ValueError: an unknown token or position, or a trace without its model.
     """
-    model, config = model_of(trace), trace.config
+    model = model_of(trace)
     if by not in ("component", "head", "token"):
         raise ValueError(f'by must be "component", "head" or "token", got {by!r}')
-    for each in (token, against):
-        if each is not None and not 0 <= each < config.num_embed:
-            raise ValueError(f"token ids must lie in 0 to {config.num_embed - 1}, got {each}")
+    token = trace.labels_of.id_of(token)
+    against = None if against is None else trace.labels_of.id_of(against)
     table = model.params["embedder"]["input_embedding"]
     head = np.asarray(table[token], np.float32)
     if against is not None:
         head = head - np.asarray(table[against], np.float32)
-    direction = head * (1 + np.asarray(model.params["final_norm"]["scale"], np.float32))
 
     query = None
     if by == "token":
         given = check_positions(-1 if position is None else position, len(trace.tokens))
         assert given is not None
         query = given[0]
-    shares = _Shares(trace, model, direction, query)
+    shares = _Shares(trace, model, head, query)
     names, rows = shares.rows(by)
     layers, kinds, heads = zip(*names, strict=True)
-    labels = {"embed": "embed", "attn": "L{}.attn", "mlp": "L{}.mlp", "head": "L{}.H{}"}
+    labels = {"attn": "L{}.attn", "mlp": "L{}.mlp", "head": "L{}.H{}"}
     array = trace.labels_of.array(
         np.stack(rows).astype(np.float32),
         ("component", "position"),
@@ -93,7 +93,7 @@ def direct_logit_attribution(
         },
     )
     array = array.assign_coords(
-        component=[labels[kind].format(i, n) for i, kind, n in names],
+        component=[labels.get(kind, kind).format(i, n) for i, kind, n in names],
         component_layer=("component", list(layers)),
         component_kind=("component", list(kinds)),
         component_head=("component", list(heads)),
@@ -101,13 +101,23 @@ def direct_logit_attribution(
     return array if query is None else array.assign_coords(query=query)
 
 
+# Where an intervention adds something to the logit that no component of a kind has.
+_BETWEEN = ("residual_pre", "residual_mid", "residual", "final")
+_BETWEEN_PARTS = {
+    "component": _BETWEEN,
+    "head": (*_BETWEEN, "attn_raw", "attn_out"),
+    "token": (*_BETWEEN, "attn_raw", "attn_out", "z"),
+}
+
+
 class _Shares:
     """The terms of the last residual along one direction, divided by the final norm."""
 
     def __init__(
-        self, trace: Trace, model: GemmaTransformer, direction: np.ndarray, query: int | None
+        self, trace: Trace, model: GemmaTransformer, head: np.ndarray, query: int | None
     ) -> None:
-        self.trace, self.model, self.direction, self.query = trace, model, direction, query
+        self.trace, self.model, self.head, self.query = trace, model, head, query
+        self.direction = head * (1 + np.asarray(model.params["final_norm"]["scale"], np.float32))
         self.at = None if query is None else [query]
         self.rms = trace.get("final_rms", positions=self.at).values
 
@@ -124,16 +134,25 @@ class _Shares:
                 rows += list(heads)
             names.append((i, "mlp", -1))
             rows.append(self._plain("mlp_out", i))
+        given = self.model.interventions
+        edited = {site for item in given.items for site in item.sites} if given else set()
+        if edited.intersection(_BETWEEN_PARTS[by]):
+            logit = self.trace.get("final", positions=self.at).values @ self.head
+            rest = logit - np.sum(rows, axis=0 if self.query is None else None)
+            names.append((-1, "interventions", -1))
+            rows.append(rest if self.query is None else self._at_query(rest))
         return names, rows
+
+    def _at_query(self, share: np.ndarray) -> np.ndarray:
+        """(T,) with the one number where the prediction is made."""
+        row = np.zeros(len(self.trace.tokens), np.float32)
+        row[self.query] = share[0]
+        return row
 
     def _plain(self, site: str, layer: int | None) -> np.ndarray:
         value = self.trace.get(site, layer, self.at).values
         share = (value if layer is None else value[0]) @ self.direction / self.rms
-        if self.query is None:
-            return share
-        row = np.zeros(len(self.trace.tokens), np.float32)
-        row[self.query] = share[0]
-        return row
+        return share if self.query is None else self._at_query(share)
 
     def _read_out(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """(N, H) what a head's z is multiplied with, and (T,) what its share is divided by."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from gemma_nb.interp.sizes import Indices, check_positions
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interventions import Steer
+from gemma_nb.interventions.base import lines_of
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import check_layers, site_of
 from gemma_nb.text.tokenizer import Tokenizer
@@ -106,7 +107,7 @@ def _strongest(
     return xarray.Dataset(
         {name: ("rank", values) for name, values in columns.items()},
         coords={"rank": np.arange(len(best))},
-        attrs={"model": model.title, **what},
+        attrs={"model": model.title, "interventions": lines_of(model.interventions), **what},
     )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def token_attribution(
     trace: Trace,
-    target: int | None = None,
+    target: int | str | None = None,
     *,
     position: int = -1,
     method: Literal["gradient_x_input", "integrated_gradients"] = "gradient_x_input",
@@ -44,8 +44,8 @@ def token_attribution(
 
     Args:
       trace: of any sites.
-      target: the predicted token's id; None takes the next token of the text, or after the last one
-        the model's first choice.
+      target: the predicted token, by id or by a text that is one token; None takes the next token
+        of the text, or after the last one the model's first choice.
       position: the position that predicts.
       method: see above.
       steps: points of the integral.
@@ -57,7 +57,7 @@ def token_attribution(
     Raises:
       ValueError: an unknown token, position or method, or a model of another library.
     """
-    model, config, ids = model_of(trace), trace.config, trace.tokens
+    model, ids = model_of(trace), trace.tokens
     if not isinstance(model.transformer, Transformer):
         raise ValueError("gradients need gnb.nn.Transformer on the same parameters")
     if method not in ("gradient_x_input", "integrated_gradients"):
@@ -71,9 +71,7 @@ def token_attribution(
         last = query + 1 == len(ids)
         choice = int(np.argmax(trace.get("logits", positions=query).values)) if last else 0
         target = choice if last else int(ids[query + 1])
-    for each in (target, baseline):
-        if not 0 <= each < config.num_embed:
-            raise ValueError(f"token ids must lie in 0 to {config.num_embed - 1}, got {each}")
+    target, baseline = map(trace.labels_of.id_of, (target, baseline))
 
     size = padded_length(query + 1)
     positions = np.full((1, size), EMPTY, np.int32)

@@ -40,7 +40,7 @@ class Labels:
       turns: (T,) index of the conversation's turn that each token belongs to, -1 for none; None
         for a text that is no conversation.
       roles: T names: "system", "user", "model" or "template"; None as `turns`.
-      attrs: what every array carries: "model" and "interventions".
+      attrs: what every array carries: "model", and "interventions", one on a line.
       tokenizer: names tokens that are not in the text; None where there is none.
     """
 
@@ -56,6 +56,30 @@ class Labels:
         """What a token stands for: its text, or without a tokenizer its number."""
         known = self.tokenizer is not None and 0 <= token < self.tokenizer.vocab_size
         return self.tokenizer.token_text(token) if known and self.tokenizer else str(token)
+
+    def id_of(self, token: Any) -> int:
+        """The id of a token that is given by its id, or by a text that is one token (" Paris").
+
+        Raises:
+          ValueError: an id outside the vocabulary, a text of several tokens or of none, or a text
+            without a tokenizer.
+        """
+        if isinstance(token, str):
+            if self.tokenizer is None:
+                raise ValueError(f"{token!r} needs a tokenizer; or pass the token's id")
+            ids = self.tokenizer.encode(token)
+            if len(ids) != 1:
+                pieces = ", ".join(repr(self.piece(i)) for i in ids)
+                raise ValueError(
+                    f"{token!r} is {len(ids)} tokens ({pieces}): name one, with the space that "
+                    "belongs to it"
+                )
+            (token,) = ids
+        if not 0 <= int(token) < self.config.num_embed:
+            raise ValueError(
+                f"token ids must lie in 0 to {self.config.num_embed - 1}, got {int(token)}"
+            )
+        return int(token)
 
     def coords(
         self,

@@ -36,7 +36,7 @@ def logit_lens(
     *,
     layers: Indices = None,
     positions: Indices = None,
-    watch: Sequence[int] = (),
+    watch: Sequence[int | str] = (),
 ) -> xarray.Dataset:
     """What would be predicted if the model ended after each layer.
 
@@ -53,7 +53,8 @@ def logit_lens(
       k: how many of the best tokens.
       layers: which; None for all.
       positions: which; None for all.  What stands at a position is the prediction of the next one.
-      watch: token ids whose log-probability and rank are wanted everywhere.
+      watch: tokens, by id or by a text that is one token, whose log-probability and rank are wanted
+        everywhere.
 
     Returns:
       token_id, token, logit, logprob and probability (layer, position, rank); entropy and kl, of
@@ -61,14 +62,15 @@ def logit_lens(
       watched_rank, 0 for the best (layer, position, watched).
 
     Raises:
-      ValueError: an unknown layer, position or token id, or a trace without its model.
+      ValueError: an unknown layer, position or token, k below 1, or a trace without its model.
     """
     model, config = model_of(trace), trace.config
     chosen = check_layers(layers, config.num_layers)
     at = check_positions(positions, len(trace.tokens)) or tuple(range(len(trace.tokens)))
-    ids = np.asarray(watch, np.int32).reshape(-1)
-    if ids.size and not (ids.min() >= 0 and ids.max() < config.num_embed):
-        raise ValueError(f"token ids must lie in 0 to {config.num_embed - 1}, got {watch}")
+    listed = [watch] if isinstance(watch, int | str) else watch
+    ids = np.array([trace.labels_of.id_of(token) for token in listed], np.int32)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     k = min(k, config.num_embed)
 
     before = [i for i in chosen if i != config.num_layers - 1]

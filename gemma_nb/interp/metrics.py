@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from gemma_nb.interp.labels import Labels
 
 
 @flax.struct.dataclass
@@ -18,12 +21,12 @@ class LogitDifference:
     Only two rows of the vocabulary are read.
 
     Attributes:
-      token: () int32 id.
-      against: () int32 id.
+      token: () int32 id; or a text that is one token, such as " Rome".
+      against: () int32 id, or a text.
     """
 
-    token: int | jax.Array
-    against: int | jax.Array
+    token: int | str | jax.Array
+    against: int | str | jax.Array
 
     def rows(self) -> jax.Array:
         """Ids of the logits that are needed."""
@@ -33,8 +36,10 @@ class LogitDifference:
         """From the logits of `rows` (..., 2)."""
         return logits[..., 0] - logits[..., 1]
 
-    def __str__(self) -> str:
-        return f"logit of {int(self.token)} minus logit of {int(self.against)}"
+    def title(self, labels: Labels) -> str:
+        """What it is, of these tokens."""
+        token, against = (labels.piece(int(i)) for i in (self.token, self.against))
+        return f"logit of {token!r} minus logit of {against!r}"
 
 
 @flax.struct.dataclass
@@ -42,10 +47,10 @@ class Logit:
     """The logit of a token after the last position; one row of the vocabulary is read.
 
     Attributes:
-      token: () int32 id.
+      token: () int32 id; or a text that is one token, such as " Rome".
     """
 
-    token: int | jax.Array
+    token: int | str | jax.Array
 
     def rows(self) -> jax.Array:
         """Ids of the logits that are needed."""
@@ -55,8 +60,9 @@ class Logit:
         """From the logits of `rows` (..., 1)."""
         return logits[..., 0]
 
-    def __str__(self) -> str:
-        return f"logit of {int(self.token)}"
+    def title(self, labels: Labels) -> str:
+        """What it is, of this token."""
+        return f"logit of {labels.piece(int(self.token))!r}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +82,37 @@ class OfLogits:
     def of(self, logits: jax.Array) -> jax.Array:
         """From logits (..., V)."""
         flat = logits.reshape(-1, logits.shape[-1])
-        return jax.vmap(self.function)(flat).reshape(logits.shape[:-1])
+        values = jax.vmap(self.function)(flat)
+        if values.shape != flat.shape[:1]:
+            raise ValueError(
+                "a metric makes one number of the (V,) logits, this one an array of "
+                f"{values.shape[1:]}"
+            )
+        return values.reshape(logits.shape[:-1])
 
-    def __str__(self) -> str:
-        return getattr(self.function, "__name__", "metric")
+    def title(self, labels: Labels) -> str:
+        """Its name, where it has one."""
+        del labels
+        name = getattr(self.function, "__name__", "metric")
+        return "metric" if name == "<lambda>" else name.replace("_", " ")
 
 
 Metric = LogitDifference | Logit | OfLogits | Callable[[jax.Array], Any]
 
 
-def resolve(metric: Metric) -> LogitDifference | Logit | OfLogits:
-    """A plain function of the logits becomes an `OfLogits`."""
-    return metric if isinstance(metric, LogitDifference | Logit | OfLogits) else OfLogits(metric)
+def resolve(metric: Metric, labels: Labels) -> LogitDifference | Logit | OfLogits:
+    """Texts become token ids; a plain function of the logits becomes an `OfLogits`.
+
+    Raises:
+      ValueError: a token that the vocabulary does not have, or no metric.
+    """
+    if isinstance(metric, LogitDifference):
+        return LogitDifference(labels.id_of(metric.token), labels.id_of(metric.against))
+    if isinstance(metric, Logit):
+        return Logit(labels.id_of(metric.token))
+    if not callable(metric) and not isinstance(metric, OfLogits):
+        raise ValueError(
+            "a metric is gnb.LogitDifference(a, b), gnb.Logit(a) or a function of the (V,) logits, "
+            f"got {metric!r:.60}"
+        )
+    return metric if isinstance(metric, OfLogits) else OfLogits(metric)

@@ -65,8 +65,8 @@ def activation_patching(
       corrupted: a text or token ids of the same length: what is patched.
       metric: `LogitDifference(a, b)`, `Logit(a)`, or any traceable function of the (V,) logits
         after the last position.
-      over: the axes of the sweep, out of "layer", "position" and "head".  Without "position" a
-        cell patches all positions, without "head" all heads.
+      over: the axes of the sweep, out of "layer", "position" and "head".  Without "layer" a cell
+        patches all layers at once, without "position" all positions, without "head" all heads.
       site: one of residual_pre, residual_mid, residual, attn_out, mlp_out and z; by default z where
         heads are swept, the residual stream before the layer otherwise.
       tokenizer: for texts and labels.
@@ -77,8 +77,8 @@ def activation_patching(
       unpatched runs, "clean" and "corrupted".
 
     Raises:
-      ValueError: texts of different lengths, an unknown axis or site, heads of another site than
-        z, or a transformer of another library.
+      ValueError: texts of different lengths, an unknown axis, site or token, heads of another site
+        than z, no metric, or a transformer of another library.
     """
     if not isinstance(model.transformer, Transformer):
         raise ValueError("patching needs gnb.nn.Transformer on the same parameters")
@@ -92,20 +92,21 @@ def activation_patching(
         raise ValueError(
             f"clean and corrupted must be of one length, got {lengths[0]} and {lengths[1]} tokens"
         )
-    sweep = _Sweep(model, traces[0], traces[1], site, resolve(metric))
+    labels: Labels = traces[1].labels_of
+    sweep = _Sweep(model, traces[0], traces[1], site, resolve(metric, labels))
     values = sweep.run(axes, progress)
     ends = {
         n: sweep.measure(t.get("final", positions=-1).values)
         for n, t in zip(("clean", "corrupted"), traces, strict=True)
     }
-    labels: Labels = traces[1].labels_of
     array = labels.array(
         values,
         axes,
         "patched",
         {
-            "metric": str(sweep.metric),
+            "metric": sweep.metric.title(labels),
             "site": site,
+            "over": ", ".join(axes),
             **{name: float(value[0]) for name, value in ends.items()},
         },
     )
@@ -149,18 +150,18 @@ class _Sweep:
         sizes = {"layer": c.num_layers, "position": self.length, "head": c.num_heads}
         found = np.zeros([sizes[axis] for axis in axes], np.float32)
         batches = list(self._packed(axes))
-        layers = range(c.num_layers)
-        if "layer" not in axes:
-            raise ValueError('over must name "layer": patches are made in one layer at a time')
-        total = sum(c.num_layers - i for i in layers) * len(batches)
+        every = range(c.num_layers)
+        swept = [range(i, i + 1) for i in every] if "layer" in axes else [every]
+        total = sum(c.num_layers - layers[0] for layers in swept) * len(batches)
         with tqdm(total=total, disable=not progress, desc="patching", unit="layer") as bar:
-            for layer in layers:
+            for layers in swept:
+                place = tuple(layers) if "layer" in axes else ()
                 for batch in batches:
-                    states = self._cells(layer, batch, bar)
+                    states = self._cells(layers, batch, bar)
                     last = np.stack([states[r, end - 1] for r, _, end, _ in batch.spans])
                     measured = self.measure(self._final(last))
                     for (_, _, _, cell), value in zip(batch.spans, measured, strict=True):
-                        found[(layer, *cell.place)] = value
+                        found[(*place, *cell.place)] = value
         return found
 
     def measure(self, final: np.ndarray) -> np.ndarray:
@@ -189,7 +190,7 @@ class _Sweep:
         return np.asarray(given.at(EVERYWHERE, at)("final", jnp.asarray(final)[:, None])[:, 0])
 
     def _packed(self, axes: tuple[str, ...]) -> Iterator[Batch]:
-        """The cells of one layer, two to a row where they fit, `rows` rows to a batch."""
+        """The cells of one patched layer, two to a row where they fit, `rows` rows to a batch."""
         heads = range(self.model.config.num_heads) if "head" in axes else [None]
         places = range(self.length) if "position" in axes else [None]
         cells = []
@@ -210,12 +211,13 @@ class _Sweep:
         for start in range(0, len(rows), self.rows):
             yield Batch.of(rows[start : start + self.rows], self.rows, self.length)
 
-    def _cells(self, layer: int, batch: Batch, bar: Any) -> np.ndarray:
-        """(rows, T, D): the stream after the last layer, of one layer's patches."""
+    def _cells(self, layers: range, batch: Batch, bar: Any) -> np.ndarray:
+        """(rows, T, D): the stream after the last layer, of the patches in some layers."""
         c = self.model.config
-        x = self.corrupted.get("residual_pre", layer).values[0][batch.source]
-        patch = self._patch(layer, batch)
-        for i in range(layer, c.num_layers):
+        x = self.corrupted.get("residual_pre", layers[0]).values[0][batch.source]
+        for i in range(layers[0], c.num_layers):
+            if i in layers:
+                patch = self._patch(i, batch)
             x = run_layer(
                 Block(c, c.layers[i]),
                 self.site,
@@ -227,8 +229,8 @@ class _Sweep:
                 batch.mask,
                 self.keys[i],
                 self.values[i],
-                # Above the patched layer nothing is patched; the same program serves.
-                patch if i == layer else patch.off(),
+                # Above the patched layers nothing is patched; the same program serves.
+                patch if i in layers else patch.off(),
             )
             bar.update(1)
         return np.asarray(placement.fetch(x))

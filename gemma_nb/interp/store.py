@@ -46,7 +46,7 @@ def to_dataset(labels: Labels, data: Mapping[str, xarray.DataArray]) -> xarray.D
     attrs = {
         "format": _FORMAT,
         "model": str(labels.attrs.get("model", "")),
-        "interventions": json.dumps(list(labels.attrs.get("interventions", []))),
+        "interventions": json.dumps(labels.attrs.get("interventions", "").splitlines()),
         "config": json.dumps(dataclasses.asdict(labels.config)),
     }
     return xarray.Dataset(everything, attrs=attrs)
@@ -63,7 +63,11 @@ def save(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
         dataset.to_zarr(path, mode="w", zarr_format=2)
         return
     # netCDF 3 knows no half precision, and scipy writes it without another library.
-    halves = {n: x.astype(np.float32) for n, x in dataset.items() if x.dtype == np.float16}
+    halves = {
+        n: x.astype(np.float32).assign_attrs(**x.attrs, dtype="float16")
+        for n, x in dataset.items()
+        if x.dtype == np.float16
+    }
     dataset.assign(halves).to_netcdf(path, engine="scipy")
 
 
@@ -72,6 +76,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Labels, dict[str, xarray.DataArr
 
     Raises:
       ValueError: the file is no such trace.
+      FileNotFoundError: it is not there.
     """
     import xarray
 
@@ -81,8 +86,13 @@ def load(path: str | os.PathLike[str]) -> tuple[Labels, dict[str, xarray.DataArr
     if path.suffix == ".zarr":
         _need_zarr()
     how: dict[str, Any] = {"engine": "zarr" if path.suffix == ".zarr" else "scipy"}
-    with xarray.open_dataset(path, **how) as opened:
-        dataset = opened.load()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with xarray.open_dataset(path, **how) as opened:
+            dataset = opened.load()
+    except Exception as error:  # each engine, and each way of being broken, has its own
+        raise ValueError(f"{path.name} is no trace that gemma_nb saved: {error}") from error
     if dataset.attrs.get("format") != _FORMAT:
         raise ValueError(f"{path.name} is no trace that gemma_nb saved")
     labels = Labels(
@@ -93,7 +103,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Labels, dict[str, xarray.DataArr
         roles=tuple(map(str, dataset["role"].values)) if "role" in dataset else None,
         attrs={
             "model": dataset.attrs["model"],
-            "interventions": json.loads(dataset.attrs["interventions"]),
+            "interventions": "\n".join(json.loads(dataset.attrs["interventions"])),
         },
     )
     data = {}
@@ -123,7 +133,7 @@ def _labelled(labels: Labels, name: str, array: xarray.DataArray) -> xarray.Data
         return None
 
     return labels.array(
-        array.values,
+        array.values.astype(array.attrs.get("dtype", array.dtype)),
         dims,
         name,
         {"site": array.attrs.get("site", "")},

@@ -16,6 +16,7 @@ from gemma_nb.interp.labels import Labels, dims_of
 from gemma_nb.interp.passes import Pass
 from gemma_nb.interp.pieces import Selection
 from gemma_nb.interp.sizes import Chosen, Indices, refuse_too_large
+from gemma_nb.interventions.base import lines_of
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import SITES, Site, check_layers, site_of
 from gemma_nb.structure import draw
@@ -72,7 +73,7 @@ class Trace:
     @property
     def interventions(self) -> tuple[str, ...]:
         """What it was computed under, one line for each."""
-        return tuple(self.labels_of.attrs["interventions"])
+        return tuple(self.labels_of.attrs["interventions"].splitlines())
 
     @property
     def model_title(self) -> str:
@@ -272,7 +273,7 @@ def trace(
         roles=None if roles is None else tuple(roles),
         attrs={
             "model": model.title,
-            "interventions": list(model.interventions.describe()) if model.interventions else [],
+            "interventions": lines_of(model.interventions),
         },
         tokenizer=tokenizer,
     )

@@ -12,13 +12,14 @@ from gemma_nb.interventions.base import (
     Intervention,
     Positions,
     Where,
+    check_places,
     fill,
     ints,
+    listed,
     node,
     plain,
     short,
 )
-from gemma_nb.sites import check_heads, check_layers
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
@@ -72,8 +73,7 @@ class KnockOut(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head."""
-        check_layers(int(self.layer), config.num_layers)
-        check_heads(None if self.heads is None else plain(self.heads), config.num_heads)
+        check_places(config, self.layer, self.heads)
 
     def __str__(self) -> str:
         heads = "all heads" if self.heads is None else f"heads {short(plain(self.heads))}"
@@ -110,7 +110,7 @@ class ReplaceAttention(Intervention):
                 f"weights must be (queries, keys), one row for each query, got {rows.shape}"
             )
         fill(self, layer=jnp.int32(layer), head=jnp.int32(head), weights=rows)
-        fill(self, queries=ints(range(len(rows)) if queries is None else queries))
+        fill(self, queries=listed(range(len(rows)) if queries is None else queries))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -131,8 +131,7 @@ class ReplaceAttention(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head."""
-        check_layers(int(self.layer), config.num_layers)
-        check_heads(int(self.head), config.num_heads)
+        check_places(config, self.layer, self.head)
 
     def __str__(self) -> str:
         return (

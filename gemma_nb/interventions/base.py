@@ -83,10 +83,7 @@ class Where:
                     "one by one: slice(start, stop)"
                 )
             return cls(jnp.int32(start), jnp.int32(stop), jnp.zeros(0, jnp.int32))
-        listed = np.atleast_1d(np.asarray(positions))
-        if listed.dtype.kind not in "iu" or listed.ndim != 1 or (listed < 0).any():
-            raise ValueError(f"positions must be whole numbers from 0 on, got {positions!r:.80}")
-        return cls(jnp.int32(0), jnp.int32(0), jnp.asarray(listed, jnp.int32))
+        return cls(jnp.int32(0), jnp.int32(0), listed(positions))
 
     def __call__(self, positions: jax.Array) -> jax.Array:
         """Bool, like `positions`."""
@@ -94,10 +91,11 @@ class Where:
         return ranged | (positions[..., None] == self.listed).any(axis=-1)
 
     def __str__(self) -> str:
-        listed = np.asarray(self.listed).tolist()
-        if listed:
-            return f"positions {short(listed)}"
+        if self.listed.size:
+            return f"positions {short(plain(self.listed))}"
         start, stop = int(self.start), int(self.stop)
+        if start >= stop:
+            return "no position"
         if (start, stop) == (0, _LAST):
             return "all positions"
         return f"positions {start} on" if stop == _LAST else f"positions {start} to {stop - 1}"
@@ -165,6 +163,14 @@ class Interventions:
         return "; ".join(self.describe())
 
 
+def lines_of(under: Interventions | None) -> str:
+    """What labelled arrays carry as "interventions": one on a line, "" without any.
+
+    A text, because files take no lists of texts as an attribute.
+    """
+    return "" if under is None else "\n".join(under.describe())
+
+
 @flax.struct.dataclass
 class LayerEdit:
     """`Interventions` in one layer, as the modules call them: `edit(site, value)`.
@@ -200,6 +206,24 @@ class LayerEdit:
         return jnp.where((self.positions >= self.interventions.start)[:, :, None, None], cut, mask)
 
 
+def check(item: Any, config: TransformerConfig) -> None:
+    """Raises ValueError for what is no intervention, or one that the model cannot carry out."""
+    if not isinstance(item, Intervention):
+        raise ValueError(
+            f"expected interventions, such as gnb.AblateHeads({{5: [2]}}), got {item!r:.60}"
+        )
+    name = type(item).__name__
+    if jax.tree_util.all_leaves([item]):
+        raise ValueError(f"{name} is no pytree: decorate the class with @flax.struct.dataclass")
+    editable = (*patchable(), "attention", "tokens")
+    if unknown := set(item.sites) - set(editable):
+        raise ValueError(
+            f"{name} names the sites {', '.join(sorted(unknown))}, which cannot be changed; what "
+            f"can be is {', '.join(editable)}"
+        )
+    item.check(config)
+
+
 def fill(target: Any, **fields: Any) -> None:
     """Sets fields of a frozen dataclass in its own `__init__`."""
     for name, value in fields.items():
@@ -209,6 +233,18 @@ def fill(target: Any, **fields: Any) -> None:
 def ints(values: Iterable[int]) -> jax.Array:
     """(n,) int32."""
     return jnp.asarray(list(values), jnp.int32)
+
+
+def listed(positions: Sequence[int] | int) -> jax.Array:
+    """(P,) int32 absolute positions.
+
+    Raises:
+      ValueError: none, or one that is no whole number from 0 on.
+    """
+    found = np.atleast_1d(np.asarray(positions))
+    if found.dtype.kind not in "iu" or found.ndim != 1 or (found < 0).any():
+        raise ValueError(f"positions must be whole numbers from 0 on, got {positions!r:.80}")
+    return jnp.asarray(found, jnp.int32)
 
 
 def plain(values: jax.Array) -> list[Any]:
@@ -227,13 +263,32 @@ def wide(mask: jax.Array, ndim: int) -> jax.Array:
     return mask.reshape(*mask.shape, *(1,) * (ndim - mask.ndim))
 
 
-def check_pairs(layers: jax.Array, heads: jax.Array, config: TransformerConfig) -> None:
-    """Raises ValueError for a layer or head that the model does not have."""
-    check_layers(plain(layers), config.num_layers)
-    check_heads(plain(heads), config.num_heads)
-    for name, values in (("layer", plain(layers)), ("head", plain(heads))):
-        if min(values) < 0:
-            raise ValueError(f"interventions count {name}s from 0, got {min(values)}")
+def check_places(
+    config: TransformerConfig,
+    layers: jax.Array,
+    heads: jax.Array | None = None,
+    num_heads: int | None = None,
+) -> None:
+    """Raises ValueError for a layer or head that the model does not have.
+
+    A negative one would act nowhere, as the modules count from 0.
+
+    Args:
+      config: of the model.
+      layers: one or some.
+      heads: one or some; None for all.
+      num_heads: how many there are, where they are no query heads.
+    """
+    for name, given, count in (
+        ("layer", layers, config.num_layers),
+        ("head", heads, num_heads or config.num_heads),
+    ):
+        if given is None:
+            continue
+        indices = np.atleast_1d(np.asarray(given)).tolist()
+        (check_layers if name == "layer" else check_heads)(indices, count)
+        if min(indices) < 0:
+            raise ValueError(f"interventions count {name}s from 0, got {min(indices)}")
 
 
 def check_width(given: int, expected: int, what: str) -> None:
@@ -245,15 +300,17 @@ def check_width(given: int, expected: int, what: str) -> None:
 def check_patchable(name: str, layer: int | None) -> None:
     """Raises ValueError for a site that is unknown, computed from others, or elsewhere."""
     found = site(name)
-    sown = found.home is not None and not found.sown and not found.is_map
-    if not sown:
-        patchable = [s.name for s in SITES.values() if s.home is not None and not s.sown]
-        patchable.remove("attention")
-        raise ValueError(f"{name} cannot be changed there; what can be is {', '.join(patchable)}")
+    if name not in patchable():
+        raise ValueError(f"{name} cannot be changed there; what can be is {', '.join(patchable())}")
     if found.per_layer != (layer is not None):
         raise ValueError(
             f"{name} exists {'in every layer: name one' if found.per_layer else 'once: layer=None'}"
         )
+
+
+def patchable() -> list[str]:
+    """Names of the sites whose values can be replaced: not maps, and not what is derived."""
+    return [s.name for s in SITES.values() if s.home is not None and not s.sown and not s.is_map]
 
 
 def shape_of(name: str, config: TransformerConfig) -> tuple[int, ...]:

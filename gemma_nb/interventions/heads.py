@@ -12,7 +12,7 @@ from gemma_nb.interventions.base import (
     Intervention,
     Positions,
     Where,
-    check_pairs,
+    check_places,
     check_width,
     fill,
     ints,
@@ -46,7 +46,13 @@ class ScaleHeads(Intervention):
     def __init__(
         self, factors: Mapping[int, Mapping[int, float]], *, positions: Positions = None
     ) -> None:
-        flat = [(i, head, f) for i, of in factors.items() for head, f in of.items()]
+        try:
+            flat = [(i, head, f) for i, of in factors.items() for head, f in of.items()]
+        except AttributeError:
+            raise ValueError(
+                "name each head's factor by its layer, such as {5: {2: 0.5}}, got "
+                f"{factors!r:.60}"
+            ) from None
         fill(self, layers=ints(x[0] for x in flat), heads=ints(x[1] for x in flat))
         fill(self, factors=jnp.asarray([x[2] for x in flat], jnp.float32))
         fill(self, where=Where.of(positions))
@@ -66,7 +72,7 @@ class ScaleHeads(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head."""
-        check_pairs(self.layers, self.heads, config)
+        check_places(config, self.layers, self.heads)
 
     def __str__(self) -> str:
         parts = zip(*map(plain, (self.layers, self.heads, self.factors)), strict=True)
@@ -105,7 +111,12 @@ class AblateHeads(Intervention):
         reference: Any = None,
         positions: Positions = None,
     ) -> None:
-        flat = [(int(i), int(head)) for i, of in heads.items() for head in of]
+        try:
+            flat = [(int(i), int(head)) for i, of in heads.items() for head in of]
+        except (AttributeError, TypeError):
+            raise ValueError(
+                f"name heads by their layer, such as {{5: [2, 3]}}, got {heads!r:.60}"
+            ) from None
         fill(self, layers=ints(x[0] for x in flat), heads=ints(x[1] for x in flat))
         fill(self, method=method, where=Where.of(positions))
 
@@ -136,7 +147,7 @@ class AblateHeads(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head, or a reference of another width."""
-        check_pairs(self.layers, self.heads, config)
+        check_places(config, self.layers, self.heads)
         if self.method != "zero":
             check_width(self.values.shape[-1], config.head_dim, "the reference's z")
 

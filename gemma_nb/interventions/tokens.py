@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from gemma_nb.interventions.base import (
     Intervention,
     fill,
+    listed,
     node,
 )
 
@@ -30,7 +31,7 @@ class ForceToken(Intervention):
     token: jax.Array
 
     def __init__(self, position: int, token: int) -> None:
-        fill(self, position=jnp.int32(position), token=jnp.int32(token))
+        fill(self, position=listed(position)[0], token=jnp.int32(token))
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ from gemma_nb.interventions.base import (
     Positions,
     Where,
     check_patchable,
+    check_places,
     check_width,
     fill,
     ints,
+    listed,
     node,
     plain,
     replacements,
@@ -24,7 +26,7 @@ from gemma_nb.interventions.base import (
     static,
     wide,
 )
-from gemma_nb.sites import EVERYWHERE, SITES, check_heads, check_layers
+from gemma_nb.sites import EVERYWHERE, SITES
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
@@ -82,7 +84,7 @@ class AblateMLP(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer, or a reference of another width."""
-        check_layers(plain(self.layers), config.num_layers)
+        check_places(config, self.layers)
         if self.method != "zero":
             check_width(self.values.shape[-1], config.embed_dim, "the reference's mlp_out")
 
@@ -121,8 +123,11 @@ class Patch(Intervention):
         heads: Sequence[int] | None = None,
     ) -> None:
         check_patchable(site, layer)
-        at = ints([positions] if isinstance(positions, int) else positions)
-        new = jnp.asarray(value)
+        at, new = listed(positions), jnp.asarray(value)
+        if len(set(plain(at))) < len(at):
+            raise ValueError(f"a position can be patched once, got {short(plain(at))}")
+        if heads is not None and len(SITES[site].dims) < 4:
+            raise ValueError(f"{site} has no heads: leave out heads={list(heads)}")
         if new.ndim == len(SITES[site].dims) - 2:
             new = jnp.broadcast_to(new, (len(at), *new.shape))
         if new.shape[:1] != at.shape:
@@ -170,11 +175,10 @@ class Patch(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head, or a value of another shape."""
-        if SITES[self.site].per_layer:
-            check_layers(int(self.layer), config.num_layers)
         expected = shape_of(self.site, config)
+        if SITES[self.site].per_layer:
+            check_places(config, self.layer, self.heads, expected[0])
         if self.heads is not None:
-            check_heads(plain(self.heads), expected[0])
             expected = (len(self.heads), *expected[1:])
         if self.value.shape[1:] != expected:
             raise ValueError(
@@ -196,7 +200,7 @@ class Steer(Intervention):
     (`gnb.residual_norms`).
 
     Attributes:
-      layer: () int32.
+      layer: () int32; `EVERYWHERE` at a site that the model has once.
       vector: (D,).
       scale: () float32.
       where: at which positions.
@@ -211,7 +215,7 @@ class Steer(Intervention):
 
     def __init__(
         self,
-        layer: int,
+        layer: int | None,
         vector: Any,
         scale: float = 1.0,
         *,
@@ -219,7 +223,8 @@ class Steer(Intervention):
         site: str = "residual",
     ) -> None:
         check_patchable(site, layer)
-        fill(self, layer=jnp.int32(layer), vector=jnp.asarray(vector, jnp.float32))
+        fill(self, layer=jnp.int32(EVERYWHERE if layer is None else layer))
+        fill(self, vector=jnp.asarray(vector, jnp.float32))
         fill(self, scale=jnp.float32(scale), where=Where.of(positions), site=site)
 
     @property
@@ -235,16 +240,18 @@ class Steer(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or a vector of another length."""
-        check_layers(int(self.layer), config.num_layers)
+        if SITES[self.site].per_layer:
+            check_places(config, self.layer)
         expected = shape_of(self.site, config)
         if self.vector.shape != expected:
             raise ValueError(f"a vector for {self.site} is {expected}, got {self.vector.shape}")
 
     def __str__(self) -> str:
         norm = float(jnp.linalg.norm(self.vector))
+        where = "" if int(self.layer) == EVERYWHERE else f" of layer {int(self.layer)}"
         return (
-            f"steer {self.site} of layer {int(self.layer)} by {float(self.scale):g} times a vector "
-            f"of norm {norm:.3g} at {self.where}"
+            f"steer {self.site}{where} by {float(self.scale):g} times a vector of norm {norm:.3g} "
+            f"at {self.where}"
         )
 
 
@@ -296,7 +303,7 @@ class EditNeuron(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or neuron."""
-        check_layers(int(self.layer), config.num_layers)
+        check_places(config, self.layer)
         if not 0 <= int(self.neuron) < config.hidden_dim:
             raise ValueError(
                 f"neuron {int(self.neuron)} does not exist: "

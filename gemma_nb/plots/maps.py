@@ -125,7 +125,7 @@ def _listed(numbers: list[int]) -> str:
 
 def computed_under(array: xarray.DataArray | xarray.Dataset) -> list[str]:
     """The remark that tells the interventions an array was computed under; none without any."""
-    interventions = [str(i) for i in np.atleast_1d(array.attrs.get("interventions", ()))]
+    interventions = str(array.attrs.get("interventions", "")).splitlines()
     return [f"computed under {', '.join(interventions)}"] if interventions else []
 
 

@@ -3,6 +3,7 @@
 import json
 import zipfile
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,8 @@ import safetensors.numpy
 
 import gemma_nb as gnb
 from gemma_nb.chat import altered
-from gemma_nb.errors import ConversationError
-from gemma_nb.interventions import Interventions
+from gemma_nb.errors import ConversationError, ConversationWarning
+from gemma_nb.interventions import Intervention, Interventions, Where
 
 _RNG = np.random.default_rng(0)
 
@@ -97,13 +98,69 @@ def test_they_are_in_the_journal(chat, tiny_model, tmp_path):
     assert loaded.trace(loaded.turns[-1]).interventions == turn.interventions
 
 
-def test_a_class_of_the_users_own_is_kept_by_name(chat, tiny_model, tmp_path):
-    class Own(gnb.AblateMLP):
-        """Another program's."""
+@flax.struct.dataclass
+class Shift(Intervention):
+    """As a user writes one."""
 
-    jax.tree_util.register_pytree_node(Own, lambda x: ((), x), lambda x, _: x)
+    layer: int
+    vector: jax.Array
+    where: Where
+    sign: str = flax.struct.field(pytree_node=False, default="plus")
+
+    @property
+    def sites(self):
+        return ("residual",)
+
+    def apply(self, value, layer, positions, keys):
+        change = self.vector if self.sign == "plus" else -self.vector
+        acts = self.where(positions) & (self.layer == layer)
+        return jnp.where(acts[..., None], value + change, value)
+
+    def __str__(self):
+        return f"shift layer {int(self.layer)}"
+
+
+def test_a_class_of_the_users_own_is_kept_and_read_where_it_is_given(chat, tiny_model, tmp_path):
     chat.chat("Hi")
-    turn = chat.intervene(Own(1), at=1)
+    shift = Shift(1, 20 * jnp.ones(32), Where.of([6, 7]), "minus")
+    turn = chat.intervene(shift, gnb.AblateMLP(0), at=1)
+    paths = [tmp_path / "a.gnb", tmp_path / "b.gnb"]
+    chat.save(paths[0])
+    with pytest.warns(ConversationWarning, match=r"made under Shift.*interventions=\[Shift\]"):
+        unread = gnb.ChatSession.load(paths[0], *tiny_model)
+    assert unread.turns[-1].interventions == turn.interventions
+    with pytest.raises(ValueError, match=r"under shift layer 1, .*interventions=\[Shift\]"):
+        unread.trace()
+    assert not unread.regenerate().interventions  # the conversation goes on all the same
+    unread.save(paths[1])  # nothing is lost by it
+    for path in paths:
+        loaded = gnb.ChatSession.load(path, *tiny_model, interventions=[Shift])
+        again = loaded.tree.find(turn.id).turn
+        assert again.interventions == turn.interventions
+        assert loaded.tree.under[turn.id].items[0].sign == "minus"
+        np.testing.assert_array_equal(
+            loaded.trace(again, sites=("final",)).final, chat.trace(turn, sites=("final",)).final
+        )
+
+
+def test_a_class_that_changed_meanwhile_is_refused(chat, tiny_model, tmp_path):
+    chat.chat("Hi")
+    chat.intervene(Shift(1, jnp.ones(32), Where.of(None)), at=1)
+    chat.save(tmp_path / "a.gnb")
+    other = type("Shift", (gnb.AblateMLP,), {})
+    with pytest.raises(ConversationError, match="had layer, sign, vector, where when"):
+        gnb.ChatSession.load(tmp_path / "a.gnb", *tiny_model, interventions=[other])
+
+
+def test_what_no_file_can_hold_is_kept_by_description(chat, tiny_model, tmp_path):
+    @flax.struct.dataclass
+    class Own(Shift):
+        """With something that is no array and no plain value."""
+
+        function: object = flax.struct.field(pytree_node=False, default=abs)
+
+    chat.chat("Hi")
+    turn = chat.intervene(Own(1, jnp.ones(32), Where.of(None)), at=1)
     chat.save(tmp_path / "a.gnb")
     loaded = gnb.ChatSession.load(tmp_path / "a.gnb", *tiny_model)
     assert loaded.turns[-1].interventions == turn.interventions

@@ -57,7 +57,7 @@ def test_every_way_to_a_reply_has_its_rows(make):
     changed = chat.intervene(gnb.AblateHeads({1: [0]}), at=2)
     assert_attention(chat, changed, count=len(changed.tokens))
     names = [record.attention.attrs["interventions"] for record in changed.tokens]
-    assert names == [[]] * 2 + [list(changed.interventions)] * (len(names) - 2)
+    assert names == [""] * 2 + list(changed.interventions) * (len(names) - 2)
     for turn in (first, fork, again, last):  # what was said before is as it was
         assert_attention(chat, turn)
     assert_attention(chat, chat.replay(first))

@@ -50,6 +50,52 @@ def test_heads_and_source_tokens_add_up_to_layers(traced):
         )
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        gnb.AblateHeads({1: [2]}),
+        gnb.ScaleHeads({1: {2: 3.0}}, positions=[4, 30]),
+        gnb.Steer(2, np.linspace(-1, 1, 64), 5.0),
+        gnb.Steer(None, np.ones(64), site="final"),
+        gnb.Steer(1, np.linspace(-1, 1, 64), 5.0, site="attn_out"),
+        gnb.AblateMLP(1),
+        gnb.KnockOut(1, keys=[0]),
+    ],
+    ids=str,
+)
+def test_what_interventions_add_is_a_component(traced, change):
+    model, trace = traced
+    changed = gnb.trace(model.intervene(change), trace.tokens, sites=())
+    expected = uncapped(changed, 7)
+    for by in ("component", "head"):
+        shares = gnb.direct_logit_attribution(changed, 7, by=by)
+        np.testing.assert_allclose(shares.sum("component"), expected, atol=3e-4)
+    tokens = gnb.direct_logit_attribution(changed, 7, by="token", position=30)
+    np.testing.assert_allclose(tokens.sum(), expected[30], atol=3e-4)
+    between = change.sites and change.sites[0] in ("z", "residual", "final", "attn_out")
+    assert ("interventions" in tokens.component) == bool(between)
+    if change.sites == ("residual",):  # a part of its own, not hidden in another's
+        plain = gnb.direct_logit_attribution(changed, 7).sel(component="interventions")
+        direction = np.asarray(model.params["embedder"]["input_embedding"][7]) * (
+            1 + np.asarray(model.params["final_norm"]["scale"])
+        )
+        share = 5 * np.linspace(-1, 1, 64) @ direction / changed.get("final_rms").values
+        np.testing.assert_allclose(plain, share, atol=3e-4)
+
+
+def test_tokens_are_named_by_their_text(tiny_model):
+    model, tokenizer = tiny_model
+    trace = gnb.trace(model, "Hi you", tokenizer=tokenizer, sites=())
+    a, b = (tokenizer.encode(text)[0] for text in "ab")
+    for call in (gnb.direct_logit_attribution, gnb.token_attribution):
+        np.testing.assert_array_equal(call(trace, "a"), call(trace, a))
+    shares = gnb.direct_logit_attribution(trace, "a", against="b")
+    assert (shares.attrs["token_id"], shares.attrs["against_id"]) == (a, b)
+    for wrong in ("ab", "", 10**6):
+        with pytest.raises(ValueError, match=r"is [02] tokens|token ids must lie"):
+            gnb.direct_logit_attribution(trace, wrong)
+
+
 def test_rollout_rows_sum_to_one(traced):
     _, trace = traced
     rollout = gnb.attention_rollout(trace)

@@ -1,5 +1,6 @@
 """Interventions: exact where they act, nothing elsewhere, the same in every kind of pass."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +10,20 @@ from hypothesis import strategies as st
 
 import gemma_nb as gnb
 from gemma_nb import model as model_module
+from gemma_nb.interventions import Intervention
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.methods import Sampling
 from tests.parity.cases import RANDOM, model_of
+
+
+class NoPytree(Intervention):
+    sites = ("residual",)
+
+
+@flax.struct.dataclass
+class Elsewhere(Intervention):
+    sites = ("somewhere",)
+
 
 IDS = np.random.default_rng(5).integers(6, 260, 24)
 
@@ -104,7 +116,7 @@ def test_a_patched_position_leaves_those_before_it(case):
     trace = gnb.trace(model.intervene(gnb.Patch.from_trace(other, "z", 1, 7, heads=[2])), ids)
     close(trace.z[1, 7, 2], other.z[1, 7, 2], atol=0)
     assert trace.interventions == ("patch z of layer 1, heads 2 at positions 7",)
-    assert trace.z.attrs["interventions"] == list(trace.interventions)
+    assert trace.z.attrs["interventions"].splitlines() == list(trace.interventions)
 
 
 def test_means_and_resampled_values(case):
@@ -172,6 +184,18 @@ def test_interventions_start_where_they_are_told(case):
     assert late.interventions.describe()[0].endswith("from position 10 on")
     with pytest.raises(ValueError, match="start=10"):
         late.intervene(gnb.AblateHeads({2: [1]}))
+    with pytest.raises(ValueError, match="from 0 on, got -1"):
+        model.intervene(gnb.AblateHeads({2: [1]}), start=-1)
+
+
+def test_what_the_model_has_once_is_steered(case):
+    model, ids = case
+    steered = model.intervene(gnb.Steer(None, np.ones(64), 0.5, site="final", positions=[3]))
+    final, plain = (gnb.trace(m, ids, sites="final").final.values for m in (steered, model))
+    expected = plain + 0.5 * (np.arange(24) == 3)[:, None]
+    close(final, expected, atol=1e-5)
+    (line,) = steered.interventions.describe()
+    assert line == "steer final by 0.5 times a vector of norm 8 at positions 3"
 
 
 @pytest.mark.parametrize(
@@ -186,6 +210,30 @@ def test_interventions_start_where_they_are_told(case):
         (lambda: gnb.EditNeuron(0, 96, 1.0), "neurons 0 to 95"),
         (lambda: gnb.KnockOut(0, queries=[-1]), "from 0 on"),
         (lambda: gnb.ForceToken(0, 320), "0 to 319"),
+        # Nothing that would act nowhere.
+        (lambda: gnb.AblateHeads({-1: [0]}), "layers from 0, got -1"),
+        (lambda: gnb.AblateHeads({0: [-1]}), "heads from 0, got -1"),
+        (lambda: gnb.AblateMLP(-2), "layers from 0, got -2"),
+        (lambda: gnb.Patch("residual", -1, [1], np.zeros(64)), "layers from 0"),
+        (lambda: gnb.Patch("residual", 0, [-1], np.zeros(64)), "from 0 on"),
+        (lambda: gnb.Patch("residual", 0, [1, 1], np.zeros((2, 64))), "patched once, got 1, 1"),
+        (lambda: gnb.Patch("z", 0, [1], np.zeros((1, 1, 16)), heads=[-1]), "heads from 0"),
+        (lambda: gnb.Patch("residual", 0, [1], np.zeros((1, 1, 64)), heads=[0]), "has no heads"),
+        (lambda: gnb.Steer(-1, np.zeros(64)), "layers from 0"),
+        (lambda: gnb.EditNeuron(-1, 0, 1.0), "layers from 0"),
+        (lambda: gnb.KnockOut(-1), "layers from 0"),
+        (lambda: gnb.KnockOut(0, heads=[-1]), "heads from 0"),
+        (lambda: gnb.ReplaceAttention(-1, 0, np.eye(3)), "layers from 0"),
+        (lambda: gnb.ReplaceAttention(0, -1, np.eye(3)), "heads from 0"),
+        (lambda: gnb.ReplaceAttention(0, 0, np.eye(1), queries=[-3]), "from 0 on"),
+        (lambda: gnb.ForceToken(-1, 5), "from 0 on"),
+        # Nor what is no intervention.
+        (lambda: gnb.AblateHeads([5]), r"by their layer, such as \{5: \[2, 3\]\}"),
+        (lambda: gnb.AblateHeads({5: 1}), "by their layer"),
+        (lambda: gnb.ScaleHeads({5: [1]}), "factor by its layer"),
+        (lambda: {5: [1]}, "expected interventions"),
+        (lambda: NoPytree(), r"no pytree: decorate the class with @flax\.struct\.dataclass"),
+        (lambda: Elsewhere(), "names the sites somewhere"),
     ],
 )
 def test_what_the_model_does_not_have_is_refused(case, make, message):

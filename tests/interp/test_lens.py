@@ -133,3 +133,33 @@ def test_sums_of_split_products_are_those_of_whole_ones(dtype, cap, monkeypatch)
         np.testing.assert_allclose(found.entropy, -(p * logp).sum(-1), 1e-5, 2e-5)
         np.testing.assert_allclose(found.kl, (p[-1] * (logp[-1] - logp)).sum(-1), 5e-6, 5e-5)
         np.testing.assert_array_equal(found.top_ids, np.argsort(-logits, axis=-1)[..., :5])
+
+
+def test_watched_tokens_are_named_by_id_or_text(tiny_model):
+    model, tokenizer = tiny_model
+    trace = gnb.trace(model, "Hi you", tokenizer=tokenizer, sites=())
+    (a,) = tokenizer.encode("a")
+    by_text, by_id = (gnb.logit_lens(trace, 2, watch=watch) for watch in (["a", 9], [a, 9]))
+    assert by_text.identical(by_id)
+    assert gnb.logit_lens(trace, 2, watch="a").watched.values.tolist() == [a]
+    with pytest.raises(ValueError, match="'ab' is 2 tokens"):
+        gnb.logit_lens(trace, watch=["ab"])
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        gnb.logit_lens(trace, k=0)
+
+
+def test_what_is_labelled_is_saved_through_xarray(tiny_model, tmp_path):
+    """Also what was computed under interventions, of which files take no list."""
+    import xarray
+
+    model, tokenizer = tiny_model
+    model = model.intervene(gnb.AblateHeads({1: [0]}), gnb.Steer(1, np.ones(32)))
+    trace = gnb.trace(model, "Hi you", tokenizer=tokenizer)
+    trace.attention.to_netcdf(tmp_path / "map.nc", engine="scipy")
+    found = xarray.load_dataarray(tmp_path / "map.nc", engine="scipy")
+    np.testing.assert_array_equal(found, trace.attention)
+    assert tuple(found.attrs["interventions"].splitlines()) == trace.interventions
+    assert len(trace.interventions) == 2
+    gnb.plots.attention(found, 1, 0)
+    for values in (gnb.logit_lens(trace, 2), gnb.direct_logit_attribution(trace, 9)):
+        values.to_netcdf(tmp_path / "more.nc", engine="scipy")

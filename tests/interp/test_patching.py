@@ -89,7 +89,45 @@ def test_heads_at_positions_under_other_interventions(case):
         patch = gnb.Patch.from_trace(trace, "z", i, p, heads=[n])
         expected = model.intervene(patch)(gnb.GemmaInputs(corrupted)).values[-1, 7]
         assert float(found[i, p, n]) == pytest.approx(float(expected), abs=3e-5)
-    assert len(found.attrs["interventions"]) == 2
+    assert len(found.attrs["interventions"].splitlines()) == 2
+
+
+@pytest.mark.parametrize("over", [("position",), ("head",), ("position", "head")])
+def test_without_layers_all_of_them_are_patched_at_once(case, over):
+    model, clean, corrupted = case
+    found = gnb.activation_patching(
+        *(model, clean, corrupted, METRIC), over=over, site="z", progress=False
+    )
+    assert found.dims == over
+    trace = gnb.trace(model, clean, sites=())
+    for p, n in ((4, 1), (8, 3)):
+        position, heads = (p if "position" in over else None), ([n] if "head" in over else None)
+        patches = [
+            gnb.Patch.from_trace(trace, "z", i, position, heads=heads)
+            for i in range(model.config.num_layers)
+        ]
+        logits = model.intervene(*patches)(gnb.GemmaInputs(corrupted)).values[-1]
+        got = found.sel({name: at for name, at in (("position", p), ("head", n)) if name in over})
+        assert float(got) == pytest.approx(float(difference(logits)), abs=3e-5)
+
+
+def test_metrics_are_of_tokens_by_id_or_text(tiny_model):
+    model, tokenizer = tiny_model
+    a, b = (tokenizer.encode(text)[0] for text in "ab")
+    found = [
+        gnb.activation_patching(
+            *(model, "Hi you", "Hi yes", metric), tokenizer=tokenizer, progress=False
+        )
+        for metric in (gnb.LogitDifference("a", "b"), gnb.LogitDifference(a, b))
+    ]
+    np.testing.assert_array_equal(*found)
+    names = [tokenizer.token_text(i) for i in (a, b)]
+    for sweep in found:
+        assert sweep.attrs["metric"] == "logit of {!r} minus logit of {!r}".format(*names)
+    with pytest.raises(ValueError, match="'ab' is 2 tokens"):
+        gnb.activation_patching(
+            model, "Hi", "Ho", gnb.Logit("ab"), tokenizer=tokenizer, progress=False
+        )
 
 
 def test_a_sweep_compiles_each_kind_of_layer_once(case):
@@ -107,9 +145,12 @@ def test_a_sweep_compiles_each_kind_of_layer_once(case):
     [
         ({"corrupted": [1, 2]}, "one length, got 9 and 2"),
         ({"over": ("layer", "token")}, "some of layer, position, head"),
-        ({"over": ("position",)}, 'must name "layer"'),
         ({"site": "q"}, "site must be one of residual_pre"),
         ({"over": ("layer", "head"), "site": "residual"}, "patches z"),
+        ({"metric": gnb.Logit(320)}, "0 to 319, got 320"),
+        ({"metric": gnb.LogitDifference(" a", 3)}, "needs a tokenizer"),
+        ({"metric": "Paris"}, "a metric is"),
+        ({"metric": lambda logits: logits[:2]}, "one number"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(case, change, message):

@@ -196,7 +196,7 @@ def test_arrays_without_heads_have_no_window(sixty):
 
 def test_interventions_are_told(sixty):
     changed = sixty.copy()
-    changed.attrs["interventions"] = ["AblateHeads({5: [1]})"]
+    changed.attrs["interventions"] = "AblateHeads({5: [1]})"
     for plot in (gnb.plots.attention, gnb.plots.attention_lines):
         assert "computed under AblateHeads({5: [1]})" in notes(plot(changed, 0, 0).axes[0])
     axes = gnb.plots.attention_grid(changed).axes[0]
