@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
-from gemma_nb.nn.storage import bfloat16_terms, product
+from gemma_nb.nn.storage import product
 from gemma_nb.sampling.cache import StreamCache
 from gemma_nb.sampling.choose import choose
 from gemma_nb.sampling.decode import Decoder
@@ -364,16 +364,18 @@ def _compiled_choose(transformer: Transformer, structure: Any, top_k: int) -> An
 def _logits(hidden: Float[Array, "B D"], table: Float[Array, "V D"]) -> Float[Array, "B V"]:
     """Exact logits of several streams, before any soft-cap.
 
-    On a matrix unit for bfloat16 the states are split into three terms that add up to them, as for
-    the layers, but the table comes first: it lies in (V, D), and XLA:CPU would transpose it.  That
-    is twice as fast as a product per stream; everything else is slower than that.
+    A bfloat16 table comes first in the product: it lies in (V, D), and XLA:CPU would transpose it.
+    It would also write a float32 copy of it, in three times the time, unless what follows the
+    product is a sum: so one is made, of each logit and a zero.  Twice the arithmetic still takes
+    0.7 of the time of three bfloat16 terms of the states, and a third of a product per stream
+    (measured with sixteen of them, on two cores with a matrix unit for bfloat16).
     """
     if table.dtype == jnp.bfloat16 and len(hidden) > 1 and _on_cpu():
         if not has_matrix_unit():
             return jnp.stack([product(x, table) for x in hidden])
-        terms = jnp.concatenate(bfloat16_terms(hidden)).T
-        y = jnp.dot(table, terms, preferred_element_type=jnp.float32)
-        return y.reshape(len(table), 3, -1).sum(axis=1).T
+        padded = jnp.concatenate([hidden, jnp.zeros_like(hidden)]).T
+        y = jnp.dot(table.astype(jnp.float32), padded)
+        return y.reshape(len(table), 2, -1).sum(axis=1).T
     return product(hidden, table)
 
 
