@@ -7,6 +7,7 @@ is known to be true before memory is given to it.  Nothing is ever extracted to 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -73,7 +74,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[int, bytes]]:
       ConversationError: there is no such file, or it is not what `write` wrote.
     """
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
             members = _checked(archive.infolist(), os.fstat(file.fileno()).st_size)
             structure = json.loads(archive.read(STRUCTURE))
             if not isinstance(structure, dict):
@@ -107,6 +108,17 @@ def _checked(members: list[zipfile.ZipInfo], size: int) -> dict[str, int]:
 
 
 # --- files ----------------------------------------------------------------------------------------
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file to read.
+
+    Raises:
+      OSError: it cannot be opened, or is something else: a pipe would be waited for without an end.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return open(path, "rb")
 
 
 @contextlib.contextmanager

@@ -84,7 +84,13 @@ class Contexts:
 
         Raises:
           ContextFullError: there is no room and the policy is "error".
+          ValueError: the message before the last one has no reply.
         """
+        if len(turns) > 1 and turns[-2].role == turns[-1].role == "user":
+            raise ValueError(
+                "the message before this one has no reply yet: make one with chat.regenerate(), "
+                "or take the message back with chat.undo()"
+            )
         if dropped is None:
             last = next((turn.context for turn in reversed(turns) if turn.context), None)
             dropped = last.dropped if last is not None else 0

@@ -92,8 +92,8 @@ def read_messages(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) 
     """A conversation from a list of messages.
 
     Args:
-      source: messages as `messages` gives them, or the path of a JSON file with such a list, by
-        itself or under "messages".  A content may also be a list of text parts,
+      source: messages as `messages` gives them, by themselves or under "messages", or the path of
+        a JSON file with such a list.  A content may also be a list of text parts,
         `{"type": "text", "text": ...}`.
 
     Raises:
@@ -101,18 +101,22 @@ def read_messages(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) 
       ValueError: a message is not one of text, or the speakers do not take turns.
     """
     if not isinstance(source, str | os.PathLike):
-        return _conversation(list(source))
+        return _conversation(_listed(source))
     path = Path(source).expanduser()
     try:
-        data = json.loads(path.read_bytes())
-        listed = data.get("messages") if isinstance(data, dict) else data
-        if not isinstance(listed, list):
-            raise ValueError('expected a list of messages, by itself or under "messages"')
-        return _conversation(listed)
+        with archive.opened(path) as file:
+            return _conversation(_listed(json.load(file)))
     except OSError as error:
         raise archive.unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise ConversationError(f"{path}: {error}") from error
+
+
+def _listed(data: Any) -> list[Any]:
+    found = data.get("messages") if isinstance(data, Mapping) else data
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise ValueError('expected a list of messages, by itself or under "messages"')
+    return list(found)
 
 
 def _conversation(listed: list[Any]) -> Imported:

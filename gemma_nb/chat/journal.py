@@ -132,7 +132,8 @@ def read(path: Path) -> Journal | None:
       ConversationError: it cannot be read, or is no journal.
     """
     try:
-        data = path.read_bytes()
+        with archive.opened(path) as file:
+            data = file.read()
     except FileNotFoundError:
         return None
     except OSError as error:

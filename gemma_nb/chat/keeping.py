@@ -130,6 +130,8 @@ def load(
     now = Identity.of(model, tokenizer)
     if recompute is None or (not recompute and saved.identity.tokenizer != now.tokenizer):
         _check_model(saved, now)
+    if saved.identity.tokenizer == now.tokenizer:
+        _check_ids(saved, model.config.num_embed)
     length = min(saved.settings.cache_length, model.config.max_context)
     capture = saved.settings.capture.fitting(model.config.num_layers)
     settings = dataclasses.replace(saved.settings, cache_length=length, capture=capture)
@@ -159,6 +161,16 @@ def _template(saved: Saved, template: str | Template | None) -> str | Template:
             "can hold: give it as template=..."
         )
     return saved.template
+
+
+def _check_ids(saved: Saved, count: int) -> None:
+    """Refuses token ids that there are none of: the model would compute something of them."""
+    for turn in saved.tree:
+        ids = [*(turn.ids or ()), *(record.token_id for record in turn.tokens)]
+        if ids and not 0 <= min(ids) <= max(ids) < count:
+            raise restore.archive.damaged(
+                saved.path, f"turn {turn.id} has token ids outside of 0 to {count - 1}"
+            )
 
 
 def _check_model(saved: Saved, now: Identity) -> None:

@@ -39,6 +39,18 @@ def test_an_imported_conversation_goes_on(chat):
     assert chat.messages()[6] == {"role": "assistant", "content": reply.text}
 
 
+def test_an_imported_message_gets_its_reply_on_request(tiny_model):
+    listed = {"messages": MESSAGES[:2]}
+    chat = gnb.ChatSession.from_messages(*tiny_model, listed, sampling=SAMPLING)
+    assert [turn.role for turn in chat.turns] == ["user"]
+    for say in (chat.chat, lambda text: chat.sample(text, n=1)):
+        with pytest.raises(ValueError, match=r"has no reply yet: make one with chat\.regenerate"):
+            say("Are you there?")
+    assert len(chat.turns) == 1
+    assert chat.regenerate().role == "model"
+    assert len(chat.chat("And now?").tokens) > 0
+
+
 def test_only_the_active_branch_is_exported(chat):
     chat.chat("And now?")
     chat.undo()

@@ -173,6 +173,29 @@ def test_a_structure_that_contradicts_itself_is_refused(saved, tiny_model, chang
         gnb.ChatSession.load(saved, *tiny_model)
 
 
+@pytest.mark.parametrize("token", [-1, 2**20, 2**31, 10**30])
+def test_token_ids_that_there_are_none_of_are_refused(saved, tiny_model, token):
+    structure, _ = archive.read(saved)
+    turn = next(data for data in structure["turns"].values() if data["role"] == "model")
+    turn["ids"] = [5, token]
+    rewritten(saved, turns=structure["turns"])
+    with pytest.raises(ConversationError, match=f"turn {turn['id']} has token ids outside of 0 to"):
+        gnb.ChatSession.load(saved, *tiny_model)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such pipes here")
+def test_a_pipe_is_not_waited_for(saved, tmp_path, tiny_model):
+    pipe = tmp_path / "pipe.gnb"
+    os.mkfifo(pipe)
+    with pytest.raises(ConversationError, match="no regular file"):
+        gnb.ChatSession.load(pipe, *tiny_model)
+    with pytest.raises(ConversationError, match="no regular file"):
+        gnb.ChatSession.from_messages(*tiny_model, pipe)
+    os.mkfifo(f"{saved}.journal")
+    with pytest.raises(ConversationError, match=r"journal cannot be read: it is no regular file"):
+        gnb.ChatSession.load(saved, *tiny_model)
+
+
 def test_missing_evidence_is_refused(saved, tiny_model):
     structure, evidence = archive.read(saved)
     archive.write(saved, structure, list(evidence.items())[1:])
