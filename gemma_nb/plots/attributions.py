@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from gemma_nb.plots.cells import sheet
 from gemma_nb.plots.colors import FAINT, INK, OTHER, diverging
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
+from gemma_nb.plots.given import attributed
 from gemma_nb.plots.labels import drawable, families, isolated
 from gemma_nb.plots.labels import inches as label_width
 from gemma_nb.plots.maps import computed_under
@@ -71,7 +72,7 @@ def attribution_bars(
     ax.margins(x=0.12)
     for row, bar in zip(rows, bars, strict=True):
         ax.annotate(
-            f"{bar:+.2g}",
+            f"{bar:+#.2g}".rstrip("."),
             (bar, row),
             xytext=(2 if bar >= 0 else -2, 0),
             textcoords="offset points",
@@ -84,9 +85,8 @@ def attribution_bars(
     ax.set_axisbelow(True)
     ax.set_xlabel(_unit(attribution), fontsize=SMALL)
     headline(ax, _title(attribution) + at)
-    footer(
-        ax, [], [f"all bars add up to {values.sum():.4g}", *computed_under(attribution)], below=0.35
-    )
+    notes = [*attributed(attribution), f"all bars add up to {values.sum():.4g}"]
+    footer(ax, [], [*notes, *computed_under(attribution)], below=0.35)
     return figure
 
 
@@ -138,12 +138,17 @@ def attribution_matrix(
         float(np.clip(0.14 * len(names), 1.6, 12.0)),
         float(np.clip(PITCH * len(tokens), 1.4, PITCH * MOST_LABELS)),
         left=label_inches(tokens) + 0.25,
-        top=label_width(names, LABEL) + 0.5,
+        top=label_width(names, LABEL) + (0.7 if "query" in attribution.coords else 0.5),
     )
     norm = Normalize(-largest, largest)
     mesh, remark = sheet(ax, values, tokens, names, norm=norm, cmap=cmap or diverging(), center=0.0)
-    ax.set_ylabel("position", fontsize=SMALL)
-    headline(ax, _title(attribution))
+    if "query" in attribution.coords:
+        ax.set_ylabel("position that is read", fontsize=SMALL)
+        at = f"\nafter position {int(attribution['query'])}"
+    else:
+        ax.set_ylabel("position: the prediction after it", fontsize=SMALL)
+        at = ""
+    headline(ax, _title(attribution) + at)
     color_bar(mesh, ax, _unit(attribution) + remark)
     footer(ax, role_handles(tokens), computed_under(attribution))
     return figure
@@ -168,6 +173,9 @@ def _one_position(
     token = (
         f" ({isolated(drawable(str(chosen['token'].item())))})" if "token" in chosen.coords else ""
     )
+    if "query" in attribution.coords:
+        query = int(attribution["query"])
+        return chosen, f"\nafter position {query}: what is read at position {at}{token}"
     return chosen, f"\nafter position {at}{token}"
 
 
@@ -186,11 +194,14 @@ def _title(attribution: xarray.DataArray) -> str:
     attrs = attribution.attrs
     token = attrs.get("token", attrs.get("target"))
     name = str(attribution.name or attrs.get("method", "attribution")).replace("_", " ")
+    if "token_id" in attrs:
+        name = "direct logit attribution"
+    name = name.capitalize()
     if token is None:
         return name
     against = attrs.get("against")
-    minus = f" minus that of {isolated(drawable(str(against)))}" if against else ""
-    return f"{name} of {isolated(drawable(str(token)))}{minus}"
+    minus = f" minus {isolated(drawable(str(against)))}" if against else ""
+    return f"{name}: {isolated(drawable(str(token)))}{minus}"
 
 
 def _unit(attribution: xarray.DataArray) -> str:

@@ -13,8 +13,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 
-from gemma_nb.plots.colors import kind_color
-from gemma_nb.plots.figure import SMALL, bare
+from gemma_nb.plots.colors import INK, kind_color
+from gemma_nb.plots.figure import SMALL, bare, inches
 from gemma_nb.plots.maps import badge_of
 from gemma_nb.plots.tokens import MOST_LABELS, Tokens, label_axis
 
@@ -123,6 +123,42 @@ def name_columns(ax: Axes, columns: Sequence[str], kinds: Sequence[str] | None =
     ax.set_xticks(range(len(columns)), columns, rotation=90 if upright else 0, fontsize=SMALL - 0.5)
     for tick, kind in zip(ax.get_xticklabels(), kinds or (), strict=False):
         tick.set_color(kind_color(kind))
+
+
+def name_heads(ax: Axes, heads: Sequence[int], groups: Sequence[int | None]) -> None:
+    """Names columns 0, 1, ... that are heads, at the top; brackets join those of a KV group."""
+    ax.xaxis.tick_top()
+    ax.set_xticks(range(len(heads)), [f"head {h}" if len(heads) < 5 else str(h) for h in heads])
+    ax.tick_params(axis="x", labelsize=SMALL, pad=1)
+    above = 1.0 + 0.22 / inches(ax)[1]
+    runs = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
+    for begin, end in zip(runs, [*runs[1:], len(groups)], strict=True):
+        if groups[begin] is None:
+            continue
+        ends = [begin - 0.4, end - 0.6]
+        ax.plot(
+            ends,
+            [above, above],
+            color=INK,
+            linewidth=0.8,
+            transform=ax.get_xaxis_transform(),
+            clip_on=False,
+            scalex=False,
+            scaley=False,
+            gid=f"KV group {groups[begin]}",
+        )
+        wide = (end - begin) * inches(ax)[0] / len(heads) > 0.6
+        ax.annotate(
+            f"KV group {groups[begin]}" if wide else f"KV {groups[begin]}",
+            (sum(ends) / 2, above),
+            xytext=(0, 1.5),
+            textcoords="offset points",
+            xycoords=ax.get_xaxis_transform(),
+            ha="center",
+            fontsize=SMALL - 0.5,
+            color=INK,
+            annotation_clip=False,
+        )
 
 
 def kind_handles(kinds: Sequence[str]) -> list[Artist]:

@@ -15,7 +15,7 @@ from gemma_nb.interp import lens as lens_of
 from gemma_nb.plots.colors import BLACK, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION
 from gemma_nb.plots.figure import SMALL, canvas, footer, headline
 from gemma_nb.plots.given import values_of
-from gemma_nb.plots.labels import drawable, families, isolated
+from gemma_nb.plots.labels import drawable, isolated
 from gemma_nb.plots.maps import computed_under
 from gemma_nb.plots.tokens import Tokens
 
@@ -126,13 +126,10 @@ def entropy_curves(
     else:
         _spread(ax, layers, chosen.values, BLUE)
         notes.append(_spread_note(count))
-    ax.set_ylim(bottom=0.0)
+    ax.set_ylim(0.0, 1.05 * ax.dataLim.y1 or 1.0)
     _decorate(ax, lens, _ENTROPIES[value])
     headline(ax, "Logit lens by layer")
     footer(ax, handles, [*notes, *computed_under(lens)], below=0.35)
-    if (legend := ax.get_legend()) is not None:
-        for text in legend.get_texts():
-            text.set_fontfamily(families([text.get_text()]))
     return figure
 
 
@@ -158,14 +155,16 @@ def _spread(ax: Axes, layers: np.ndarray, values: np.ndarray, color: str) -> Non
 
 
 def _spread_note(count: int) -> str:
+    if count == 1:
+        return "lines: the one position there is"
     return f"lines: medians of {count} positions; bands: the middle 80% of them"
 
 
 def _decorate(ax: Axes, data: xarray.Dataset, label: str) -> None:
     layers = data["layer"].values
-    ax.set_xlabel("layer (ticks above: global layers)", fontsize=SMALL)
+    ax.set_xlabel("layer (triangles above: global layers)", fontsize=SMALL)
     ax.set_ylabel(label, fontsize=SMALL)
-    ax.tick_params(labelsize=SMALL, length=2)
+    ax.tick_params(which="both", labelsize=SMALL, length=2)
     ax.grid(color=FAINT, linewidth=0.4)
     ax.set_axisbelow(True)
     for side in ("top", "right"):

@@ -12,10 +12,13 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from gemma_nb.plots.colors import GLOBAL, INK, LOCAL
+from gemma_nb.plots.labels import families
 
 SMALL, NORMAL = 7.0, 8.0  # points
 _CHARACTER = 0.052  # inches, of an average character of small print
@@ -88,7 +91,8 @@ def bare(ax: Axes) -> None:
 
 def headline(ax: Axes, text: str, badge: str = "", pad: float | None = None) -> None:
     """A title at the left; at the right, in a box of its colour, the kind of the layer."""
-    ax.set_title(text, loc="left", fontsize=NORMAL + 1, color=INK, pad=pad)
+    font = families([text])
+    ax.set_title(text, loc="left", fontsize=NORMAL + 1, color=INK, pad=pad, fontfamily=font)
     if badge:
         color = GLOBAL if badge.startswith("global") else LOCAL
         box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "none"}
@@ -126,7 +130,7 @@ def footer(
     figure = ax.get_figure()
     if isinstance(figure, NotebookFigure):
         figure.grow_below(lines * _LINE + 0.1)
-    ax.legend(
+    legend = ax.legend(
         handles=entries,
         loc="upper left",
         bbox_to_anchor=(0.0, -below / height),
@@ -139,14 +143,28 @@ def footer(
         columnspacing=1.2,
         labelcolor=INK,
     )
+    for line in legend.get_texts():
+        line.set_fontfamily(families([line.get_text()]))
 
 
-def color_bar(mappable: ScalarMappable, ax: Axes, label: str) -> Colorbar:
-    """A colour bar at the right of `ax`, which keeps its size."""
+def color_bar(
+    mappable: ScalarMappable,
+    ax: Axes,
+    label: str,
+    extend: Literal["neither", "min", "max"] = "neither",
+) -> Colorbar:
+    """A colour bar at the right of `ax`, which keeps its size.
+
+    Args:
+      mappable: what has the colours.
+      ax: where.
+      label: what the numbers are, with their unit.
+      extend: the end beyond which there are numbers too; it is pointed.
+    """
     width, height = inches(ax)
     long = min(height, max(0.6 * height, 1.4)) / height
     place = (1.0 + 0.12 / width, 1.0 - long, 0.11 / width, long)
-    return _bar(mappable, ax, label, place, "vertical")
+    return _bar(mappable, ax, label, place, "vertical", extend)
 
 
 def color_bar_below(
@@ -172,12 +190,22 @@ def _bar(
     label: str,
     place: tuple[float, float, float, float],
     orientation: Literal["vertical", "horizontal"],
+    extend: Literal["neither", "min", "max"] = "neither",
 ) -> Colorbar:
     figure = ax.get_figure(root=True)
     assert figure is not None
     inset = ax.inset_axes(place)
-    bar = figure.colorbar(mappable, cax=inset, orientation=orientation)
-    bar.set_label(label, fontsize=SMALL, **({"loc": "left"} if orientation == "horizontal" else {}))
+    bar = figure.colorbar(mappable, cax=inset, orientation=orientation, extend=extend)
+    font: dict[str, Any] = {"fontsize": SMALL, "fontfamily": families([label])}
+    if orientation == "horizontal":
+        bar.set_label(label, loc="left", **font)
+        if type(mappable.norm) is Normalize:  # labels of small numbers are long
+            bar.locator = MaxNLocator(5)
+    else:
+        # As long as the bar; a short one's stands out a little.
+        room = max(44, int(inches(ax)[1] * place[3] / _CHARACTER))
+        lines = [textwrap.fill(line, room) for line in label.split("\n")]
+        bar.set_label("\n".join(lines), **font)
     inset.tick_params(labelsize=SMALL, length=2)
     bar.outline.set_visible(False)
     return bar

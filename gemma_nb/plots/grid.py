@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 
-from gemma_nb.plots.cells import blocks
-from gemma_nb.plots.colors import FAINT, INK, kind_color, sequential
-from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline, inches
+from gemma_nb.plots.cells import blocks, name_heads
+from gemma_nb.plots.colors import FAINT, HIDDEN, kind_color, sequential
+from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
 from gemma_nb.plots.maps import (
     HATCH,
     badge_of,
@@ -113,10 +113,11 @@ def attention_grid(
     _label(ax, layers, kinds, heads, [groups.get(h) for h in heads])
     headline(ax, f"Attention at positions {query[0]} to {query[-1]}", pad=31.0 if groups else None)
     label = "can never be attended to"
-    hatch = Patch(facecolor="white", edgecolor=FAINT, hatch=HATCH, label=label)
+    handles = [Patch(facecolor="white", edgecolor=FAINT, hatch=HATCH, label=label)]
     if hide_bos and query[0] == 0:
-        remarks = ["position 0 is left out", *remarks]
-    footer(ax, [hatch], ["in each map: queries down, keys across", *remarks])
+        ax.add_patch(_left_out(kinds, len(heads), len(query)))
+        handles.append(Patch(facecolor=HIDDEN, label="position 0 is left out"))
+    footer(ax, handles, ["in each map: queries down, keys across", *remarks])
     what = "attention weight" + (f"\n(the largest of each {block} × {block} cells)" * (block > 1))
     color_bar(image, ax, what + (", square-root scale" if scale == "sqrt" else ""))
     return figure
@@ -166,6 +167,17 @@ def _hatched(kinds: Sequence[str], heads: int, first: int, last: int) -> PathPat
     return PathPatch(path, fill=False, hatch=HATCH, edgecolor=FAINT, linewidth=0.0)
 
 
+def _left_out(kinds: Sequence[str], heads: int, count: int) -> PathPatch:
+    """Column 0 of every cell, as far down as its layer reaches it."""
+    half, paths = _FILLED / 2, []
+    for i, kind in enumerate(kinds):
+        down = min(window_of(kind) or count, count) / count
+        box = np.array([(0, 0), (1 / count, 0), (1 / count, down), (0, down), (0, 0)]) * _FILLED
+        starts = [np.array([j - half, i - half]) for j in range(heads)]
+        paths += [Path(box + start, closed=True) for start in starts]
+    return PathPatch(Path.make_compound_path(*paths), facecolor=HIDDEN, edgecolor="none")
+
+
 def _beyond(count: int, offset: int) -> np.ndarray:
     """(corners, 2) in the unit square: the cells with x > y + offset, of `count` along a side.
 
@@ -192,34 +204,4 @@ def _label(
     for tick, kind in zip(ax.get_yticklabels(), kinds, strict=True):
         tick.set_color(kind_color(kind))
     ax.set_ylabel("layer", fontsize=SMALL)
-    ax.xaxis.tick_top()
-    ax.set_xticks(range(len(heads)), [f"head {h}" if len(heads) < 5 else str(h) for h in heads])
-    ax.tick_params(axis="x", labelsize=SMALL, pad=1)
-    above = 1.0 + 0.22 / inches(ax)[1]
-    runs = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
-    for begin, end in zip(runs, [*runs[1:], len(groups)], strict=True):
-        if groups[begin] is None:
-            continue
-        ends = [begin - 0.4, end - 0.6]
-        ax.plot(
-            ends,
-            [above, above],
-            color=INK,
-            linewidth=0.8,
-            transform=ax.get_xaxis_transform(),
-            clip_on=False,
-            scalex=False,
-            scaley=False,
-        )
-        wide = (end - begin) * inches(ax)[0] / len(heads) > 0.6
-        ax.annotate(
-            f"KV group {groups[begin]}" if wide else f"KV {groups[begin]}",
-            (sum(ends) / 2, above),
-            xytext=(0, 1.5),
-            textcoords="offset points",
-            xycoords=ax.get_xaxis_transform(),
-            ha="center",
-            fontsize=SMALL - 0.5,
-            color=INK,
-            annotation_clip=False,
-        )
+    name_heads(ax, heads, groups)

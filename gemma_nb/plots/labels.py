@@ -109,6 +109,11 @@ def drawable_all(labels: Sequence[str]) -> list[str]:
     return [drawable(label) for label in labels]
 
 
+def legible(text: str) -> str:
+    """A sentence as it can be drawn: `drawable` without cutting it, and with its spaces."""
+    return "".join(" " if c == " " else drawable(c, 99) for c in text)
+
+
 def isolated(label: str) -> str:
     """A drawable label to be put beside other text, which it does not turn around."""
     return f"{_ISOLATE}{label}{_END_ISOLATE}" if _turns(label) else label

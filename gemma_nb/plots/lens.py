@@ -17,6 +17,7 @@ from gemma_nb.plots.colors import VERMILION, sequential, text_on
 from gemma_nb.plots.figure import SMALL, canvas, color_bar, footer, headline, inches
 from gemma_nb.plots.given import values_of
 from gemma_nb.plots.labels import drawable, families
+from gemma_nb.plots.labels import inches as label_width
 from gemma_nb.plots.maps import computed_under
 from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 _CELL = 0.46  # inches across, of a cell with a token in it
 _LETTERS = 8
+# Nats, of log-probabilities and divergences: beyond it (one in 10 billion) all share a colour,
+# or the first layers' hundreds would leave the others without any difference.
+_FAR = 25.0
 _MEASURES = {
     "probability": "probability of the token shown",
     "logprob": "log-probability of the token shown (nats)",
@@ -45,13 +49,15 @@ def logit_lens(
     ax: Axes | None = None,
     start: int = 0,
     stop: int | None = None,
+    top: float | None = None,
     cmap: str | Colormap | None = None,
 ) -> Figure:
     """What each layer would predict: positions down, layers across, the output at the right.
 
     A row is named by the token that the model reads there; its cells show which token would follow.
     A frame marks where that is the token that does follow in the text.  Beyond 64 positions the
-    cells are colours without tokens.
+    cells are colours without tokens.  Log-probabilities below -25 nats and divergences beyond 25
+    share a colour, unless `top` says otherwise; the colour bar is pointed there.
 
     Args:
       lens: of `gnb.logit_lens`; or the trace to look at.
@@ -62,6 +68,8 @@ def logit_lens(
       ax: where to draw; None makes a figure.
       start: first position shown, counted from the first one of the lens.
       stop: the one after the last; None for all.
+      top: of entropies and divergences, and of log-probabilities with its sign changed: the value
+        beyond which all share a colour.
       cmap: a matplotlib colour map; None for one whose equal steps look equal.
 
     Returns:
@@ -109,7 +117,7 @@ def logit_lens(
         left=label_inches(tokens) + 0.25,
         top=0.75,
     )
-    norm = _norm(values, value)
+    norm, extend = _norm(values, value, top)
     mesh, remark = sheet(
         ax, values, tokens, layers, norm=norm, cmap=cmap or sequential(), kinds=kinds
     )
@@ -122,7 +130,7 @@ def logit_lens(
     ax.set_ylabel("position: the token read there", fontsize=SMALL)
     ax.set_xlabel("layer", fontsize=SMALL)
     headline(ax, name)
-    color_bar(mesh, ax, label + remark)
+    color_bar(mesh, ax, label + remark, extend)
     footer(ax, [*handles, *role_handles(tokens), *kind_handles(kinds)], computed_under(lens))
     return figure
 
@@ -139,16 +147,21 @@ def _watched(lens: xarray.Dataset, watch: int | str) -> int:
     return known.index(watch)
 
 
-def _norm(values: np.ndarray, value: str) -> Normalize:
-    """The scale of the colours: from zero where zero has a meaning."""
+def _norm(
+    values: np.ndarray, value: str, top: float | None
+) -> tuple[Normalize, Literal["neither", "min", "max"]]:
+    """The scale of the colours, from zero where zero has a meaning; and where it is cut."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if value == "probability":
-        return Normalize(0.0, 1.0)
-    if value in ("entropy", "kl"):
-        return Normalize(0.0, high or 1.0)
+        return Normalize(0.0, 1.0), "neither"
+    if value == "logit":
+        return Normalize(low, high if high > low else low + 1.0), "neither"
+    farthest = -low if value == "logprob" else high
+    limit = min(farthest, _FAR) if top is None else top
+    cut = farthest > limit
     if value == "logprob":
-        return Normalize(low if low < 0 else -1.0, 0.0)
-    return Normalize(low, high if high > low else low + 1.0)
+        return Normalize(-limit if limit > 0 else -1.0, 0.0), "min" if cut else "neither"
+    return Normalize(0.0, limit or 1.0), "max" if cut else "neither"
 
 
 def _write(
@@ -159,6 +172,10 @@ def _write(
     family = families({label for row in labels for label in row})
     room = inches(ax)
     size = min(SMALL - 1.0, 72 * room[1] / len(tokens) * 0.8, 72 * room[0] / len(words[0]) / 5.2)
+    # What is wider than its cell is written smaller.
+    cell = 0.9 * room[0] / len(words[0])
+    wide = {label: label_width([label], size) for row in labels for label in row}
+    sizes = {label: size * min(1.0, cell / width) for label, width in wide.items() if width}
     for y, row, numbers in zip(tokens.positions, labels, values, strict=True):
         for x, (label, number) in enumerate(zip(row, numbers, strict=True)):
             ax.text(
@@ -167,7 +184,7 @@ def _write(
                 label,
                 ha="center",
                 va="center",
-                fontsize=size,
+                fontsize=sizes.get(label, size),
                 fontfamily=family,
                 color=text_on(mesh.to_rgba(number)),
                 clip_on=True,

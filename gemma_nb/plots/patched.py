@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,9 +12,10 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 
-from gemma_nb.plots.cells import cells, kind_handles, name_columns, sheet
+from gemma_nb.plots.cells import cells, kind_handles, name_heads, sheet
 from gemma_nb.plots.colors import diverging, kind_color
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
+from gemma_nb.plots.labels import drawable, isolated, legible
 from gemma_nb.plots.maps import badge_of, computed_under
 from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
@@ -36,7 +38,8 @@ def patching(
     The colour bar marks the values of both unpatched runs.
 
     Args:
-      sweep: over (layer, position), (layer, head), (position, head), or one of them.
+      sweep: over (layer, position), (layer, head), (position, head), or one of them; of all three,
+        one place of the third is selected with .sel(...), and the title says which.
       ax: where to draw; None makes a figure.
       top: the distance from the corrupted run's metric with the darkest colour; None for the
         largest one, that of the clean run included.
@@ -70,15 +73,20 @@ def patching(
             float(np.clip(0.24 * len(names), 1.6, 9.0)),
             float(np.clip(PITCH * len(tokens), 1.4, PITCH * MOST_LABELS)),
             left=label_inches(tokens) + 0.25,
-            top=0.75,
-            right=1.4,
+            top=1.0,
+            right=1.7,
         )
         mesh, remark = sheet(
             ax, values, tokens, names, norm=norm, cmap=colors, kinds=kinds, center=base
         )
         ax.set_ylabel("position patched", fontsize=SMALL)
-        ax.set_xlabel(other or "", fontsize=SMALL)
+        if other == "head":
+            name_heads(ax, [int(h) for h in sweep["head"].values], _groups(sweep))
+        else:
+            ax.set_xlabel(other or "", fontsize=SMALL)
         handles = [*role_handles(tokens), *kind_handles(kinds or ())]
+        named = tokens.others is not None and len(tokens) <= MOST_LABELS
+        notes = ["a ← b: a in the clean text, b in the corrupted one"] if named else []
     else:
         rows = sweep.transpose(*[d for d in _OF_LAYER if d in sweep.dims])
         rows = rows.expand_dims("layer") if "layer" not in rows.dims else rows
@@ -87,18 +95,19 @@ def patching(
         figure, ax = canvas(
             ax,
             max(1.4, 0.4 * values.shape[1]),
-            max(0.4, 0.22 * len(values)),
+            max(0.7, 0.22 * len(values)),
             left=1.45,
-            top=0.75,
-            right=1.4,
+            top=1.0,
+            right=1.7,
         )
         mesh = _layers_by_heads(ax, rows, values, across, norm, colors)
-        handles = []
-    metric = str(sweep.attrs.get("metric", "metric"))
-    headline(ax, f"Patched: {sweep.attrs.get('site', 'activations')}")
+        handles, notes = [], []
+    metric = legible(str(sweep.attrs.get("metric", "metric")))
+    title = f"Activation patching of {sweep.attrs.get('site', 'activations')}{_elsewhere(sweep)}"
+    headline(ax, title, pad=31.0 if "head" in sweep.dims else None)
     _mark_runs(color_bar(mesh, ax, metric + remark), base, clean, reach)
-    notes = [f"unpatched: {clean:.4g} in the clean run, {base:.4g} in the corrupted one (white)"]
-    footer(ax, handles, [*notes, *computed_under(sweep)])
+    unpatched = f"unpatched: {clean:.4g} in the clean run, {base:.4g} in the corrupted one (white)"
+    footer(ax, handles, [unpatched, *notes, *computed_under(sweep)])
     return figure
 
 
@@ -114,13 +123,35 @@ def _mark_runs(bar: Colorbar, base: float, clean: float, reach: float) -> None:
 
 
 def _both_texts(sweep: xarray.DataArray) -> Tokens:
-    """The corrupted text; where the clean one differs, both."""
+    """The clean text; where the corrupted one differs, both."""
     tokens = Tokens.along(sweep, "position")
-    if "clean_token" not in sweep.coords:
+    clean = tuple(map(str, sweep["clean_token"].values)) if "clean_token" in sweep.coords else ()
+    if clean in ((), tokens.labels):
         return tokens
-    pairs = zip(tokens.labels, map(str, sweep["clean_token"].values), strict=True)
-    labels = tuple(theirs if ours == theirs else f"{ours}←{theirs}" for theirs, ours in pairs)
-    return Tokens(labels, tokens.positions, tokens.roles, tokens.turns)
+    return dataclasses.replace(tokens, labels=clean, others=tokens.labels)
+
+
+def _groups(sweep: xarray.DataArray) -> list[int | None]:
+    """The KV group of each head; None where it is not known."""
+    if "kv_group" not in sweep.coords:
+        return [None] * sweep.sizes["head"]
+    return [int(g) for g in sweep["kv_group"].values]
+
+
+def _elsewhere(sweep: xarray.DataArray) -> str:
+    """Where along the axes that are not drawn: the place that was selected, or all there are."""
+    over = str(sweep.attrs.get("over", "layer, position, head")).split(", ")
+    found = []
+    for dim in ("layer", "position", "head"):
+        if dim in sweep.dims or (dim == "head" and sweep.attrs.get("site") != "z"):
+            continue
+        if dim in sweep.coords:
+            token = sweep.coords.get("token") if dim == "position" else None
+            named = "" if token is None else f" ({isolated(drawable(str(token.item())))})"
+            found.append(f"{dim} {int(sweep[dim])}{named}")
+        elif dim not in over:
+            found.append(f"all {dim}s at once")
+    return f"\n{', '.join(found)}" if found else ""
 
 
 def _columns(sweep: xarray.DataArray, dim: str | None) -> tuple[list[str], list[str] | None]:
@@ -151,11 +182,11 @@ def _layers_by_heads(
     )
     ax.set_xlim(-0.5, width - 0.5)
     ax.set_ylim(count - 0.5, -0.5)
-    ax.xaxis.tick_top()
-    ax.xaxis.set_label_position("top")
     bare(ax)
-    name_columns(ax, [str(h) for h in rows[across].values] if across else [""])
-    ax.set_xlabel(across or "", fontsize=SMALL)
+    if across:
+        name_heads(ax, [int(h) for h in rows[across].values], _groups(rows))
+    else:
+        ax.set_xticks([])
     if "layer_kind" in rows.coords:
         kinds = [str(k) for k in np.atleast_1d(rows["layer_kind"].values)]
         layers = [int(i) for i in np.atleast_1d(rows["layer"].values)]
@@ -163,7 +194,7 @@ def _layers_by_heads(
         ax.set_yticks(range(count), names, fontsize=SMALL)
         for tick, kind in zip(ax.get_yticklabels(), kinds, strict=True):
             tick.set_color(kind_color(kind))
+        ax.set_ylabel("layer", fontsize=SMALL)
     else:
         ax.set_yticks([])
-    ax.set_ylabel("layer", fontsize=SMALL)
     return mesh

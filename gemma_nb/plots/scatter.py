@@ -92,29 +92,47 @@ def head_statistics(
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     _name_extremes(ax, statistics, across, up, most)
-    headline(ax, "Heads")
-    footer(ax, list(ax.collections), computed_under(statistics), below=0.35)
+    headline(ax, "Heads, by what they attend to")
+    footer(
+        ax, list(ax.collections), [*_of_what(statistics), *computed_under(statistics)], below=0.35
+    )
     return figure
+
+
+def _of_what(statistics: xarray.Dataset) -> list[str]:
+    """Over which rows the numbers are means."""
+    tokens, repeated = (statistics.attrs.get(name) for name in ("tokens", "repeated"))
+    if tokens is None:
+        return []
+    note = f"means over the rows of a text of {tokens} tokens"
+    return [f"{note}; of induction, the {repeated} whose token came before" if repeated else note]
 
 
 def _name_extremes(
     ax: Axes, statistics: xarray.Dataset, across: np.ndarray, up: np.ndarray, most: int
 ) -> None:
-    """Names the heads with the largest values of either axis, where no other name is."""
+    """Names the heads with the largest values of either axis, where there is room for a name."""
     heads = across.shape[1]
     order = [np.argsort(-np.nan_to_num(v, nan=-np.inf).ravel())[:most] for v in (up, across)]
     taken: list[tuple[float, float]] = []
     width, height = inches(ax)
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
+    # Points in inches: a name may cover no other head.
+    dots = np.stack(
+        [(across - x0) / (x1 - x0) * width, (up - y0) / (y1 - y0) * height], -1
+    ).reshape(-1, 2)
     for flat in dict.fromkeys(int(i) for pair in zip(*order, strict=True) for i in pair):
         layer, head = divmod(flat, heads)
         point = across[layer, head], up[layer, head]
         if not np.isfinite(point).all():
             continue
-        at = (point[0] - x0) / (x1 - x0) * width, (point[1] - y0) / (y1 - y0) * height
+        at = dots[flat]
+        others = np.delete(dots, flat, axis=0)
         for dx, dy, side in _PLACES:
             spot = at[0] + dx + (0.18 if side == "left" else -0.18), at[1] + dy
-            if all(abs(spot[0] - a) > 0.4 or abs(spot[1] - b) > 0.11 for a, b in taken):
+            covered = (abs(others - spot) < (0.2, 0.075)).all(axis=1).any()
+            free = all(abs(spot[0] - a) > 0.4 or abs(spot[1] - b) > 0.11 for a, b in taken)
+            if free and not covered and 0.18 < spot[0] < width + 0.05:
                 break
         else:
             continue  # rather no name than one on top of another
@@ -134,4 +152,5 @@ def _name_extremes(
 _PLACES = (
     *((0.06, 0.0, "left"), (-0.06, 0.0, "right")),
     *((0.04, 0.1, "left"), (0.04, -0.1, "left"), (-0.04, 0.1, "right"), (-0.04, -0.1, "right")),
+    *((-0.1, 0.15, "left"), (-0.1, -0.15, "left"), (0.1, 0.15, "right"), (0.1, -0.15, "right")),
 )

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import Colormap, Normalize, to_hex
+from matplotlib.colors import Colormap, LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
@@ -30,7 +30,7 @@ from gemma_nb.plots.figure import (
     headline,
     inches,
 )
-from gemma_nb.plots.given import values_of
+from gemma_nb.plots.given import attributed, values_of
 from gemma_nb.plots.labels import drawable, families, isolated
 from gemma_nb.plots.maps import computed_under
 from gemma_nb.plots.tokens import Tokens, nice_step
@@ -66,7 +66,7 @@ _MEASURES = {
     "probability": _Measure("probability that the model gave the token", 1.0),
     "surprisal": _Measure("surprisal of the token, −log probability (nats)"),
     "entropy": _Measure("entropy of the prediction (nats)"),
-    "rank": _Measure("rank of the token (1: the model's first choice)"),
+    "rank": _Measure("rank of the token (1: the model's first choice), logarithmic scale"),
 }
 
 
@@ -110,7 +110,8 @@ def token_probabilities(
     shown = numbers[first:last]
     bottom = 1.0 if by == "rank" else 0.0
     top = measure.top or float(np.nanmax(np.append(shown, bottom)))
-    norm = Normalize(bottom, top if top > bottom else bottom + 1.0)
+    scale = LogNorm if by == "rank" else Normalize
+    norm = scale(bottom, top if top > bottom else bottom + 1.0)
     return _strip(
         labels[first:last],
         shown,
@@ -174,7 +175,7 @@ def token_strip(
         cmap=cmap or (diverging() if signed else sequential()),
         label=f"{name} ({units})" if units else name,
         title=f"Text by {name}",
-        notes=computed_under(values),
+        notes=[*attributed(values), *computed_under(values)],
         first=int(chosen["position"].values[0]),
         ax=ax,
     )
@@ -245,6 +246,8 @@ def _draw_words(
     font = FontProperties(family=families(texts), size=NORMAL)
     width = _WIDTH if ax is None else inches(ax)[0]
     boxes, lines = _wrap(labels, texts, font, width)
+    if ax is None and lines == 1:  # no wider than a short text and the colour bar
+        width = min(width, max(3.4, boxes[-1][1] + boxes[-1][2]))
     figure, ax = canvas(ax, width, lines * _LINE, left=0.2, right=0.2)
     mappable = ScalarMappable(norm, cmap)
     patches, colors = [], []

@@ -45,12 +45,14 @@ class Tokens:
       positions: (T,) absolute positions.
       roles: who speaks at each position, "" where nobody does; None if that is not known.
       turns: (T,) number of the turn, negative outside of turns; None if that is not known.
+      others: what stands there in another text; shown where it differs.
     """
 
     labels: tuple[str, ...]
     positions: np.ndarray
     roles: tuple[str, ...] | None = None
     turns: np.ndarray | None = None
+    others: tuple[str, ...] | None = None
 
     @classmethod
     def along(cls, array: xarray.DataArray | xarray.Dataset, dim: str) -> Tokens:
@@ -73,6 +75,14 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def drawn(self, index: int) -> str:
+        """How a token is written; "a ← b" where it is b in the other text."""
+        label = self.labels[index]
+        if self.others is None or self.others[index] == label:
+            return drawable(label)
+        pair = (isolated(drawable(each, 10)) for each in (label, self.others[index]))
+        return " ← ".join(pair)
 
     def spans(self) -> list[Span]:
         """The turns along the axis, in indices of the axis; empty if they are not known."""
@@ -137,7 +147,7 @@ def ticks(
 ) -> tuple[np.ndarray, list[str]]:
     """Positions and labels for an axis of `extent` inches; see `label_axis`."""
     if len(tokens) <= MOST_LABELS and extent / max(len(tokens), 1) >= 0.8 * PITCH:
-        return tokens.positions, [drawable(label) for label in tokens.labels]
+        return tokens.positions, [tokens.drawn(i) for i in range(len(tokens))]
     return _overview(tokens, extent, sorted(set(always)))
 
 
@@ -145,7 +155,7 @@ def label_inches(tokens: Tokens) -> float:
     """Room that the labels of an axis take beside it, of a figure made to fit them."""
     if len(tokens) > MOST_LABELS:
         return 0.5
-    return label_width([drawable(label) for label in tokens.labels], LABEL) + 0.15
+    return label_width([tokens.drawn(i) for i in range(len(tokens))], LABEL) + 0.15
 
 
 def _overview(tokens: Tokens, extent: float, always: list[int]) -> tuple[np.ndarray, list[str]]:
@@ -156,7 +166,7 @@ def _overview(tokens: Tokens, extent: float, always: list[int]) -> tuple[np.ndar
     near = (last - first + 1) * PITCH / extent
     for p in (p for p in always if first <= p <= last):
         ticks = {q: text for q, text in ticks.items() if abs(q - p) > near}
-        ticks[p] = f"{p} {isolated(drawable(tokens.labels[p - first]))}"
+        ticks[p] = f"{p} {isolated(tokens.drawn(p - first))}"
     return np.array(list(ticks)), list(ticks.values())
 
 

@@ -82,7 +82,7 @@ def make_attention(length: int, *, chat: bool = True, layers: int = 3) -> xarray
         **token_coords(length, "key", chat=chat),
     }
     dims = ("layer", "head", "query", "key")
-    return xarray.DataArray(maps, coords, dims, name="attention", attrs={"interventions": []})
+    return xarray.DataArray(maps, coords, dims, name="attention", attrs={"interventions": ""})
 
 
 @pytest.fixture(scope="session", params=LENGTHS, ids=lambda n: f"{n} tokens")
@@ -131,12 +131,12 @@ def make_statistics(length: int) -> xarray.Dataset:
         "rank": np.where(np.isnan(logprob), -1, -logprob * 4).astype(np.int32),
     }
     data = {name: ("position", array) for name, array in values.items()}
-    return xarray.Dataset(data, token_coords(length), attrs={"interventions": []})
+    return xarray.Dataset(data, token_coords(length), attrs={"interventions": ""})
 
 
 def make_token_attribution(length: int) -> xarray.DataArray:
     values = np.random.default_rng(length).normal(size=length).astype(np.float32)
-    attrs = {"interventions": [], "method": "gradient_x_input", "target": " cat"}
+    attrs = {"interventions": "", "method": "gradient_x_input", "target": " cat"}
     dims = ("position",)
     return xarray.DataArray(
         values, token_coords(length), dims, name="gradient_x_input", attrs=attrs
@@ -181,7 +181,7 @@ def make_lens(length: int, layers: int = 18) -> xarray.Dataset:
         "watched_token": ("watched", [" cat", "日"]),
     }
     del coords["token"]  # here a prediction
-    return xarray.Dataset(data, coords, attrs={"interventions": []})
+    return xarray.Dataset(data, coords, attrs={"interventions": ""})
 
 
 def make_norms(length: int, layers: int = 18) -> xarray.Dataset:
@@ -194,7 +194,7 @@ def make_norms(length: int, layers: int = 18) -> xarray.Dataset:
     return xarray.Dataset(
         {name: (("layer", "position"), x.astype(np.float32)) for name, x in data.items()},
         coords,
-        attrs={"interventions": []},
+        attrs={"interventions": ""},
     )
 
 
@@ -205,7 +205,7 @@ def make_attribution(length: int, by: str = "component", layers: int = 18) -> xa
     random = np.random.default_rng(length)
     values = random.normal(size=(len(names), length)).astype(np.float32) ** 3
     coords = {"component": names, **token_coords(length)}
-    attrs = {"interventions": [], "token": " Paris", "token_id": 5, "units": "logits"}
+    attrs = {"interventions": "", "token": " Paris", "token_id": 5, "units": "logits"}
     return xarray.DataArray(values, coords, ("component", "position"), name="logit", attrs=attrs)
 
 
@@ -225,7 +225,7 @@ def make_sweep(length: int, *over: str, layers: int = 18) -> xarray.DataArray:
     if "head" in over:
         coords |= {"head": np.arange(4), "kv_group": ("head", [0] * 4)}
     attrs = {"metric": "logit of Paris", "clean": 1.9, "corrupted": -1.2, "site": "residual"}
-    return xarray.DataArray(values, coords, over, attrs={"interventions": [], **attrs})
+    return xarray.DataArray(values, coords, over, attrs={"interventions": "", **attrs})
 
 
 def make_head_statistics(layers: int = 18) -> xarray.Dataset:
@@ -238,5 +238,5 @@ def make_head_statistics(layers: int = 18) -> xarray.Dataset:
     return xarray.Dataset(
         {name: (("layer", "head"), x) for name, x in data.items()},
         coords,
-        attrs={"interventions": []},
+        attrs={"interventions": ""},
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 
 import gemma_nb as gnb
+from gemma_nb.plots.colors import HIDDEN
 from gemma_nb.plots.labels import drawable
 from tests.plots.conftest import make_attention
 from tests.plots.drawing import area, drawn, embedded_images, notes, overflows, save, texts
@@ -275,6 +277,11 @@ def test_grid_names_layers_heads_and_groups(sixty):
     assert "KV group 0" in texts(figure)
     assert "KV group 1" in texts(figure)
     assert "position 0 is left out" in notes(axes)
+    # Grey in its place, one column in every cell: down to the window's edge, or all the way.
+    grey = [p for p in axes.patches if to_hex(p.get_facecolor()) == HIDDEN.lower()]
+    heights = [np.ptp(box[:, 1]) for box in grey[0].get_path().to_polygons()]
+    assert len(grey) == 1
+    np.testing.assert_allclose(heights, 0.9 * np.repeat([8 / 60, 1, 1], 4))
     assert "square-root" in texts(figure)
     bos = sixty.sel(layer=2, head=0).values[1:, 0]
     assert not np.isin(axes.images[0].get_array().compressed(), bos).any()

@@ -38,7 +38,8 @@ def test_bars_add_up(by):
         assert bar == pytest.approx(float(column.sel(component=name)))
     least = min(map(abs, bars[:-1]))
     assert (np.abs(column.values) >= least * 0.9999).sum() == 20
-    assert "logit of ·Paris\nafter position 7" in axes.get_title("left").replace("\u2068", "")
+    title = axes.get_title("left").replace("\u2068", "")
+    assert "Direct logit attribution: ·Paris\nafter position 7" in title
     assert f"all bars add up to {float(column.sum()):.4g}" in notes(axes)
 
 
@@ -52,6 +53,32 @@ def test_bars_of_tokens_name_them(length):
         P.attribution_bars(make.make_attribution(5).expand_dims("head"))
     with pytest.raises(ValueError, match="position 99 is not among 0 to 4"):
         P.attribution_bars(make.make_attribution(5), position=99)
+
+
+def test_attributions_say_what_of_and_how():
+    values = make.make_token_attribution(5).assign_attrs(query=4)
+    told = "of log p(·cat) after position 4, by gradient × input"
+    assert told in notes(P.attribution_bars(values).axes[0])
+    assert told in notes(P.token_strip(values).axes[0])
+    # Split over the positions that heads read: one prediction, many sources.
+    sources = make.make_attribution(5, "head").assign_coords(query=4)
+    title = P.attribution_bars(sources, position=2).axes[0].get_title("left")
+    assert "after position 4: what is read at position 2 (·cat)" in title
+    axes = P.attribution_matrix(sources).axes[0]
+    assert axes.get_title("left").endswith("\nafter position 4")
+    assert axes.get_ylabel() == "position that is read"
+    plain = P.attribution_matrix(make.make_attribution(5)).axes[0]
+    assert plain.get_ylabel() == "position: the prediction after it"
+    against = make.make_attribution(5).assign_attrs(against=" Rome")
+    figure = P.attribution_matrix(against)
+    assert figure.axes[0].get_title("left") == "Direct logit attribution: ·Paris minus ·Rome"
+    assert overflows(figure) == overflows(P.attribution_matrix(sources)) == []
+
+
+def test_bars_are_labelled_with_two_digits():
+    values = make.make_token_attribution(4)
+    values[:] = [0.1, -12.0, 3e-5, 1.26]
+    assert written(P.attribution_bars(values).axes[0]) == ["+0.10", "-12", "+3.0e-05", "+1.3"]
 
 
 def test_matrices_are_the_data_with_zero_white(length):
@@ -84,7 +111,8 @@ def test_patching_by_position(length, over):
     values = sweep.transpose("position", ...).values.reshape(length, -1)
     if length <= 64:
         np.testing.assert_array_equal(drawn(axes), values.ravel())
-        assert "·Rome←·cat" in [t.get_text() for t in axes.get_yticklabels()]
+        assert "·Rome ← ·cat" in [t.get_text() for t in axes.get_yticklabels()]
+        assert "a ← b: a in the clean text, b in the corrupted one" in notes(axes)
     else:
         np.testing.assert_array_equal(drawn(axes), largest_of_each(values, 4, -1.2))
         assert "the strongest of each 4 tokens" in texts(figure)
@@ -108,9 +136,46 @@ def test_patching_is_the_metric_and_white_is_the_corrupted_run():
     assert "-1.2  corrupted" in texts(figure)
     assert "1.9  clean" in texts(figure)
     assert "unpatched: 1.9 in the clean run, -1.2 in the corrupted one" in notes(axes)
-    assert axes.get_title("left") == "Patched: residual"
+    assert axes.get_title("left") == "Activation patching of residual"
     with pytest.raises(ValueError, match="select one place"):
         P.patching(make.make_sweep(5, "layer", "position", "head"))
+
+
+def test_patching_says_what_else_was_patched():
+    sweep = make.make_sweep(5, "layer", "position", "head").assign_attrs(site="z")
+    titles = {
+        "layer 3": sweep.sel(layer=3),
+        "position 2 (·cat)": sweep.sel(position=2),
+        "layer 3, head 1": sweep.sel(layer=3, head=1),
+        "all positions at once": make.make_sweep(5, "layer", "head").assign_attrs(
+            over="layer, head"
+        ),
+        "all layers at once": make.make_sweep(5, "position", "head").assign_attrs(
+            over="position, head"
+        ),
+    }
+    for told, chosen in titles.items():
+        figure = P.patching(chosen.assign_attrs(site="z"))
+        assert figure.axes[0].get_title("left") == f"Activation patching of z\n{told}"
+        assert overflows(figure) == []
+    # What was summed over is not known to have been patched at once.
+    summed = sweep.max("head", keep_attrs=True).assign_attrs(over="layer, position, head")
+    assert P.patching(summed).axes[0].get_title("left") == "Activation patching of z"
+
+
+def test_patching_marks_kv_groups():
+    sweep = make.make_sweep(5, "layer", "head").assign_coords(kv_group=("head", [0, 0, 1, 1]))
+    axes = P.patching(sweep).axes[0]
+    assert {"KV group 0", "KV group 1"} <= set(written(axes))
+    assert [t.get_text() for t in axes.get_xticklabels()] == [f"head {h}" for h in range(4)]
+
+
+def test_metrics_are_drawn_in_any_script():
+    sweep = make.make_sweep(5, "layer", "position")
+    metric = "logit of '$の\ue000' minus logit of 'مرحبا'"
+    figure = P.patching(sweep.assign_attrs(metric=metric))
+    assert "U+E000" in texts(figure)
+    save(figure)
 
 
 # --- heads
@@ -130,6 +195,22 @@ def test_heads_are_points_by_kind():
     assert "head of a local layer" in notes(axes)
     assert overflows(figure) == []
     save(figure)
+
+
+def test_names_of_heads_cover_no_other_head():
+    statistics = make.make_head_statistics()
+    statistics["induction"][:] = 0.0
+    statistics["induction"][7, 2] = 0.9
+    figure = P.head_statistics(statistics.assign_attrs(tokens=101, repeated=50))
+    axes = figure.axes[0]
+    assert "means over the rows of a text of 101 tokens; of induction, the 50" in notes(axes)
+    figure.draw_without_rendering()
+    dots = np.concatenate([axes.transData.transform(c.get_offsets()) for c in axes.collections])
+    assert "L4.H1" in written(axes)
+    for text in axes.texts:
+        box = text.get_window_extent()
+        inside = (dots > (box.x0, box.y0)).all(1) & (dots < (box.x1, box.y1)).all(1)
+        assert not inside.any(), text.get_text()
 
 
 def test_statistics_that_are_not_known():

@@ -80,6 +80,38 @@ def test_lens_watches_a_token():
     np.testing.assert_array_equal(drawn(by_text), logprobs.ravel())
 
 
+def test_far_values_share_a_colour_and_the_bar_says_so():
+    lens = make.make_lens(5)
+    lens["kl"][0], lens["watched_logprob"][0] = 430.0, -430.0
+    for kwargs, range_, end in (
+        ({"value": "kl"}, (0, 25), "max"),
+        ({"watch": 9}, (-25, 0), "min"),
+        ({"watch": 9, "top": 50.0}, (-50, 0), "min"),
+        ({"value": "kl", "top": 500.0}, (0, 500), "neither"),
+        ({"value": "entropy"}, (0, float(lens.entropy.max())), "neither"),
+    ):
+        axes = P.logit_lens(lens, **kwargs).axes[0]
+        mesh = next(c for c in axes.collections if c.get_array() is not None)
+        assert mesh.get_clim() == range_
+        assert mesh.colorbar.extend == end
+
+
+def test_words_stay_inside_their_cells():
+    lens = make.make_lens(5)
+    lens["token"][:] = "\u2014" * 8
+    figure = P.logit_lens(lens)
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    cell = axes.get_window_extent().width / lens.sizes["layer"]
+    assert all(text.get_window_extent().width <= cell for text in axes.texts)
+
+
+def test_flat_curves_are_below_the_edge():
+    lens = make.make_lens(5)
+    lens["entropy"][:] = 5.5
+    assert P.entropy_curves(lens).axes[0].get_ylim() == (0, pytest.approx(5.775))
+
+
 def test_lens_refuses_what_is_not_there():
     lens = make.make_lens(5)
     for kwargs, message in (

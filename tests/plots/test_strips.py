@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 import gemma_nb as gnb
@@ -13,6 +16,7 @@ from tests.plots.drawing import (
     bar_of,
     drawn,
     notes,
+    overflows,
     save,
     written,
 )
@@ -41,7 +45,8 @@ def test_strips_color_every_token_by_its_number(length, by):
     low, high = mesh.norm.vmin, mesh.norm.vmax
     assert (low, high) == (by == "rank", 1.0 if by == "probability" else max(numbers))
     boxes = axes.collections[0].get_facecolors()
-    np.testing.assert_allclose(boxes, mesh.cmap(mesh.norm(np.array(numbers))))
+    np.testing.assert_allclose(boxes, mesh.cmap(mesh.norm(np.array(numbers, float))))
+    assert isinstance(mesh.norm, LogNorm) == (by == "rank")
     shown = [t.strip("\u2068\u2069") for t in written(axes)]
     assert shown == [drawable(t.piece, 40) for t in turn.tokens]
 
@@ -68,6 +73,20 @@ def test_strips_of_signed_numbers_have_zero_in_the_middle():
     assert (mesh.norm.vmin, mesh.norm.vmax) == (0, 2)
     with pytest.raises(ValueError, match="one number per token"):
         P.token_strip(make.make_attribution(5))
+
+
+def test_short_texts_have_no_wide_strip():
+    figure = P.token_probabilities(make.make_statistics(3))
+    assert figure.get_size_inches()[0] < 5
+    assert overflows(figure) == []
+
+
+def test_ticks_of_small_numbers_do_not_touch():
+    figure = P.token_strip(make.make_token_attribution(5) * 1e-3)
+    figure.draw_without_rendering()
+    labels = figure.axes[0].child_axes[0].get_xticklabels()
+    boxes = sorted((b.x0, b.x1) for b in (t.get_window_extent() for t in labels if t.get_text()))
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(boxes))
 
 
 def test_strips_wrap_inside_their_axes():

@@ -64,8 +64,8 @@ def test_every_plot_of_every_length_is_saved_whole(plot, length):
 )
 def test_interventions_are_told(plot):
     told = "computed under Steer(layer=3)"
-    assert told in notes(plot(["Steer(layer=3)"]).axes[0])
-    assert "computed under" not in notes(plot([]).axes[0])
+    assert told in notes(plot("Steer(layer=3)").axes[0])
+    assert "computed under" not in notes(plot("").axes[0])
 
 
 @pytest.mark.parametrize(
