@@ -17,12 +17,14 @@ from gemma_nb.chat.places import locate
 from gemma_nb.chat.speakers import speakers
 from gemma_nb.chat.tree import Node
 from gemma_nb.errors import BusyError
+from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.look import Look
 from gemma_nb.sites import SITES
 
 if TYPE_CHECKING:
     import xarray
 
+    from gemma_nb.interp.passes import Pass
     from gemma_nb.interp.trace import Trace
 
 # What a look at one token shows.
@@ -59,9 +61,12 @@ class InspectedConversation(KeptConversation):
     ) -> Trace:
         """Computes what happened inside the model up to and including a turn.
 
-        The whole context of that turn is run through the plain forward pass in the precision of
-        the model's parameters, so positions are those of the turn's token records, and under the
-        interventions that the turn was made under.
+        It is what the plain forward pass over the whole context of that turn computes, in the
+        precision of the model's parameters, under the interventions that the turn was made under;
+        positions are those of the turn's token records.  The residual stream that replying has
+        computed, as exactly, is taken over where the session still holds it (its last branch, up to
+        192 MB, some 4,000 tokens of the default model; not with int8): then only what is asked for
+        is computed.
 
         Args:
           turn: a turn of any branch; None is the last reply.
@@ -79,9 +84,9 @@ class InspectedConversation(KeptConversation):
         model = self.model
         if last.role == "model":
             model = model.replace(interventions=self._planner.under(last))
-        path = self.tree.path_to(last)
+        path, source = self.tree.path_to(last), self._source(model, ids)
         turns, roles = speakers(self._planner.contexts, self.tokenizer, path, last.context, ids)
-        return trace(
+        made = trace(
             *(model, ids),
             tokenizer=self.tokenizer,
             sites=sites,
@@ -89,6 +94,8 @@ class InspectedConversation(KeptConversation):
             turns=turns,
             roles=roles,
         )
+        assert made.source is source
+        return made
 
     def tokens(self, turn: Turn | int | None = None) -> list[int]:
         """The token ids of the context up to and including a turn (None: the last reply).
@@ -183,6 +190,16 @@ class InspectedConversation(KeptConversation):
         return logit_lens(trace, k, positions=record.position - 1, watch=watched)
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _source(self, model: GemmaTransformer, ids: Sequence[int]) -> Pass:
+        """The pass of `ids`, which knows what replying has computed and the session still holds."""
+        from gemma_nb.interp.passes import Pass
+
+        source, decoder = Pass.of(model, np.asarray(ids, np.int32)), self._decoder
+        with suppress(BusyError), self._alone(), between_steps():
+            if decoder.interventions is model.interventions:
+                source.learn(decoder.residuals(ids))
+        return source
 
     def _look(self, turn: Turn, ids: Sequence[int], position: int) -> Look | None:
         """What the decoder shows at a position of `ids`; None where it cannot now."""

@@ -20,6 +20,7 @@ from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.look import Look, can_look, compile_look, compiled_look, look
 from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import BUCKETS, chunks
+from gemma_nb.sampling.residuals import KeptResiduals, Residuals
 from gemma_nb.sampling.rows import AttentionRows
 from gemma_nb.sampling.step import Made, Program
 from gemma_nb.sampling.weights import decoding_weights
@@ -64,15 +65,18 @@ class Decoder:
         self._weights = decoding_weights(model)
         self._interventions = model.interventions
         self._rows = rows
-        captured = (top_k, rows.layers if rows is not None else ())
+        # Rings of a spread cache would have to be gathered; somebody else's module knows none.
+        self._roll = self.looks = can_look(model)
+        # A pass is computed in the parameters' own precision.
+        exact = self.looks and model.storage == "exact"
+        captured = (top_k, rows.layers if rows is not None else (), exact)
         self._many = Program.of(model.transformer, self._weights, *captured)
         # One token is given less.
         self._one = Program.of(model.transformer, self._weights.for_one_token(), *captured)
-        # Rings of a spread cache would have to be gathered; somebody else's module knows none.
-        self._roll = self.looks = can_look(model)
         self._looked = False  # whether somebody looks, or may soon
         self._cache: StreamCache | None = None
         self._archive = Archive()
+        self._residuals = Residuals(model.config)
         self._seen: Any = None
         self._controls: Controls | None = None
         self._next: int | None = None  # the token chosen last, not yet fed
@@ -97,6 +101,7 @@ class Decoder:
         """Forgets everything; the next prompt is computed from its first token."""
         self.ids, self._cache, self._next, self._ahead = [], None, None, None
         self._archive = Archive()
+        self._residuals = Residuals(self._transformer.config)
 
     def keep(self, ids: Sequence[int]) -> None:
         """Takes back what is in the cache beyond the prefix that it shares with `ids`."""
@@ -234,6 +239,10 @@ class Decoder:
             *(self.ids[position], position),
         )
 
+    def residuals(self, ids: Sequence[int]) -> KeptResiduals:
+        """The residual stream of the tokens in the cache that `ids` begins with, as computed."""
+        return self._residuals.first(shared_prefix(self.ids, ids))
+
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
         """Compiles every step that a short conversation needs, and leaves the stream empty.
 
@@ -280,10 +289,14 @@ class Decoder:
         """Waits for what a step has made of `fed`, and keeps it."""
         start = len(self.ids)
         with self._undone():
-            words, rows, attention = jax.device_get((made.words, made.rows, made.attention))
+            words, rows, attention, residuals = jax.device_get(
+                (made.words, made.rows, made.attention, made.residuals)
+            )
             evidence = Evidence.unpack(words)
         if rows is not None:
             self._archive.write(start, rows[:, :, : len(fed)])
+        if residuals is not None:
+            self._residuals.write(start, residuals, len(fed))
         self.ids.extend(fed)
         self._next = int(evidence.token)
         if attention is not None:

@@ -18,6 +18,7 @@ from gemma_nb.sampling.cache import StreamCache
 from gemma_nb.sampling.choose import choose, exact_logit
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls
+from gemma_nb.sampling.residuals import sown_residuals
 from gemma_nb.sampling.weights import DecodingWeights
 from gemma_nb.sites import SITES
 
@@ -41,12 +42,14 @@ class Made:
       rows: the new tokens' keys and values on the layers whose cache is a ring, (layers, 2, T, K*H)
         float32; None where there are none.
       attention: see `sown_attention`, in float16; None where no layers were asked for.
+      residuals: see `residuals.sown_residuals`; None where they are not kept.
     """
 
     token: jax.Array
     words: jax.Array
     rows: jax.Array | None
     attention: tuple[jax.Array | None, jax.Array | None] | None
+    residuals: jax.Array | tuple[jax.Array, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +75,12 @@ class Program:
         weights: DecodingWeights,
         top_k: int,
         attention_layers: tuple[int, ...] = (),
+        residuals: bool = False,
     ) -> Program:
         """The step of a model; arguments as of `compiled`."""
         leaves, structure = jax.tree.flatten(weights)
-        return cls(compiled(transformer, structure, top_k, attention_layers), leaves, structure)
+        run = compiled(transformer, structure, top_k, attention_layers, residuals)
+        return cls(run, leaves, structure)
 
     def compile(
         self,
@@ -93,7 +98,11 @@ class Program:
 
 @functools.cache
 def compiled(
-    transformer: Transformer, weights: Any, top_k: int, attention_layers: tuple[int, ...]
+    transformer: Transformer,
+    weights: Any,
+    top_k: int,
+    attention_layers: tuple[int, ...],
+    residuals: bool,
 ) -> Any:
     """The jitted step of a model.
 
@@ -106,11 +115,17 @@ def compiled(
         flattening hundreds of arrays anew takes part of a millisecond.
       top_k: number of alternatives.
       attention_layers: whose attention weights come with a choice, ascending.
+      residuals: whether the residual stream comes with the tokens.
     """
 
     def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
         own = jax.tree.unflatten(weights, leaves)
-        return _step(transformer, own, *args, top_k=top_k, attention_layers=attention_layers)
+        return _step(
+            *(transformer, own, *args),
+            top_k=top_k,
+            attention_layers=attention_layers,
+            residuals=residuals,
+        )
 
     return jax.jit(step, donate_argnums=(1, 2), compiler_options=compiler_options())
 
@@ -128,9 +143,10 @@ def _step(
     *,
     top_k: int,
     attention_layers: tuple[int, ...],
+    residuals: bool,
 ) -> tuple[StreamCache, jax.Array, Made]:
     """Feeds tokens (1, T), and chooses the one after index `last`."""
-    observed = any(cache.rings) or bool(attention_layers)
+    observed = any(cache.rings) or bool(attention_layers) or residuals
     result = transformer.apply(
         weights.variables,
         tokens,
@@ -140,13 +156,15 @@ def _step(
         interventions=interventions,
         mutable=["intermediates"] if observed else False,
     )
-    output, rows, attention = cast(Output, result), None, None
+    output, rows, attention, streams = cast(Output, result), None, None, None
     if observed:
         output, state = cast(Any, result)
         sown = state["intermediates"]
         rows = _new_rows(sown, cache.rings) if any(cache.rings) else None
         if attention_layers:
             attention = sown_attention(sown, cache.rings, attention_layers, last, jnp.float16)
+        if residuals:
+            streams = sown_residuals(sown, len(cache.rings))
     assert output.hidden_states is not None
     assert output.cache is not None
     # Only the last token's logits: the vocabulary is most of a small model's work.
@@ -161,7 +179,7 @@ def _step(
     padded = jnp.where(positions[0] >= 0, tokens[0], seen.shape[0])
     seen = seen.at[padded].set(True, mode="drop")
     evidence = choose(scores, controls, seen, positions[0, last], top_k, forced_logit)
-    made = Made(evidence.token.reshape(1, 1), evidence.pack(), rows, attention)
+    made = Made(evidence.token.reshape(1, 1), evidence.pack(), rows, attention, streams)
     return cache.updated(output.cache), seen, made
 
 
