@@ -184,9 +184,12 @@ def _marks(
         share = float(rows_that_reach.mean()) if rows_that_reach.size else 0.0
         label = f"position 0 left out: rows that reach it give it {share:.0%} of their weight"
         handles.append(Patch(facecolor=HIDDEN, label=label))
-        if not groups:
+        # Its column, or that of a turn which is nothing else: the template's <bos>.
+        alone = [i for i, group in enumerate(groups) if np.flatnonzero(group.member).max() == 0]
+        for i in alone if groups else [0]:
             seen = int(p.reachable[:, 0].sum())
-            ax.add_patch(Rectangle((-0.5, -0.5), 1, seen, facecolor=HIDDEN, edgecolor="none"))
+            corner = (i - 0.5, rows[0] - 0.5)
+            ax.add_patch(Rectangle(corner, 1, seen, facecolor=HIDDEN, edgecolor="none"))
     if highlight is not None and rows[0] <= highlight <= rows[-1]:
         left, right = (-0.5, len(groups) - 0.5) if groups else (rows[0] - 0.5, rows[-1] + 0.5)
         frame = Rectangle(

@@ -9,11 +9,11 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 import gemma_nb as gnb
-from gemma_nb.plots.colors import OTHER, ROLES, diverging, sequential, text_on
+from gemma_nb.plots.colors import HIDDEN, OTHER, ROLES, diverging, sequential, text_on
 from gemma_nb.plots.labels import drawable, families, isolated
 from gemma_nb.plots.tokens import Tokens, nice_step
 from tests.plots import conftest as make
@@ -94,6 +94,18 @@ def test_template_tokens_share_a_column():
     axes = gnb.plots.attention(maps, 2, 0, columns="turns").axes[0]
     names = [t.get_text() for t in axes.get_xticklabels()]
     assert names == ["system 0", "user 1", "model 2", "user 3", "model 4", "template"]
+
+
+def test_a_turn_that_is_nothing_but_what_is_left_out_is_grey():
+    maps = make.make_attention(60)
+    roles, turns = maps.key_role.values.astype(object), maps.key_turn.values.copy()
+    roles[0], turns[0] = "template", -1
+    for dim in ("query", "key"):
+        maps = maps.assign_coords({f"{dim}_role": (dim, roles), f"{dim}_turn": (dim, turns)})
+    for layer, seen in ((2, 20), (0, 0)):  # a global layer, and one whose window is over
+        figure = gnb.plots.attention(maps, layer, 0, columns="turns", hide_bos=True, start=40)
+        grey = [p for p in figure.axes[0].patches if to_hex(p.get_facecolor()) == HIDDEN.lower()]
+        assert [(p.get_xy(), p.get_height()) for p in grey] == [((4.5, 39.5), seen)]
 
 
 # --- colours
