@@ -32,6 +32,7 @@ def warm_up(
     """Those of `made` that run; prints a sentence about each that does not."""
     warm = {}
     for name, contestant in made.items():
+        start = time.perf_counter()
         try:
             contestant.reply(_tokens_of(name, count))
             for prompt in prompts:
@@ -42,6 +43,7 @@ def warm_up(
             print(f"{name} does not run here, and is left out: {error}")
         else:
             warm[name] = contestant
+            print(f"{name} is warm: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         settle()
     return warm
 
