@@ -84,6 +84,9 @@ def _strongest(
 ) -> xarray.Dataset:
     import xarray
 
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    texts = [texts] if isinstance(texts, str) else texts
     best: list[tuple[float, int, int, int, str]] = []
     for number, text in enumerate(texts):
         traced = trace(model, text, tokenizer=tokenizer, sites=())
@@ -153,18 +156,12 @@ class SparseAutoencoder:
           site: the site that it was trained on, of the width of the residual stream.
 
         Raises:
-          ValueError: another ending, or an array that is missing or of a shape that does not fit.
+          ValueError: another ending, a file that cannot be read, or an array that is missing or of
+            a shape that does not fit.
+          FileNotFoundError: it is not there.
         """
         path = Path(path)
-        if path.suffix == ".npz":
-            with np.load(path) as opened:
-                arrays = {name.lower(): opened[name] for name in opened.files}
-        elif path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            arrays = {name.lower(): value for name, value in load_file(path).items()}
-        else:
-            raise ValueError(f"expected a .npz or .safetensors file, got {path.name!r}")
+        arrays = _arrays(path)
         missing = {"w_enc", "b_enc", "w_dec", "b_dec"} - set(arrays)
         if missing:
             raise ValueError(
@@ -172,7 +169,7 @@ class SparseAutoencoder:
                 f"{', '.join(sorted(missing))}"
             )
         arrays.setdefault("threshold", np.zeros_like(arrays["b_enc"]))
-        width, count = arrays["b_dec"].shape[0], arrays["b_enc"].shape[0]
+        width, count = arrays["b_dec"].size, arrays["b_enc"].size
         expected = {
             "w_enc": (width, count),
             "w_dec": (count, width),
@@ -271,6 +268,23 @@ class SparseAutoencoder:
                 f"{self.site} has {values.shape[-1]}"
             )
         return values
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """What a file holds, by name in small letters; raises ValueError as `load` says."""
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"expected a .npz or .safetensors file, got {path.name!r}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as opened:
+                return {name.lower(): opened[name] for name in opened.files}
+        from safetensors.numpy import load_file
+
+        return {name.lower(): value for name, value in load_file(path).items()}
+    except Exception as error:  # each way of being broken has its own
+        raise ValueError(f"{path.name} cannot be read as a file of arrays: {error}") from error
 
 
 @jax.jit

@@ -92,6 +92,13 @@ def test_texts_that_activate_a_neuron(tiny_model):
     assert tokenizer.encode(text, bos=True)[position] == int(found.token_id[0])
     assert found.token.values[0] == tokenizer.token_text(int(found.token_id[0]))
     assert found.context.values[0]
+    one = gnb.top_activations(model, tokenizer, TEXTS[0], layer=2, neuron=11, k=2)
+    assert one.text.values.tolist() == [0, 0]  # a text, not its letters
+    changed = model.intervene(gnb.AblateMLP(0))
+    under = gnb.top_activations(changed, tokenizer, TEXTS, layer=2, neuron=11, k=1)
+    assert under.attrs["interventions"] == "ablate MLPs 0 (zero) at all positions"
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        gnb.top_activations(model, tokenizer, TEXTS, layer=2, neuron=11, k=0)
     for change in ({"neuron": 64}, {"layer": 3}, {"texts": []}, {"site": "q"}):
         call = {"texts": TEXTS, "layer": 0, "neuron": 0, **change}
         with pytest.raises(ValueError, match=r"does not exist|is empty|one vector"):
@@ -105,6 +112,15 @@ def test_files_that_are_no_autoencoder_are_refused(arrays, tmp_path, trace):
     np.savez(tmp_path / "wrong.npz", **{**arrays, "W_dec": arrays["W_enc"]})
     with pytest.raises(ValueError, match=r"w_dec is \(32, 50\), expected \(50, 32\)"):
         gnb.SparseAutoencoder.load(tmp_path / "wrong.npz", layer=0)
+    for name in ("text.npz", "text.safetensors"):
+        (tmp_path / name).write_text("hello")
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a file of arrays"):
+            gnb.SparseAutoencoder.load(tmp_path / name, layer=0)
+    np.savez(tmp_path / "number.npz", **{**arrays, "b_dec": np.float32(3)})
+    with pytest.raises(ValueError, match=r"number\.npz: w_enc is \(32, 50\), expected \(1, 50\)"):
+        gnb.SparseAutoencoder.load(tmp_path / "number.npz", layer=0)
+    with pytest.raises(FileNotFoundError, match=r"none\.npz does not exist"):
+        gnb.SparseAutoencoder.load(tmp_path / "none.npz", layer=0)
     with pytest.raises(ValueError, match=r"\.npz or \.safetensors"):
         gnb.SparseAutoencoder.load(tmp_path / "x.pt", layer=0)
     narrow = gnb.SparseAutoencoder(
