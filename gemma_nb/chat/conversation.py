@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from gemma_nb.chat.branches import Plan, Planner
 from gemma_nb.chat.context import WhenFull, check_policy
@@ -20,6 +22,7 @@ from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning
 from gemma_nb.model import GemmaTransformer
+from gemma_nb.sampling import ahead
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Capture
 from gemma_nb.sampling.look import can_look
@@ -30,6 +33,8 @@ from gemma_nb.text.template import Template, resolve_template
 from gemma_nb.text.tokenizer import Tokenizer
 
 _DROPPED = "Nobody waited for the rest of the reply."
+# Half a second.
+_FOR_PICTURES = ("xarray", "matplotlib.figure")
 
 
 class Conversation:
@@ -234,6 +239,8 @@ class Conversation:
     def warmup(self, progress: Callable[[float, str], None] | None = None) -> None:
         """Compiles what a conversation needs and computes the template's own beginning.
 
+        What the first picture of its inside imports is imported meanwhile, on another thread.
+
         Args:
           progress: called with a fraction and a sentence.
 
@@ -252,6 +259,7 @@ class Conversation:
             if 0 < len(opening) < self.cache_length:
                 rest = self._decoder.begin(opening, Sampling(seed=0))
                 self._decoder.prefill(rest)
+        ahead.begin([partial(importlib.import_module, name) for name in _FOR_PICTURES])
 
     # --- inside ---------------------------------------------------------------------------------
 

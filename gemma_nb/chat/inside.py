@@ -193,12 +193,13 @@ class InspectedConversation(KeptConversation):
 
     def _source(self, model: GemmaTransformer, ids: Sequence[int]) -> Pass:
         """The pass of `ids`, which knows what replying has computed and the session still holds."""
-        from gemma_nb.interp.passes import Pass
+        from gemma_nb.interp.passes import WORTH, Pass
 
         source, decoder = Pass.of(model, np.asarray(ids, np.int32)), self._decoder
-        with suppress(BusyError), self._alone(), between_steps():
-            if decoder.interventions is model.interventions:
-                source.learn(decoder.residuals(ids))
+        if len(ids) >= WORTH:
+            with suppress(BusyError), self._alone(), between_steps():
+                if decoder.interventions is model.interventions:
+                    source.learn(decoder.residuals(ids))
         return source
 
     def _look(self, turn: Turn, ids: Sequence[int], position: int) -> Look | None:

@@ -41,7 +41,7 @@ PIECE = 512  # tokens of a longer text that go through a layer at a time
 _STEPS = (64, PIECE)
 # The beginning of a text must be so long for its known stream to be used: a pass over less is quick
 # and needs no other program.
-_WORTH = PIECE
+WORTH = PIECE
 # The residual stream is kept at fewer layers where all of them would take more.
 _KEPT_BYTES = 2**30
 _VOCABULARY_ROWS = 64  # positions whose logits are computed at a time
@@ -111,7 +111,7 @@ class Pass:
         Of each kind of source the one that covers most is kept.
         """
         held = self._known.get(type(known))
-        if known.length >= _WORTH and (held is None or held.length < known.length):
+        if known.length >= WORTH and (held is None or held.length < known.length):
             self._known[type(known)] = known
 
     def capture(

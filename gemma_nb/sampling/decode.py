@@ -240,8 +240,22 @@ class Decoder:
         )
 
     def residuals(self, ids: Sequence[int]) -> KeptResiduals:
-        """The residual stream of the tokens in the cache that `ids` begins with, as computed."""
-        return self._residuals.first(shared_prefix(self.ids, ids))
+        """The residual stream of the tokens in the cache that `ids` begins with, as computed.
+
+        The last token of a reply was chosen but not fed.  Where it is all that `ids` has beyond the
+        cache it is fed now, and taken back: the stream is left as it is.
+        """
+        shared = shared_prefix(self.ids, ids)
+        kept = self._residuals.first(shared)
+        if 0 < kept.length == len(self.ids) == len(ids) - 1 and not self.full:
+            assert self._controls is not None
+            token = np.array([ids[-1:]], np.int32)
+            self._ahead = self._feed_one(token, shared, self._controls)
+            with self._undone():
+                self._residuals.write(shared, jax.device_get(self._ahead.residuals), 1)
+            kept = self._residuals.first(len(ids))
+            self.keep(self.ids)
+        return kept
 
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
         """Compiles every step that a short conversation needs, and leaves the stream empty.

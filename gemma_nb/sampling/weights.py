@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.storage import Stored
 from gemma_nb.sampling.head import Int8Head
-from gemma_nb.sampling.pages import in_huge_pages
+from gemma_nb.sampling.pages import in_huge_pages, use_huge_pages
 from gemma_nb.typing import Params
 
 
@@ -94,32 +93,34 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
     if plain or not isinstance(model.transformer, Transformer):
         return official
     int8 = model.storage == "int8"
-    prepared = model.transformer.prepare(model.params, int8=int8, columns=_columns(model))
+    prepared = _in_huge_pages(
+        model.transformer.prepare(model.params, int8=int8, columns=_columns(model))
+    )
     params, norms = _split_norms(_without(model.params, prepared))
     weights = DecodingWeights(
         {"params": params, "prepared": prepared},
         norms=tuple(jnp.stack(list(scales.values())) for scales in norms.values()),
         paths=tuple(tuple(scales) for scales in norms.values()),
     )
-    # Whoever asks for float32 asks for exactness.
-    if int8 or weights.table.dtype != jnp.float32:
-        weights = dataclasses.replace(weights, head=Int8Head.of(weights.table))
-    found, structure = jax.tree_util.tree_flatten_with_path(weights)
-    leaves = [leaf for _, leaf in found]
-    streamed = [i for i, (path, _) in enumerate(found) if _is_rows(path)]
-    rows = [leaves[i] for i in streamed]
+    if weights.table.dtype == jnp.float32 and not int8:
+        return weights  # whoever asks for float32 asks for exactness
+    # Last, since it takes longest and nobody waits for it here.
+    head = Int8Head.of(weights.table)
+    use_huge_pages(head.rows)
+    return dataclasses.replace(weights, head=head)
+
+
+def _in_huge_pages(prepared: Params) -> Params:
+    """A collection of `Stored` weights with its rows moved."""
+    flat = flax.traverse_util.flatten_dict(prepared)
+    del prepared
+    rows = [stored.rows for stored in flat.values()]
     # Nothing but the list is to hold what is copied.
-    for i in streamed:
-        leaves[i] = None
-    del weights, prepared, found
-    for i, copy in zip(streamed, in_huge_pages(rows), strict=True):
-        leaves[i] = copy
-    return cast(DecodingWeights, jax.tree.unflatten(structure, leaves))
-
-
-def _is_rows(path: Sequence[Any]) -> bool:
-    """Whether a leaf is what every step reads: `rows` of a `Stored` or of the head."""
-    return isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "rows"
+    bare = {path: dataclasses.replace(stored, rows=None) for path, stored in flat.items()}
+    flat.clear()
+    copies = zip(bare.items(), in_huge_pages(rows), strict=True)
+    moved = {path: dataclasses.replace(stored, rows=copy) for (path, stored), copy in copies}
+    return cast(Params, flax.traverse_util.unflatten_dict(moved))
 
 
 def _split_norms(params: Params) -> tuple[Params, dict[int, dict[tuple[str, ...], jax.Array]]]:

@@ -2,10 +2,11 @@
 
     python -m tests.bench.heatmap
 
-Nothing of the conversation has been looked at before.  From the call of `chat.trace` to a drawn
-Figure, and in the attention panel until it shows the layer; the first heatmap of the process, whose
-programs are read from the cache of compiled ones (or compiled, in the first run ever), and after it
-one head after the other.  The last lines are for comparison: the plain pass, from nothing.
+The session is warm, as in the app, and nothing of the conversation has been looked at before.  From
+the call of `chat.trace` to a drawn Figure, and in the attention panel until it shows the layer; the
+first heatmap of the process, whose programs are read from the cache of compiled ones (or compiled,
+in the first run ever), and after it one head after the other.  The last lines are for comparison:
+the plain pass, from nothing.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main() -> None:
     chat = gnb.ChatSession(model, tokenizer, template="none")
     ends = tuple(sorted(chat.template.stop_ids(tokenizer)))
     chat.sampling = gnb.Sampling(seed=0, top_k=64, max_new_tokens=REPLY, forbidden=ends)
+    chat.warmup()
     for length in (FIRST, SECOND):
         chat.chat(tokenizer.decode(prompt_of(tokenizer, length)[1:]))
     settle()

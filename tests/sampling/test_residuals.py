@@ -98,11 +98,27 @@ def test_a_trace_takes_over_what_replying_has_computed(chat, tiny_model, monkeyp
 def test_only_what_was_computed_under_the_same_interventions_counts(chat):
     turn = chat.intervene(gnb.AblateHeads({1: [0]}), at=5)
     (known,) = chat.trace(turn, sites=()).source._known.values()
-    assert known.length == len(chat.tokens(turn)) - 1, "the last token was not fed"
+    assert known.length == len(chat.tokens(turn))
     chat.chat("c")  # without the interventions again
     assert not chat.trace(turn, sites=()).source._known
     (known,) = chat.trace(sites=()).source._known.values()
-    assert known.length == len(chat.tokens()) - 1
+    assert known.length == len(chat.tokens())
+
+
+def test_a_conversation_that_is_looked_into_goes_on_as_if_it_was_not(tiny_model):
+    replies = []
+    for look in (False, True):
+        chat = gnb.ChatSession(*tiny_model, template="none", cache_length=1024)
+        chat.sampling = gnb.Sampling(seed=0, max_new_tokens=20, forbidden=(1, 5))
+        for message in ("a" * 530, "b"):
+            turn = chat.chat(message)
+            if look:
+                held = list(chat._decoder.ids)
+                (known,) = chat.trace(sites=()).source._known.values()
+                assert known.length == len(held) + 1, "the last token was fed"
+                assert chat._decoder.ids == held
+        replies.append([(t.token_id, t.logprob, t.entropy) for t in turn.tokens])
+    assert replies[0] == replies[1], "bit for bit"
 
 
 def test_int8_layers_are_not_taken_for_the_parameters(tiny_model):
@@ -126,7 +142,7 @@ def test_on_the_default_model_it_is_what_a_pass_computes(real_model):
     trace = chat.trace(sites=())
     plain = Pass(model, trace.tokens)
     known = next(iter(trace.source._known.values()))
-    assert known.length == len(trace.tokens) - 1 > 512
+    assert known.length == len(trace.tokens) > 512
     for layer in (1, 6, 18):
         taken, computed = trace.source.residual(layer)[0], plain.residual(layer)[0]
         length = len(trace.tokens)
