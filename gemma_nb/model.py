@@ -311,11 +311,10 @@ class GemmaTransformer:
     def __treescope_repr__(
         self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
     ) -> rendering_parts.Rendering:
-        shown = {
-            "params": ParamTree(self.params, self.config),
-            "config": self.config,
-            "info": self.info,
-        }
+        shown: dict[str, Any] = {"params": ParamTree(self.params, self.config)}
+        if self.interventions is not None:
+            shown["interventions"] = self.interventions
+        shown |= {"config": self.config, "info": self.info}
         return draw(shown, repr(self), path, subtree_renderer)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:

@@ -1,7 +1,10 @@
 """What a model takes, gives and consists of: named, sized and typed, without its megabytes.
 
 The tree is drawn by treescope (https://treescope.readthedocs.io).  An array is shown as its axes,
-its size and the mean and spread of a few of its numbers; no array is copied for that.
+its size and the mean and spread of a few of its numbers, and folded up below it a picture of the
+ends of its axes; no array is copied for that.  Of a large model's weights pictures would take
+seconds and megabytes: they are drawn where treescope was told to draw arrays
+(`treescope.basic_interactive_setup()`).
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from treescope import renderers, rendering_parts
 
 _RUNS, _RUN = 16, 256  # how many stretches of an array its spread is taken from, and their length
+_FEW = 256  # arrays that are drawn without being asked for: a second, 400 kB
+_CELLS, _EDGE = 600, 12  # numbers drawn of an array, and of those that stand at an end of an axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +91,87 @@ def _spread(leaf: Any) -> str:
     return f"{about}{values.mean():.3g} ± {values.std():.3g}"
 
 
-class ParamTree:
-    """A part of a parameter tree, drawn with axis names, layer kinds and array summaries."""
+class DrawnArray:
+    """An array in a tree: `describe`'s line, and below it a picture of the ends of its axes."""
 
-    def __init__(
-        self, params: Params, config: TransformerConfig | None, path: tuple[str, ...] = ()
-    ) -> None:
-        self.params, self.config, self.path = params, config, path
+    def __init__(self, array: Any, dims: tuple[str, ...] | None = None) -> None:
+        self.array, self.dims = array, dims
+
+    @classmethod
+    def can_draw(cls, leaf: Any) -> bool:
+        """Whether there are numbers here to draw."""
+        if isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.Tracer)) or math.prod(leaf.shape) < 2:
+            return False
+        return bool(getattr(leaf, "is_fully_addressable", True))
+
+    def figure(self) -> Any:
+        """The picture; the last two axes are drawn, the others slide."""
+        import treescope
+
+        count = self.array.ndim
+        names = self.dims if self.dims is not None and len(self.dims) == count else None
+        sizes = self.array.shape
+        return treescope.render_array(
+            self.array,
+            rows=[count - 2] if count > 1 else [],
+            columns=[count - 1],
+            sliders=list(range(count - 2)),
+            truncate=True,
+            maximum_size=_CELLS,
+            cutoff_size_per_axis=2 * _EDGE,
+            axis_labels={
+                i: f"{word(names[i]) if names else f'axis {i}'}: {n}" for i, n in enumerate(sizes)
+            },
+        )
 
     def __treescope_repr__(
         self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
     ) -> rendering_parts.Rendering:
         from treescope import rendering_parts as parts
 
+        del subtree_renderer
+        # Folded up, nothing but the line: there are many in a tree.
+        picture = parts.indented_children([self.figure().treescope_part])
+        return parts.build_custom_foldable_tree_node(
+            label=parts.abbreviation_color(parts.text(describe(self.array, self.dims))),
+            contents=parts.fold_condition(expanded=picture),
+            path=path,
+            expand_state=parts.ExpandState.COLLAPSED,
+        )
+
+
+class ParamTree:
+    """A part of a parameter tree, drawn with axis names, layer kinds and array summaries."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: TransformerConfig | None,
+        path: tuple[str, ...] = (),
+        few: bool | None = None,
+    ) -> None:
+        self.params, self.config, self.path = params, config, path
+        self._few = len(jax.tree.leaves(params)) <= _FEW if few is None else few
+
+    def __treescope_repr__(
+        self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
+    ) -> rendering_parts.Rendering:
+        import treescope
+        from treescope import rendering_parts as parts
+
+        drawn = self._few or treescope.active_autovisualizer.get() is not None
+
         def line(name: str) -> Any:
             value, where = self.params[name], None if path is None else f"{path}[{name!r}]"
             if isinstance(value, Mapping):
-                below = ParamTree(value, self.config, (*self.path, name))
+                below = ParamTree(value, self.config, (*self.path, name), self._few)
                 note = below.note()
                 comment = parts.comment_color(parts.text(f" ({note})")) if note else ""
                 tree = subtree_renderer(below, path=where)
                 return parts.siblings_with_annotations(name, comment, ": ", tree)
+            if drawn and DrawnArray.can_draw(value):
+                tree = subtree_renderer(DrawnArray(value, self._dims(name)), path=where)
+                return parts.siblings_with_annotations(f"{name}: ", tree)
             text = parts.text(describe(value, self._dims(name)))
             leaf = parts.siblings_with_annotations(f"{name}: ", parts.abbreviation_color(text))
             return parts.build_one_line_tree_node(leaf, path=where)

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.sites import SITES, check_heads, check_layers, site
+from gemma_nb.structure import DrawnArray
 
 if TYPE_CHECKING:
+    from treescope import renderers, rendering_parts
+
     from gemma_nb.config import TransformerConfig
 
 # Positions: None is all, a slice from start up to stop, or a list of them.
@@ -136,6 +139,34 @@ class Intervention:
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError where the model has no such layer, head, neuron or shape."""
 
+    def __treescope_repr__(
+        self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
+    ) -> rendering_parts.Rendering:
+        from treescope import rendering_parts as parts
+
+        found = jax.tree_util.tree_flatten_with_path(self)[0]
+        # Indices are told by the line.
+        numbers = [
+            (jax.tree_util.keystr(where).removeprefix("."), leaf)
+            for where, leaf in found
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and DrawnArray.can_draw(leaf)
+        ]
+        if not numbers:
+            return parts.build_one_line_tree_node(parts.text(str(self)), path=path)
+
+        def drawn(name: str, leaf: Any) -> Any:
+            where = None if path is None else f"{path}.{name}"
+            tree = subtree_renderer(DrawnArray(leaf), path=where)
+            return parts.siblings_with_annotations(f"{name}=", tree)
+
+        return parts.build_foldable_tree_node_from_children(
+            prefix=parts.text(f"{self} ("),
+            children=[drawn(name, leaf) for name, leaf in numbers],
+            suffix=")",
+            path=path,
+            expand_state=parts.ExpandState.COLLAPSED,
+        )
+
 
 @flax.struct.dataclass
 class Interventions:
@@ -161,6 +192,23 @@ class Interventions:
 
     def __str__(self) -> str:
         return "; ".join(self.describe())
+
+    def __treescope_repr__(
+        self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
+    ) -> rendering_parts.Rendering:
+        from treescope import rendering_parts as parts
+
+        start = int(self.start)
+        return parts.build_foldable_tree_node_from_children(
+            prefix="Interventions(",
+            children=[
+                subtree_renderer(item, path=None if path is None else f"{path}.items[{i}]")
+                for i, item in enumerate(self.items)
+            ],
+            suffix=f", from position {start} on)" if start else ")",
+            path=path,
+            expand_state=parts.ExpandState.EXPANDED,
+        )
 
 
 def lines_of(under: Interventions | None) -> str:
