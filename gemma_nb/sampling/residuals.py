@@ -58,7 +58,8 @@ class Residuals:
     def write(self, start: int, layers: Sequence[np.ndarray] | np.ndarray, count: int) -> None:
         """Keeps the tokens from position `start` on, while there is room.
 
-        What was held from there on is forgotten.
+        What was held from there on is forgotten, and everything in a text of twice as many tokens
+        as there is room for.
 
         Args:
           start: position of the first of them.
@@ -66,6 +67,9 @@ class Residuals:
           count: of these T that are real.
         """
         self._cut(start)
+        if start > 2 * self._most:
+            # Of so long a text it is a small part, and its caches take the memory.
+            self._parts, self._count = [], 0
         if self._count < start or start + count > self._most:
             return
         if isinstance(layers, np.ndarray):

@@ -67,6 +67,10 @@ def test_it_keeps_what_fits(monkeypatch):
     assert kept.first(121).length == 80
     write(kept, 60, 90)
     assert kept.first(121).length == 90
+    given = kept.first(90)
+    write(kept, 201, 202)
+    assert kept.first(202).length == 0, "a text of twice as many tokens"
+    assert given.before(1).shape == (90, 2)
 
 
 @pytest.fixture(scope="module")
