@@ -33,7 +33,7 @@ from gemma_nb.text.template import Template, resolve_template
 from gemma_nb.text.tokenizer import Tokenizer
 
 _DROPPED = "Nobody waited for the rest of the reply."
-# Half a second.
+# What a first picture imports, which takes half a second.
 _FOR_PICTURES = ("xarray", "matplotlib.figure")
 
 

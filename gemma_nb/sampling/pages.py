@@ -48,7 +48,7 @@ def in_huge_pages(arrays: list[jax.Array]) -> list[jax.Array]:
 
     Args:
       arrays: on one device.  The list is emptied as they are copied, so that what nobody else holds
-        is freed, and hardly more memory is needed than before.
+        is freed, and hardly more memory is needed than before; where they are not copied, it stays.
     """
     sizes = [-(-array.nbytes // _LINE) * _LINE for array in arrays]
     if not arrays or not _can(arrays[0]):
