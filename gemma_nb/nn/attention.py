@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gemma_nb.config import LayerSpec, Sliding, TransformerConfig
+from gemma_nb.config import AttentionKind, LayerSpec, Sliding, TransformerConfig
 from gemma_nb.nn.layers import Einsum, RMSNorm
 from gemma_nb.nn.masks import visible
 from gemma_nb.nn.observe import observe
@@ -24,6 +24,11 @@ MASKED = -2.3819763e38
 
 # So many keys one thread reads faster than two.
 _SHORT = 2048
+
+
+def is_ring(kind: AttentionKind, cache: LayerCache) -> bool:
+    """Whether a layer's cache is one window long, so that more tokens go round in it."""
+    return isinstance(kind, Sliding) and cache["positions"].shape[1] == kind.window
 
 
 def extend_cache(
@@ -235,14 +240,6 @@ class Attention(nn.Module):
             self.put_variable("prepared", "qkv", concatenate(parts))
         return q, kv[..., 0, :, :], kv[..., 1, :, :]
 
-    def _is_ring(self, cache: LayerCache, attention_mask: jax.Array | None) -> bool:
-        """Whether the cache is one window long, so that more tokens go round in it.
-
-        A caller with a mask speaks of slots, which then must not mean another token later.
-        """
-        kind, size = self.spec.kind, cache["positions"].shape[1]
-        return isinstance(kind, Sliding) and size == kind.window and attention_mask is None
-
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -271,7 +268,9 @@ class Attention(nn.Module):
         seen: LayerCache = {"k": k, "v": v, "positions": positions}
         new_cache = None
         if cache is not None:
-            seen, new_cache = extend_cache(cache, seen, ring=self._is_ring(cache, attention_mask))
+            # A caller with a mask speaks of slots, which then must not mean another token later.
+            ring = attention_mask is None and is_ring(spec.kind, cache)
+            seen, new_cache = extend_cache(cache, seen, ring=ring)
         mask = visible(positions, seen["positions"], spec.kind, attention_mask)
         cap = c.attn_logits_soft_cap
         if edit is not None and edit.edits_attention:

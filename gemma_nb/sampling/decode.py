@@ -71,9 +71,14 @@ class Decoder:
         exact = self.looks and model.storage == "exact"
         captured = (top_k, rows.layers if rows is not None else (), exact)
         self._many = Program.of(model.transformer, self._weights, *captured)
+        # A prompt in one piece has nothing before it to attend to.
+        self._first = self._many
+        if self.looks:
+            self._first = Program.of(model.transformer, self._weights, *captured, first=True)
         # One token is given less.
         self._one = Program.of(model.transformer, self._weights.for_one_token(), *captured)
         self._looked = False  # whether somebody looks, or may soon
+        self._alone = False  # whether the program of a first prompt has just run
         self._cache: StreamCache | None = None
         self._archive = Archive()
         self._residuals = Residuals(model.config)
@@ -180,11 +185,16 @@ class Decoder:
         """
         controls = self._forcing(token)
         result = None
-        for tokens, positions, last in chunks(ids, len(self.ids)):
+        pieces = list(chunks(ids, len(self.ids)))
+        # Not the first of several: a long prompt would wait for two programs to be compiled.
+        first = not self.ids and len(pieces) == 1
+        self._alone = first and self._first is not self._many
+        for tokens, positions, last in pieces:
             if result is not None and between is not None and not between(len(self.ids)):
                 return None
             fed = [int(token) for token in tokens[0, : last + 1]]
-            result = self._take(fed, self._feed(tokens, positions, last, controls))
+            made = self._feed(tokens, positions, last, controls, first=first)
+            result = self._take(fed, made)
         return result
 
     def step(self, token: int | None = None, *, last: bool = False) -> Evidence:
@@ -202,6 +212,9 @@ class Decoder:
         if self._next is None or self.full:
             raise RuntimeError("step() needs a prefilled stream with room for one more token")
         controls, fed = self._forcing(token), self._next
+        if self._alone and self._cache is not None:
+            self._alone = False
+            ahead.begin(self._pieces_at(self._cache.size))  # the next prompt's
         if token is not None:
             self.keep(self.ids)  # a step ahead has chosen already
         made = self._ahead or self._feed_one(np.array([[fed]], np.int32), len(self.ids), controls)
@@ -275,7 +288,12 @@ class Decoder:
         first = size_for(1, self.limit)
         following = next_size(first, self.limit)
         ahead.begin(
-            [*self._steps_at(following), *self._looks_at(first), *self._looks_at(following)]
+            [
+                *self._pieces_at(first),
+                *self._steps_at(following),
+                *self._looks_at(first),
+                *self._looks_at(following),
+            ]
         )
 
     # --- inside ---------------------------------------------------------------------------------
@@ -287,17 +305,31 @@ class Decoder:
     def _feed_one(self, token: Any, position: int, controls: Controls) -> Made:
         return self._feed(token, np.array([[position]], np.int32), 0, controls)
 
-    def _feed(self, tokens: Any, positions: np.ndarray, last: int, controls: Controls) -> Made:
-        """Starts a step; what it makes is not there yet."""
+    def _feed(
+        self,
+        tokens: Any,
+        positions: np.ndarray,
+        last: int,
+        controls: Controls,
+        *,
+        first: bool = False,
+    ) -> Made:
+        """Starts a step; what it makes is not there yet.  `first`: nothing is cached."""
         self._make_room(int(positions[0, last]) + 1)
+        program = self._program(tokens.shape[1], first=first)
         args = (self._seen, tokens, positions, np.int32(last), controls, self._interventions)
         with self._undone():
-            self._cache, self._seen, made = self._step(self._cache, *args)
+            self._cache, self._seen, made = self._step(program, self._cache, *args)
         return cast(Made, made)
 
-    def _step(self, cache: StreamCache | None, seen: jax.Array, tokens: Any, *rest: Any) -> Any:
-        program = self._one if tokens.shape[1] == 1 else self._many
-        return program.run(program.leaves, cache, seen, tokens, *rest)
+    def _program(self, length: int, *, first: bool = False) -> Program:
+        """What feeds so many tokens at once."""
+        if length == 1:
+            return self._one
+        return self._first if first else self._many
+
+    def _step(self, program: Program, *args: Any) -> Any:
+        return program.run(program.leaves, *args)
 
     def _take(self, fed: Sequence[int], made: Made) -> Evidence:
         """Waits for what a step has made of `fed`, and keeps it."""
@@ -345,10 +377,18 @@ class Decoder:
         # Shapes: the arrays themselves are given away by the next step.
         given = (self._shapes(size), jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype))
         assert self._controls is not None
+        yield partial(self._one.compile, *given, 1, self._controls, self._interventions)
+        yield from self._pieces_at(size)
+
+    def _pieces_at(self, size: int) -> Iterator[Callable[[], object]]:
+        """What compiles the short pieces behind others at a cache size, unless that was begun."""
+        if not self._is_new(self._many.run, size, several=True):
+            return
+        given = (self._shapes(size), jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype))
+        assert self._controls is not None
         settings = (self._controls, self._interventions)
-        for length in (1, *BUCKETS[:2]):
-            program = self._one if length == 1 else self._many
-            yield partial(program.compile, *given, length, *settings)
+        for length in BUCKETS[:2]:
+            yield partial(self._many.compile, *given, length, *settings)
 
     def _looks_at(self, size: int | None) -> Iterator[Callable[[], object]]:
         """What compiles the looks at a cache size, where they may be wanted."""
@@ -367,9 +407,12 @@ class Decoder:
         empty = partial(StreamCache.empty, self._transformer.config, size, roll=self._roll)
         return cast(StreamCache, jax.eval_shape(empty))
 
-    def _is_new(self, program: Any, size: int) -> bool:
-        """Whether nobody has begun to compile a program for a cache size; notes that it is."""
-        what = (size, jax.tree.structure(self._interventions))
+    def _is_new(self, program: Any, size: int, *, several: bool = False) -> bool:
+        """Whether nobody has begun to compile a program for a cache size; notes that it is.
+
+        A program may be that of single tokens and of `several` at once.
+        """
+        what = (size, several, jax.tree.structure(self._interventions))
         begun = ahead.begun(program)
         # Several hosts must run the same programs in the same order.
         if what in begun or self._mesh is not None:

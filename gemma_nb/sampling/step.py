@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Output, Transformer
-from gemma_nb.sampling.cache import StreamCache
+from gemma_nb.sampling.cache import StreamCache, smallest_window
 from gemma_nb.sampling.choose import choose, exact_logit
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls
@@ -76,10 +76,11 @@ class Program:
         top_k: int,
         attention_layers: tuple[int, ...] = (),
         residuals: bool = False,
+        first: bool = False,
     ) -> Program:
         """The step of a model; arguments as of `compiled`."""
         leaves, structure = jax.tree.flatten(weights)
-        run = compiled(transformer, structure, top_k, attention_layers, residuals)
+        run = compiled(transformer, structure, top_k, attention_layers, residuals, first)
         return cls(run, leaves, structure)
 
     def compile(
@@ -103,6 +104,7 @@ def compiled(
     top_k: int,
     attention_layers: tuple[int, ...],
     residuals: bool,
+    first: bool = False,
 ) -> Any:
     """The jitted step of a model.
 
@@ -116,6 +118,9 @@ def compiled(
       top_k: number of alternatives.
       attention_layers: whose attention weights come with a choice, ascending.
       residuals: whether the residual stream comes with the tokens.
+      first: the cache that it is given is empty, so the tokens attend to each other alone (with
+        Gemma 3 270M 16, 64 and 256 tokens take 0.90, 0.97 and 0.83 of the time).  For our own
+        module only.
     """
 
     def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
@@ -125,6 +130,7 @@ def compiled(
             top_k=top_k,
             attention_layers=attention_layers,
             residuals=residuals,
+            first=first,
         )
 
     return jax.jit(step, donate_argnums=(1, 2), compiler_options=compiler_options())
@@ -144,13 +150,14 @@ def _step(
     top_k: int,
     attention_layers: tuple[int, ...],
     residuals: bool,
+    first: bool,
 ) -> tuple[StreamCache, jax.Array, Made]:
     """Feeds tokens (1, T), and chooses the one after index `last`."""
-    observed = any(cache.rings) or bool(attention_layers) or residuals
+    observed = any(cache.rings) or bool(attention_layers) or residuals or first
     result = transformer.apply(
         weights.variables,
         tokens,
-        cache=cache.to_model(transformer.config),
+        cache=None if first else cache.to_model(transformer.config),
         positions=positions,
         return_hidden_states=True,
         interventions=interventions,
@@ -163,10 +170,16 @@ def _step(
         rows = _new_rows(sown, cache.rings) if any(cache.rings) else None
         if attention_layers:
             attention = sown_attention(sown, cache.rings, attention_layers, last, jnp.float16)
+            if first:
+                attention = _behind_ring(attention, smallest_window(transformer.config))
         if residuals:
             streams = sown_residuals(sown, len(cache.rings))
+    if first:
+        filled = cache.filled(transformer.config, sown, positions)
+    else:
+        assert output.cache is not None
+        filled = cache.updated(output.cache)
     assert output.hidden_states is not None
-    assert output.cache is not None
     # Only the last token's logits: the vocabulary is most of a small model's work.
     hidden, forced_logit = output.hidden_states[0, last], None
     if weights.head is not None:
@@ -180,7 +193,18 @@ def _step(
     seen = seen.at[padded].set(True, mode="drop")
     evidence = choose(scores, controls, seen, positions[0, last], top_k, forced_logit)
     made = Made(evidence.token.reshape(1, 1), evidence.pack(), rows, attention, streams)
-    return cache.updated(output.cache), seen, made
+    return filled, seen, made
+
+
+def _behind_ring(
+    found: tuple[jax.Array | None, jax.Array | None], window: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """`sown_attention` of a pass over T tokens without a cache, as over an empty one."""
+    near, far = found
+    # Up to a window, `rows.in_order` takes them in the order of positions as they are.
+    if near is not None and near.shape[-1] > window:
+        near = jnp.pad(near, ((0, 0), (0, 0), (window, 0)))
+    return near, far
 
 
 def _new_rows(sown: Any, rings: Sequence[bool]) -> jax.Array:

@@ -12,7 +12,9 @@ from gemma_nb.sampling import ahead, prefill
 from gemma_nb.sampling.ahead import COMPILING
 from gemma_nb.sampling.cache import StreamCache, grow, next_size, rewind, size_for
 from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.evidence import Capture
 from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.rows import AttentionRows
 from gemma_nb.sampling.step import Program
 
 GREEDY = Sampling(temperature=0, seed=0)
@@ -126,13 +128,46 @@ def test_a_failed_step_leaves_a_stream_that_starts_over(decoder, score, monkeypa
     assert_evidence(decoder.prefill(ids), score(ids)[-1])
 
 
+def sizes(decoder):
+    """For how many shapes each program was compiled."""
+    return [p.run._cache_size() for p in (decoder._one, decoder._first, decoder._many)]
+
+
+@pytest.mark.parametrize("length", [5, 16, 40, 64, 130])
+def test_a_first_prompt_is_computed_as_one_behind_others(tiny_model, length):
+    """By a program of its own, which reads no cache: choice, evidence and cache are the same."""
+    ids = random_ids(length, seed=length)
+    found = []
+    for own in (True, False):
+        rows = AttentionRows(
+            Capture(attention_layers="all"), tiny_model[0], tiny_model[1], shown=True
+        )
+        decoder = Decoder(tiny_model[0], limit=200, top_k=5, rows=rows)
+        if not own:
+            decoder._first = decoder._many
+        first = decoder.prefill(decoder.begin(ids, GREEDY))
+        found.append((first, decoder.step(), decoder.cache, decoder._archive.last(length, length)))
+    (first, second, cache, archive), (first_, second_, cache_, archive_) = found
+    for own, other in ((first, first_), (second, second_)):
+        assert int(own.token) == int(other.token)
+        np.testing.assert_allclose(own.logprobs, other.logprobs, atol=1e-5)
+        weights = own.attention.weights()
+        assert weights.shape[-1] == own.attention.position + 1
+        # Kept as float16.
+        np.testing.assert_allclose(weights, other.attention.weights(), atol=1e-3)
+        np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=2e-3)
+    np.testing.assert_allclose(archive, archive_, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(cache_), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_settings_do_not_recompile(decoder):
     ids = random_ids(9)
     decoder.prefill(decoder.begin(ids, GREEDY))
-    compiled = decoder._many.run._cache_size()
+    compiled = sizes(decoder)
     for sampling in (Sampling(seed=5), Sampling(temperature=2, top_k=3, forbidden=(8,), seed=6)):
         decoder.prefill(decoder.begin(random_ids(9, seed=sampling.seed), sampling))
-    assert decoder._many.run._cache_size() == compiled
+    assert sizes(decoder) == compiled
 
 
 def test_the_repetition_penalty_sees_prompt_and_reply(decoder):
@@ -230,7 +265,8 @@ def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, 
     for thread in threading.enumerate():
         if thread.name == COMPILING:
             thread.join()
-    assert compiled == [(96, COMPILING)] * 3
+    # The next prompt's, and those of the next size.
+    assert sorted(compiled) == [(48, COMPILING)] * 2 + [(96, COMPILING)] * 3
     assert decoder._cache.size == 48
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         while decoder._cache.size == 48:
@@ -295,11 +331,11 @@ def test_a_token_that_is_put_there_does_not_recompile(decoder):
     ids = random_ids(9)
     decoder.prefill(decoder.begin(ids, GREEDY))
     decoder.step()
-    compiled = [p.run._cache_size() for p in (decoder._one, decoder._many)]
+    compiled = sizes(decoder)
     for token in (7, 200):
         decoder.step(token=token)
         decoder.prefill(decoder.begin(random_ids(9, seed=token), GREEDY), token=token)
-    assert [p.run._cache_size() for p in (decoder._one, decoder._many)] == compiled
+    assert sizes(decoder) == compiled
 
 
 def test_warming_up_compiles_the_next_size_too(tiny_model, monkeypatch):
@@ -312,5 +348,5 @@ def test_warming_up_compiles_the_next_size_too(tiny_model, monkeypatch):
         for thread in threading.enumerate():
             if thread.name == COMPILING:
                 thread.join()
-    assert sizes == [512] * 3
+    assert sizes == [256] * 2 + [512] * 3
     assert decoder.ids == []
