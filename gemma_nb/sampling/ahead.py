@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -36,6 +38,13 @@ def _run(jobs: Iterable[Callable[[], object]]) -> None:
         except Exception:  # whatever it is: nobody asked for this yet
             # No warning: settings of JAX that hold for one thread only are lawful, and fail here.
             _log.info("compiling ahead of need failed; it is done when needed", exc_info=True)
+    _give_back()
+
+
+def _give_back() -> None:
+    """Returns to the system what compiling has left, which glibc keeps otherwise: 0.4 GB."""
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @functools.cache

@@ -72,7 +72,9 @@ def test_a_forced_token_costs_a_step_and_no_pass(make, score, monkeypatch):
     fed = []
     step = chat._decoder._feed
     monkeypatch.setattr(
-        chat._decoder, "_feed", lambda *args: fed.append(args[0].shape[1]) or step(*args)
+        chat._decoder,
+        "_feed",
+        lambda *args, **how: fed.append(args[0].shape[1]) or step(*args, **how),
     )
     row = score(chat.tokens(first))[first.tokens[20].position - 1]
     token = next(int(i) for i in np.argsort(-row)[40:] if i > 5)
