@@ -2,88 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gemma_nb.config import AttentionKind, LayerSpec, Sliding, TransformerConfig
+from gemma_nb.config import LayerSpec, TransformerConfig
+from gemma_nb.nn.cache import extend_cache, in_rows, is_ring
 from gemma_nb.nn.layers import Einsum, RMSNorm
 from gemma_nb.nn.masks import visible
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import Rotation, apply_rope
-from gemma_nb.nn.storage import concatenate, preparing
+from gemma_nb.nn.storage import concatenate, materialize, preparing
 from gemma_nb.typing import LayerCache
 
 # Stands for -infinity in masked scores: finite, so that a row with no visible key stays finite.
 MASKED = -2.3819763e38
 
-# So many keys one thread reads faster than two.
+# Of so many keys a single query's heads are computed one after the other.
 _SHORT = 2048
-
-
-def is_ring(kind: AttentionKind, cache: LayerCache) -> bool:
-    """Whether a layer's cache is one window long, so that more tokens go round in it."""
-    return isinstance(kind, Sliding) and cache["positions"].shape[1] == kind.window
-
-
-def extend_cache(
-    cache: LayerCache, new: LayerCache, *, ring: bool = False
-) -> tuple[LayerCache, LayerCache]:
-    """What the new tokens attend to, and `cache` with their keys, values and positions.
-
-    Tokens at position -1 are padding (on the right) and are not stored, so a padded prompt leaves
-    the cache as the bare prompt does.
-
-    A ring holds one window: token n lies in slot n % S, where it displaces the one that has just
-    left the window.  Several tokens at once may displace keys that the first of them still needs,
-    so they attend to the old and the new side by side.  In a cache that is not a ring, what does
-    not fit is dropped: the caller counts.
-
-    Args:
-      cache: k and v (B, S, K, H), positions (B, S), end_index (B,).
-      new: k and v (B, T, K, H), positions (B, T).
-      ring: whether the cache is a ring.
-
-    Returns:
-      k, v and positions to attend to, over S slots or (several tokens, ring) S + T; and the cache.
-    """
-    end = cache["end_index"]
-    batch, length = new["positions"].shape
-    size = cache["positions"].shape[1]
-    new = {name: value.astype(cache[name].dtype) for name, value in new.items()}
-    if batch == length == 1:
-        # One token of one stream: written in place, where a scatter would copy the cache.
-        slot = end[0] % size if ring else end[0]
-
-        def write(name: str) -> jax.Array:
-            # As matrices, which is how a stream's cache is kept: XLA's CPU backend copies what is
-            # updated in another shape.
-            flat, row = cache[name].reshape(size, -1), new[name].reshape(1, -1)
-            written = lax.dynamic_update_slice(flat, row, (slot, 0))
-            return written.reshape(cache[name].shape)
-
-        written = {name: write(name) for name in new}
-        return written, {**written, "end_index": end + 1}
-
-    real = new["positions"] >= 0
-    added = real.sum(axis=1, dtype=end.dtype)
-    index = jnp.arange(length)
-    slots = end[:, None] + index
-    if ring:
-        real = real & (index >= added[:, None] - size)  # the last of those that share a slot
-        slots = slots % size
-    slots = jnp.where(real, slots, size)  # `size`: dropped
-    rows = jnp.arange(batch)[:, None]
-    written = {n: cache[n].at[rows, slots].set(v, mode="drop") for n, v in new.items()}
-    seen = written
-    if ring:
-        seen = {n: jnp.concatenate([cache[n], v], axis=1) for n, v in new.items()}
-    return seen, {**written, "end_index": end + added}
 
 
 def attend(
@@ -108,27 +47,20 @@ def attend(
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-
-    def weigh(scores: jax.Array, allowed: jax.Array) -> jax.Array:
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        scores = jnp.where(allowed, scores.astype(jnp.float32), MASKED)
-        return jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     if batch == 1:
         # Products of plain matrices: XLA's CPU backend transposes what an einsum of five axes
         # makes.
         pairs = [
-            _attend_one(grouped[0, :, g], k[0, :, g], v[0, :, g], mask[0], weigh)
+            _attend_one(grouped[0, :, g], k[0, :, g], v[0, :, g], mask[0], soft_cap)
             for g in range(kv_heads)
         ]
         weights, z = (jnp.concatenate(parts, axis=1)[None] for parts in zip(*pairs, strict=True))
         return weights, z
 
     scores = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k)
-    weights = weigh(scores, mask[:, :, None, None])
+    weights = _weigh(scores, mask[:, :, None, None], soft_cap)
     gathered = jnp.einsum("BTKGS,BSKH->BTKGH", weights, v)
     return weights.reshape(batch, length, heads, -1), gathered.reshape(q.shape)
 
@@ -138,18 +70,61 @@ def _attend_one(
     k: Float[Array, "S H"],
     v: Float[Array, "S H"],
     mask: Bool[Array, "T S"],
-    weigh: Callable[[jax.Array, jax.Array], jax.Array],
+    soft_cap: float | None,
 ) -> tuple[Float[Array, "T G S"], Float[Array, "T G H"]]:
     """`attend` of one stream and one key-value head."""
     length, heads, _ = q.shape
     if length == 1 and len(k) <= _SHORT:
         # Products of a matrix and a vector stay on this thread; handing one of them to another
         # thread would take longer than it does.
-        weights = weigh(jnp.stack([k @ q[0, n] for n in range(heads)]), mask)
+        weights = _weigh(jnp.stack([k @ q[0, n] for n in range(heads)]), mask, soft_cap)
         return weights[None], jnp.stack([weights[n] @ v for n in range(heads)])[None]
     scores = (q.reshape(length * heads, -1) @ k.T).reshape(length, heads, -1)
-    weights = weigh(scores, mask[:, None])
+    weights = _weigh(scores, mask[:, None], soft_cap)
     return weights, (weights.reshape(length * heads, -1) @ v).reshape(q.shape)
+
+
+def _weigh(
+    scores: Float[Array, "*lead S"], allowed: Bool[Array, "*lead S"], soft_cap: float | None
+) -> Float[Array, "*lead S"]:
+    """Softmax of the capped scores over the keys that are allowed, in the scores' dtype."""
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    masked = jnp.where(allowed, scores.astype(jnp.float32), MASKED)
+    return jax.nn.softmax(masked, axis=-1).astype(scores.dtype)
+
+
+def attend_by_one(
+    q: Float[Array, "1 1 N H"],
+    k: Float[Array, "1 S K H"],
+    vt: Float[Array, "1 K H S"],
+    mask: Bool[Array, "1 1 S"],
+    *,
+    soft_cap: float | None = None,
+) -> tuple[Float[Array, "1 1 N S"], Float[Array, "1 1 N H"]]:
+    """`attend` of a single query, fast on a CPU.
+
+    Args:
+      q: query, already scaled.
+      k: keys.
+      vt: values.
+      mask: which keys the query sees; at least one.
+      soft_cap: bound on the scores.
+    """
+    kv_heads = k.shape[2]
+    grouped = materialize(q.astype(jnp.float32)).reshape(kv_heads, -1, q.shape[-1])
+    allowed = mask[0]
+    # What is not seen has weight 0, and is zeroed all the same: XLA's CPU backend runs a product of
+    # a matrix and a vector on all threads only where something is computed on the way.  On one, the
+    # other threads would fall asleep meanwhile, and waking up delays them in all large products up
+    # to the next attention (together, a tenth of a step of Gemma 3 270M).
+    keys = [jnp.where(allowed[0, :, None], k[0, :, g], 0).T for g in range(kv_heads)]
+    scores = jnp.stack([query @ keys[g] for g in range(kv_heads) for query in grouped[g]])
+    weights = materialize(_weigh(scores, allowed, soft_cap))
+    values = [jnp.where(allowed, vt[0, g], 0).T for g in range(kv_heads)]
+    group = len(weights) // kv_heads
+    z = jnp.concatenate([row @ values[n // group] for n, row in enumerate(weights)])
+    return weights[None, None].astype(q.dtype), z.reshape(q.shape).astype(q.dtype)
 
 
 def attend_edited(
@@ -275,10 +250,12 @@ class Attention(nn.Module):
         cap = c.attn_logits_soft_cap
         if edit is not None and edit.edits_attention:
             weights, z = attend_edited(
-                q, seen["k"], seen["v"], mask, edit, seen["positions"], soft_cap=cap
+                q, seen["k"], in_rows(seen)["v"], mask, edit, seen["positions"], soft_cap=cap
             )
+        elif "vt" in seen and seen["k"].shape[1] <= _SHORT:
+            weights, z = attend_by_one(q, seen["k"], seen["vt"], mask, soft_cap=cap)
         else:
-            weights, z = attend(q, seen["k"], seen["v"], mask, soft_cap=cap)
+            weights, z = attend(q, seen["k"], in_rows(seen)["v"], mask, soft_cap=cap)
 
         self.sow("intermediates", "attention", weights)
         z = observe(self, "z", z, edit)

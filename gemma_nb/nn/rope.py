@@ -53,7 +53,9 @@ def apply_rope(x: Float[Array, "B T heads H"], rotation: Rotation) -> Float[Arra
 
     Source: RoFormer (arXiv:2104.09864), equation 34, in the half-split pairing that Gemma uses.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rotation.cos, rotation.sin
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    cos, sin = (angle[..., None, :] for angle in (rotation.cos, rotation.sin))
+    # One expression for both halves: XLA's CPU backend runs each part of a concatenation, and the
+    # concatenation, on its own.
+    turned = pairs * cos + pairs[..., ::-1, :] * (sin * np.array([[-1], [1]], np.float32))
+    return turned.reshape(x.shape).astype(x.dtype)

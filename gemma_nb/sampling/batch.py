@@ -271,12 +271,12 @@ def _gather(
     it still holds are in their places, and what stands elsewhere no window reaches.
     """
 
-    def take(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return tuple(x[slots % len(x)] for x in arrays)
+    def take(x: jax.Array) -> jax.Array:
+        return x[slots % len(x)]
 
     return StreamCache(
-        k=take(cache.k),
-        v=take(cache.v),
+        k=tuple(take(x) for x in cache.k),
+        v=tuple(take(x.T if cache.columns else x) for x in cache.v),
         positions=positions,
         ring_positions=None,
         end_index=count,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gemma_nb import placement
 from gemma_nb.config import Sliding, TransformerConfig
-from gemma_nb.nn.attention import extend_cache, is_ring
+from gemma_nb.nn.cache import extend_cache, is_ring
 from gemma_nb.sites import SITES
 from gemma_nb.typing import EMPTY, KVCache, LayerCache
 
@@ -34,11 +34,12 @@ class StreamCache:
 
     Attributes:
       k: per layer (S, K*H), or (W, K*H) where it is a ring.
-      v: as k.
+      v: as k, or per layer (K*H, S), see `columns`.
       positions: (S,) int32; -1 where the slot is empty.
       ring_positions: (W,) int32, of the rings; None where there are none.
       end_index: () int32, tokens held.
       rings: per layer, whether it is a ring.
+      columns: whether the values are transposed, see `gemma_nb.nn.cache.in_columns`.
     """
 
     k: tuple[jax.Array, ...]
@@ -47,6 +48,7 @@ class StreamCache:
     ring_positions: jax.Array | None
     end_index: jax.Array
     rings: tuple[bool, ...] = flax.struct.field(pytree_node=False)
+    columns: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def empty(
@@ -55,7 +57,7 @@ class StreamCache:
         size: int,
         mesh: Mesh | None = None,
         *,
-        roll: bool = False,
+        own: bool = False,
     ) -> StreamCache:
         """A float32 cache of `size` slots (float32: converting bfloat16 keys costs more than
         reading twice the bytes), split over the devices of `mesh` as the parameters are.
@@ -64,18 +66,19 @@ class StreamCache:
           config: the model's numbers.
           size: S.
           mesh: None for one device.
-          roll: make the sliding layers rings.
+          own: in the form that our own module reads fastest, with rings and transposed values;
+            else in one that any model knows.
         """
         width = config.num_kv_heads * config.head_dim
-        rings = ring_layers(config) if roll else (False,) * config.num_layers
+        rings = ring_layers(config) if own else (False,) * config.num_layers
         ring = min(size, smallest_window(config))
 
-        zeros = tuple(np.zeros((ring if is_ring else size, width), np.float32) for is_ring in rings)
+        zeros = [np.zeros((ring if is_ring else size, width), np.float32) for is_ring in rings]
 
         def nowhere(slots: int) -> np.ndarray:
             return np.full(slots, EMPTY, np.int32)
 
-        rows = (zeros, zeros)
+        rows = (tuple(zeros), tuple(x.T.copy() if own else x for x in zeros))
         counts = {
             "positions": nowhere(size),
             "ring_positions": nowhere(ring) if any(rings) else None,
@@ -85,7 +88,7 @@ class StreamCache:
         # twice.
         k, v = jax.device_put(rows, placement.stream_sharding(config, mesh), may_alias=False)
         rest = jax.device_put(counts, placement.everywhere(mesh), may_alias=False)
-        return cls(k=k, v=v, **rest, rings=rings)
+        return cls(k=k, v=v, **rest, rings=rings, columns=own)
 
     @property
     def size(self) -> int:
@@ -106,19 +109,26 @@ class StreamCache:
             assert positions is not None
             return {
                 "k": self.k[i].reshape(heads),
-                "v": self.v[i].reshape(heads),
+                **self._values(i, config),
                 "positions": positions[None],
                 "end_index": self.end_index[None],
             }
 
         return {f"layer_{i}": layer(i) for i in range(len(self.k))}
 
+    def _values(self, i: int, config: TransformerConfig) -> LayerCache:
+        if self.columns:
+            return {"vt": self.v[i].reshape(1, config.num_kv_heads, config.head_dim, -1)}
+        return {"v": self.v[i].reshape(1, -1, config.num_kv_heads, config.head_dim)}
+
     def updated(self, cache: KVCache) -> StreamCache:
         """The inverse of `to_model`, for what a step made of this cache."""
         layers = [cache[f"layer_{i}"] for i in range(len(cache))]
 
-        def matrix(x: jax.Array) -> jax.Array:
-            return x.reshape(x.shape[1], -1)
+        def values(layer: LayerCache) -> jax.Array:
+            if self.columns:
+                return layer["vt"].reshape(-1, layer["vt"].shape[-1])
+            return layer["v"].reshape(layer["v"].shape[1], -1)
 
         def positions(of_rings: bool) -> jax.Array | None:
             held = zip(layers, self.rings, strict=True)
@@ -126,12 +136,13 @@ class StreamCache:
 
         plain = positions(False)
         return StreamCache(
-            k=tuple(matrix(layer["k"]) for layer in layers),
-            v=tuple(matrix(layer["v"]) for layer in layers),
+            k=tuple(layer["k"].reshape(layer["k"].shape[1], -1) for layer in layers),
+            v=tuple(values(layer) for layer in layers),
             positions=self.positions if plain is None else plain,
             ring_positions=positions(True),
             end_index=layers[0]["end_index"][0],
             rings=self.rings,
+            columns=self.columns,
         )
 
     def filled(self, config: TransformerConfig, sown: Any, positions: jax.Array) -> StreamCache:
@@ -166,13 +177,18 @@ class StreamCache:
         positions[slots] = held
         new = np.zeros((*rows.shape[:2], size, rows.shape[3]), np.float32)
         new[:, :, slots] = rows
-        k, v = list(self.k), list(self.v)
-        for index, i in enumerate(i for i, ring in enumerate(self.rings) if ring):
-            # Copies: a step is given the arrays to keep.
-            k[i], v[i] = (jnp.array(new[index, part], copy=True) for part in (0, 1))
-        cache = self.replace(k=tuple(k), v=tuple(v))  # type: ignore[attr-defined]
+        # Copies: a step is given the arrays to keep.
+        cache = self.with_ring_rows([[jnp.array(x, copy=True) for x in pair] for pair in new])
         cache = rewind(cache, jnp.int32(length))
         return cache.replace(ring_positions=jnp.asarray(positions))
+
+    def with_ring_rows(self, rows: Iterable[Iterable[jax.Array]]) -> StreamCache:
+        """The cache with other keys and values in its rings, one pair of (W, K*H) per ring."""
+        k, v = list(self.k), list(self.v)
+        rings = (i for i, ring in enumerate(self.rings) if ring)
+        for i, (keys, values) in zip(rings, rows, strict=True):
+            k[i], v[i] = keys, values.T if self.columns else values
+        return self.replace(k=tuple(k), v=tuple(v))  # type: ignore[attr-defined]
 
 
 @jax.jit(donate_argnums=0)
@@ -192,22 +208,24 @@ def rewind(cache: StreamCache, length: jax.Array) -> StreamCache:
 # Static: the sizes.  Not donated: the arrays change shape.
 @jax.jit(static_argnums=(1, 2))
 def _widen(cache: StreamCache, size: int, ring: int) -> StreamCache:
-    def pad(x: jax.Array, slots: int, value: int = 0) -> jax.Array:
-        more = ((0, slots - x.shape[0]),) + ((0, 0),) * (x.ndim - 1)
+    def pad(x: jax.Array, slots: int, value: int = 0, axis: int = 0) -> jax.Array:
+        more = [(0, 0)] * x.ndim
+        more[axis] = (0, slots - x.shape[axis])
         return jnp.pad(x, more, constant_values=value)
 
-    def wide(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def wide(arrays: Sequence[jax.Array], axis: int) -> tuple[jax.Array, ...]:
         held = zip(arrays, cache.rings, strict=True)
-        return tuple(pad(x, ring if is_ring else size) for x, is_ring in held)
+        return tuple(pad(x, ring if is_ring else size, axis=axis) for x, is_ring in held)
 
     rolled = cache.ring_positions
     return StreamCache(
-        k=wide(cache.k),
-        v=wide(cache.v),
+        k=wide(cache.k, 0),
+        v=wide(cache.v, 1 if cache.columns else 0),
         positions=pad(cache.positions, size, EMPTY),
         ring_positions=None if rolled is None else pad(rolled, ring, EMPTY),
         end_index=cache.end_index,
         rings=cache.rings,
+        columns=cache.columns,
     )
 
 

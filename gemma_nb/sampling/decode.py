@@ -66,7 +66,7 @@ class Decoder:
         self._interventions = model.interventions
         self._rows = rows
         # Rings of a spread cache would have to be gathered; somebody else's module knows none.
-        self._roll = self.looks = can_look(model)
+        self._own = self.looks = can_look(model)
         # A pass is computed in the parameters' own precision.
         exact = self.looks and model.storage == "exact"
         captured = (top_k, rows.layers if rows is not None else (), exact)
@@ -154,7 +154,7 @@ class Decoder:
         config = self._transformer.config
         if self._cache is None:
             size = size_for(len(ids) + 1, self.limit)
-            self._cache = StreamCache.empty(config, size, self._mesh, roll=self._roll)
+            self._cache = StreamCache.empty(config, size, self._mesh, own=self._own)
         self._make_room(len(ids) + 1)
         self._controls = Controls.of(sampling, config.num_embed)
         seen = np.zeros(config.num_embed, bool)
@@ -404,7 +404,7 @@ class Decoder:
         return compiled_look(self._transformer, self._one.structure)
 
     def _shapes(self, size: int) -> StreamCache:
-        empty = partial(StreamCache.empty, self._transformer.config, size, roll=self._roll)
+        empty = partial(StreamCache.empty, self._transformer.config, size, own=self._own)
         return cast(StreamCache, jax.eval_shape(empty))
 
     def _is_new(self, program: Any, size: int, *, several: bool = False) -> bool:

@@ -102,22 +102,13 @@ def _look(
     Returns:
       Attention weights as of `sown_attention`; residual (L, D); final (D,).  All float32.
     """
-    held = cache.to_model(transformer.config)
-    before = 0
-    for i, ring in enumerate(cache.rings):
-        layer = {**held[f"layer_{i}"], "end_index": position[None]}
-        if ring:
-            assert rows is not None
-            assert ring_positions is not None
-            shape = layer["k"].shape
-            k, v = (rows[before, part].reshape(shape).astype(layer["k"].dtype) for part in (0, 1))
-            layer |= {"k": k, "v": v, "positions": ring_positions[None]}
-            before += 1
-        held[f"layer_{i}"] = layer
+    if rows is not None:
+        cache = cache.with_ring_rows(rows)
+    before = cache.replace(end_index=position, ring_positions=ring_positions)  # type: ignore[attr-defined]
     _, state = transformer.apply(
         weights.variables,
         token[None, None],
-        cache=held,
+        cache=before.to_model(transformer.config),
         positions=position[None, None],
         interventions=interventions,
         mutable=["intermediates"],

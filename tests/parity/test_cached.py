@@ -54,7 +54,7 @@ def step(
 
 def cached_logits(model: GemmaTransformer, ids: list[int]) -> Iterator[np.ndarray]:
     """Logits of every position of three turns, piece by piece."""
-    cache = StreamCache.empty(model.config, 512, roll=True)
+    cache = StreamCache.empty(model.config, 512, own=True)
     start = 0
     for prompt, reply in TURNS:
         pieces = list(chunks(ids[start : start + prompt], start))

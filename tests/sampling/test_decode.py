@@ -203,16 +203,16 @@ def test_cache_sizes():
     assert next_size(5000, 5000) is None
 
 
-@pytest.mark.parametrize("roll", [False, True])
-def test_rewinding_and_growing_keep_the_model_form(tiny_model, roll):
+@pytest.mark.parametrize("own", [False, True])
+def test_rewinding_and_growing_keep_the_model_form(tiny_model, own):
     config = tiny_model[0].config  # a window of 8
-    cache = StreamCache.empty(config, 8, roll=roll)
+    cache = StreamCache.empty(config, 8, own=own)
     cache = cache.replace(positions=jnp.arange(8, dtype=jnp.int32), end_index=jnp.int32(8))
     back = rewind(cache, jnp.int32(3))
     assert back.positions.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
     assert int(back.end_index) == 3
     wide = grow(back, 12, config)
-    assert wide.k[0].shape == ((8 if roll else 12), 16)
+    assert wide.k[0].shape == ((8 if own else 12), 16)
     assert wide.k[2].shape == (12, 16)
     assert wide.positions.tolist() == [0, 1, 2] + [-1] * 9
     again = wide.updated(wide.to_model(config))

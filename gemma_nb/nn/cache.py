@@ -1,0 +1,98 @@
+"""One layer's key-value cache, and how tokens are put into it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gemma_nb.config import AttentionKind, Sliding
+from gemma_nb.typing import LayerCache
+
+
+def is_ring(kind: AttentionKind, cache: LayerCache) -> bool:
+    """Whether a layer's cache is one window long, so that more tokens go round in it."""
+    return isinstance(kind, Sliding) and cache["positions"].shape[1] == kind.window
+
+
+def extend_cache(
+    cache: LayerCache, new: LayerCache, *, ring: bool = False
+) -> tuple[LayerCache, LayerCache]:
+    """What the new tokens attend to, and `cache` with their keys, values and positions.
+
+    Tokens at position -1 are padding (on the right) and are not stored, so a padded prompt leaves
+    the cache as the bare prompt does.
+
+    A ring holds one window: token n lies in slot n % S, where it displaces the one that has just
+    left the window.  Several tokens at once may displace keys that the first of them still needs,
+    so they attend to the old and the new side by side.  In a cache that is not a ring, what does
+    not fit is dropped: the caller counts.
+
+    Args:
+      cache: k and v (B, S, K, H), positions (B, S), end_index (B,).  In place of v it may hold vt
+        (B, K, H, S): a single query's sum of values then reads memory in order.
+      new: k and v (B, T, K, H), positions (B, T).
+      ring: whether the cache is a ring.
+
+    Returns:
+      k, v (of one token: vt, if the cache has it) and positions to attend to, over S slots or
+      (several tokens, ring) S + T; and the cache.
+    """
+    if new["positions"].shape == (1, 1):
+        return _extend_by_one(cache, new, ring)
+    if "vt" in cache:
+        seen, extended = extend_cache(in_rows(cache), new, ring=ring)
+        return seen, _in_columns(extended)
+
+    end = cache["end_index"]
+    batch, length = new["positions"].shape
+    size = cache["positions"].shape[1]
+    new = {name: value.astype(cache[name].dtype) for name, value in new.items()}
+    real = new["positions"] >= 0
+    added = real.sum(axis=1, dtype=end.dtype)
+    index = jnp.arange(length)
+    slots = end[:, None] + index
+    if ring:
+        real = real & (index >= added[:, None] - size)  # the last of those that share a slot
+        slots = slots % size
+    slots = jnp.where(real, slots, size)  # `size`: dropped
+    rows = jnp.arange(batch)[:, None]
+    written = {n: cache[n].at[rows, slots].set(v, mode="drop") for n, v in new.items()}
+    seen = written
+    if ring:
+        seen = {n: jnp.concatenate([cache[n], v], axis=1) for n, v in new.items()}
+    return seen, {**written, "end_index": end + added}
+
+
+def _extend_by_one(cache: LayerCache, new: LayerCache, ring: bool) -> tuple[LayerCache, LayerCache]:
+    """`extend_cache` by one token of one stream: in place, where a scatter would copy the cache."""
+    end = cache["end_index"]
+    size = cache["positions"].shape[1]
+    slot = end[0] % size if ring else end[0]
+
+    def write(name: str, value: jax.Array) -> jax.Array:
+        # As matrices, which is how a stream's cache is kept: XLA's CPU backend copies what is
+        # updated in another shape.
+        held = cache[name]
+        last = name == "vt"
+        shape, place = ((-1, size), (0, slot)) if last else ((size, -1), (slot, 0))
+        value = value.astype(held.dtype).reshape((-1, 1) if last else (1, -1))
+        return lax.dynamic_update_slice(held.reshape(shape), value, place).reshape(held.shape)
+
+    written = {"vt" if name == "v" and "vt" in cache else name: x for name, x in new.items()}
+    written = {name: write(name, value) for name, value in written.items()}
+    return written, {**written, "end_index": end + 1}
+
+
+def in_rows(cache: LayerCache) -> LayerCache:
+    """The same cache with its values as v (B, S, K, H)."""
+    if "vt" not in cache:
+        return cache
+    rest = {name: value for name, value in cache.items() if name != "vt"}
+    return {**rest, "v": jnp.moveaxis(cache["vt"], -1, 1)}
+
+
+def _in_columns(cache: LayerCache) -> LayerCache:
+    """The same cache with its values as vt (B, K, H, S)."""
+    rest = {name: value for name, value in cache.items() if name != "v"}
+    return {**rest, "vt": jnp.moveaxis(cache["v"], 1, -1)}
