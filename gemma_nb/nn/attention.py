@@ -45,47 +45,46 @@ def attend(
       mask: which keys each query may see.
       soft_cap: bound on the scores.
     """
+    scores = _scores(q, k.astype(q.dtype))
+    weights = _weigh(scores, mask[:, :, None], soft_cap)
+    return weights, _gather(weights, v.astype(q.dtype))
+
+
+def _scores(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Array, "B T N S"]:
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    k, v = k.astype(q.dtype), v.astype(q.dtype)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    if batch == 1:
-        # Products of plain matrices: XLA's CPU backend transposes what an einsum of five axes
-        # makes.
-        pairs = [
-            _attend_one(grouped[0, :, g], k[0, :, g], v[0, :, g], mask[0], soft_cap)
-            for g in range(kv_heads)
-        ]
-        weights, z = (jnp.concatenate(parts, axis=1)[None] for parts in zip(*pairs, strict=True))
-        return weights, z
-
-    scores = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k)
-    weights = _weigh(scores, mask[:, :, None, None], soft_cap)
-    gathered = jnp.einsum("BTKGS,BSKH->BTKGH", weights, v)
-    return weights.reshape(batch, length, heads, -1), gathered.reshape(q.shape)
+    if batch > 1:
+        return jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k).reshape(batch, length, heads, -1)
+    # Products of plain matrices: XLA's CPU backend transposes what an einsum of five axes makes.
+    parts = [_times(grouped[0, :, g], k[0, :, g].T) for g in range(kv_heads)]
+    return jnp.concatenate(parts, axis=1)[None]
 
 
-def _attend_one(
-    q: Float[Array, "T G H"],
-    k: Float[Array, "S H"],
-    v: Float[Array, "S H"],
-    mask: Bool[Array, "T S"],
-    soft_cap: float | None,
-) -> tuple[Float[Array, "T G S"], Float[Array, "T G H"]]:
-    """`attend` of one stream and one key-value head."""
-    length, heads, _ = q.shape
-    if length == 1 and len(k) <= _SHORT:
+def _gather(
+    weights: Float[Array, "B T N S"], v: Float[Array, "B S K H"]
+) -> Float[Array, "B T N H"]:
+    batch, length, heads, size = weights.shape
+    kv_heads, head_dim = v.shape[2:]
+    grouped = weights.reshape(batch, length, kv_heads, heads // kv_heads, size)
+    if batch > 1:
+        gathered = jnp.einsum("BTKGS,BSKH->BTKGH", grouped, v)
+        return gathered.reshape(batch, length, heads, head_dim)
+    parts = [_times(grouped[0, :, g], v[0, :, g]) for g in range(kv_heads)]
+    return jnp.concatenate(parts, axis=1)[None]
+
+
+def _times(x: Float[Array, "T G inner"], y: Float[Array, "inner out"]) -> Float[Array, "T G out"]:
+    length, heads, _ = x.shape
+    if length == 1 and max(y.shape) <= _SHORT:
         # Products of a matrix and a vector stay on this thread; handing one of them to another
         # thread would take longer than it does.
-        weights = _weigh(jnp.stack([k @ q[0, n] for n in range(heads)]), mask, soft_cap)
-        return weights[None], jnp.stack([weights[n] @ v for n in range(heads)])[None]
-    scores = (q.reshape(length * heads, -1) @ k.T).reshape(length, heads, -1)
-    weights = _weigh(scores, mask[:, None], soft_cap)
-    return weights, (weights.reshape(length * heads, -1) @ v).reshape(q.shape)
+        return jnp.stack([x[0, n] @ y for n in range(heads)])[None]
+    return (x.reshape(length * heads, -1) @ y).reshape(length, heads, -1)
 
 
 def _weigh(
-    scores: Float[Array, "*lead S"], allowed: Bool[Array, "*lead S"], soft_cap: float | None
+    scores: Float[Array, "*lead S"], allowed: Bool[Array, "*#lead S"], soft_cap: float | None
 ) -> Float[Array, "*lead S"]:
     """Softmax of the capped scores over the keys that are allowed, in the scores' dtype."""
     if soft_cap is not None:
@@ -118,6 +117,7 @@ def attend_by_one(
     # a matrix and a vector on all threads only where something is computed on the way.  On one, the
     # other threads would fall asleep meanwhile, and waking up delays them in all large products up
     # to the next attention (together, a tenth of a step of Gemma 3 270M).
+    k, vt = k.astype(jnp.float32), vt.astype(jnp.float32)
     keys = [jnp.where(allowed[0, :, None], k[0, :, g], 0).T for g in range(kv_heads)]
     scores = jnp.stack([query @ keys[g] for g in range(kv_heads) for query in grouped[g]])
     weights = materialize(_weigh(scores, allowed, soft_cap))
@@ -150,23 +150,14 @@ def attend_edited(
       keys: positions stored in the key slots.
       soft_cap: bound on the scores.
     """
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k.astype(q.dtype))
-    scores = scores.reshape(batch, length, heads, -1).astype(jnp.float32)
+    scores = _scores(q, k.astype(q.dtype)).astype(jnp.float32)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     allowed = edit.edges(jnp.broadcast_to(mask[:, :, None], scores.shape), keys)
     weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
     weights = jnp.where(allowed.any(axis=-1, keepdims=True), weights, 0.0).astype(q.dtype)
     weights = edit("attention", weights, keys)
-    gathered = jnp.einsum(
-        "BTKGS,BSKH->BTKGH",
-        weights.reshape(batch, length, kv_heads, heads // kv_heads, -1),
-        v.astype(q.dtype),
-    )
-    return weights, gathered.reshape(q.shape)
+    return weights, _gather(weights, v.astype(q.dtype))
 
 
 class Attention(nn.Module):
@@ -237,7 +228,8 @@ class Attention(nn.Module):
         q, k = observe(self, "q_pre", q, edit), observe(self, "k_pre", k, edit)
         q = apply_rope(q, rotation)
         q = q * jnp.asarray(c.query_scale, q.dtype)
-        k = apply_rope(k, rotation)
+        # Computed once, so that what is cached and what is shown are the same to the last bit.
+        k = materialize(apply_rope(k, rotation))
         q, k, v = (observe(self, s, x, edit) for s, x in (("q", q), ("k", k), ("v", v)))
 
         seen: LayerCache = {"k": k, "v": v, "positions": positions}

@@ -22,7 +22,7 @@ from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import BUCKETS, chunks
 from gemma_nb.sampling.residuals import KeptResiduals, Residuals
 from gemma_nb.sampling.rows import AttentionRows
-from gemma_nb.sampling.step import Made, Program
+from gemma_nb.sampling.step import Captured, Made, Program
 from gemma_nb.sampling.weights import decoding_weights
 from gemma_nb.text.prefix import shared_prefix
 
@@ -69,14 +69,13 @@ class Decoder:
         self._own = self.looks = can_look(model)
         # A pass is computed in the parameters' own precision.
         exact = self.looks and model.storage == "exact"
-        captured = (top_k, rows.layers if rows is not None else (), exact)
-        self._many = Program.of(model.transformer, self._weights, *captured)
+        captured = Captured(rows.layers if rows is not None else (), exact)
+        made = partial(Program.of, model.transformer, top_k=top_k, captured=captured)
+        self._many = made(self._weights)
         # A prompt in one piece has nothing before it to attend to.
-        self._first = self._many
-        if self.looks:
-            self._first = Program.of(model.transformer, self._weights, *captured, first=True)
+        self._first = made(self._weights, first=True) if self.looks else self._many
         # One token is given less.
-        self._one = Program.of(model.transformer, self._weights.for_one_token(), *captured)
+        self._one = made(self._weights.for_one_token(), single=True)
         self._looked = False  # whether somebody looks, or may soon
         self._alone = False  # whether the program of a first prompt has just run
         self._cache: StreamCache | None = None
@@ -317,7 +316,7 @@ class Decoder:
         """Starts a step; what it makes is not there yet.  `first`: nothing is cached."""
         self._make_room(int(positions[0, last]) + 1)
         program = self._program(tokens.shape[1], first=first)
-        args = (self._seen, tokens, positions, np.int32(last), controls, self._interventions)
+        args = (self._seen, tokens, positions, last, controls, self._interventions)
         with self._undone():
             self._cache, self._seen, made = self._step(program, self._cache, *args)
         return cast(Made, made)
@@ -329,7 +328,7 @@ class Decoder:
         return self._first if first else self._many
 
     def _step(self, program: Program, *args: Any) -> Any:
-        return program.run(program.leaves, *args)
+        return program.run(*args)
 
     def _take(self, fed: Sequence[int], made: Made) -> Evidence:
         """Waits for what a step has made of `fed`, and keeps it."""
@@ -372,7 +371,7 @@ class Decoder:
 
     def _steps_at(self, size: int | None) -> Iterator[Callable[[], object]]:
         """What compiles the steps that come first at a cache size, unless that was begun."""
-        if size is None or not self._is_new(self._one.run, size):
+        if size is None or not self._is_new(self._one.feed, size):
             return
         # Shapes: the arrays themselves are given away by the next step.
         given = (self._shapes(size), jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype))
@@ -382,7 +381,7 @@ class Decoder:
 
     def _pieces_at(self, size: int) -> Iterator[Callable[[], object]]:
         """What compiles the short pieces behind others at a cache size, unless that was begun."""
-        if not self._is_new(self._many.run, size, several=True):
+        if not self._is_new(self._many.feed, size, several=True):
             return
         given = (self._shapes(size), jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype))
         assert self._controls is not None

@@ -54,17 +54,26 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted step and the weights that it is given.
+    """A jitted step, and the weights that it is given.
+
+    Of several tokens it is in two parts, so that the choice is compiled once for all numbers of
+    tokens and sizes of the cache; of a single one it is not, since handing the state over takes 4 %
+    of a step.
 
     Attributes:
-      run: takes `leaves`, a `StreamCache` and the tokens seen, both given away, tokens and
-        positions (1, T), the index of the last token, `Controls` and `Interventions`; returns the
-        cache, the tokens seen, and `Made`.
+      feed: takes `leaves`, a `StreamCache` and the tokens seen (V,), both given away, tokens and
+        positions (1, T), the index of the last token, and `Interventions`; returns the cache, the
+        tokens seen, the last token's final-normed state, and `rows`, `attention` and `residuals` of
+        `Made`.  Where there is no `choose` it takes `Controls`, too, and returns what that does in
+        place of the state.
+      choose: takes `leaves`, the tokens seen, that state, its position, and `Controls`; returns
+        `token` and `words` of `Made`.
       leaves: the weights' arrays.
       structure: what makes `DecodingWeights` of them.
     """
 
-    run: Any
+    feed: Any
+    choose: Any
     leaves: list[jax.Array]
     structure: Any
 
@@ -74,14 +83,54 @@ class Program:
         transformer: Any,
         weights: DecodingWeights,
         top_k: int,
-        attention_layers: tuple[int, ...] = (),
-        residuals: bool = False,
+        captured: Captured,
+        *,
+        single: bool = False,
         first: bool = False,
     ) -> Program:
-        """The step of a model; arguments as of `compiled`."""
+        """The step of a model.
+
+        Args:
+          transformer: the module.
+          weights: what it is given.
+          top_k: number of alternatives.
+          captured: what comes with the tokens.
+          single: it is for single tokens.
+          first: the cache that it is given is empty, so the tokens attend to each other alone (with
+            Gemma 3 270M 16, 64 and 256 tokens take 0.90, 0.97 and 0.83 of the time).  For our own
+            module only.
+        """
         leaves, structure = jax.tree.flatten(weights)
-        run = compiled(transformer, structure, top_k, attention_layers, residuals, first)
-        return cls(run, leaves, structure)
+        if single:
+            feed, choose = compiled_step(transformer, structure, top_k, captured), None
+        else:
+            feed = compiled_feed(transformer, structure, captured, first)
+            choose = compiled_choice(transformer, structure, top_k)
+        return cls(feed, choose, leaves, structure)
+
+    def run(
+        self,
+        cache: StreamCache,
+        seen: jax.Array,
+        tokens: Any,
+        positions: np.ndarray,
+        last: int,
+        controls: Controls,
+        interventions: Interventions | None,
+    ) -> tuple[StreamCache, jax.Array, Made]:
+        """Feeds tokens (1, T), and chooses the one after index `last`.
+
+        Returns:
+          The cache and the tokens seen, in place of those that were given away, and what is made.
+        """
+        given = (cache, seen, tokens, positions, np.int32(last), interventions)
+        if self.choose is None:
+            cache, seen, (token, words), *kept = self.feed(self.leaves, *given, controls)
+        else:
+            cache, seen, hidden, *kept = self.feed(self.leaves, *given)
+            position = np.int32(positions[0, last])
+            token, words = self.choose(self.leaves, seen, hidden, position, controls)
+        return cache, seen, Made(token, words, *kept)
 
     def compile(
         self,
@@ -93,50 +142,75 @@ class Program:
     ) -> None:
         """Compiles it for so many tokens at once, from shapes; nothing is allocated or run."""
         tokens = positions = np.zeros((1, length), np.int32)
-        given = (cache, seen, tokens, positions, np.int32(0), controls, interventions)
-        self.run.lower(self.leaves, *given).compile()
+        given = (cache, seen, tokens, positions, np.int32(0), interventions)
+        more = (controls,) if self.choose is None else ()
+        self.feed.lower(self.leaves, *given, *more).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """What a step makes beside the choice.
+
+    Attributes:
+      attention_layers: whose attention weights come with a choice, ascending.
+      residuals: whether the residual stream comes with the tokens.
+    """
+
+    attention_layers: tuple[int, ...] = ()
+    residuals: bool = False
+
+
+# Static is the module (its configuration), the tree structure of the weights and what is captured.
+# All else is traced, so no setting adds a compilation.  They take the weights' leaves, since
+# flattening hundreds of arrays anew takes part of a millisecond.
 
 
 @functools.cache
-def compiled(
-    transformer: Transformer,
-    weights: Any,
-    top_k: int,
-    attention_layers: tuple[int, ...],
-    residuals: bool,
-    first: bool = False,
-) -> Any:
-    """The jitted step of a model.
+def compiled_feed(transformer: Transformer, weights: Any, captured: Captured, first: bool) -> Any:
+    """`Program.feed` of several tokens; compiled per number of tokens and cache size."""
 
-    All but the module (its configuration), the structure of the weights and what is captured is
-    traced, so a compilation is made per (number of tokens, cache size) and no setting adds one.
-
-    Args:
-      transformer: the module.
-      weights: the tree structure of its `DecodingWeights`.  The step takes their leaves, since
-        flattening hundreds of arrays anew takes part of a millisecond.
-      top_k: number of alternatives.
-      attention_layers: whose attention weights come with a choice, ascending.
-      residuals: whether the residual stream comes with the tokens.
-      first: the cache that it is given is empty, so the tokens attend to each other alone (with
-        Gemma 3 270M 16, 64 and 256 tokens take 0.90, 0.97 and 0.83 of the time).  For our own
-        module only.
-    """
-
-    def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
+    def feed(leaves: Sequence[jax.Array], *args: Any) -> Any:
         own = jax.tree.unflatten(weights, leaves)
-        return _step(
-            *(transformer, own, *args),
-            top_k=top_k,
-            attention_layers=attention_layers,
-            residuals=residuals,
-            first=first,
-        )
+        return _feed(transformer, own, *args, captured=captured, first=first)
+
+    return jax.jit(feed, donate_argnums=(1, 2), compiler_options=compiler_options())
+
+
+@functools.cache
+def compiled_choice(transformer: Transformer, weights: Any, top_k: int) -> Any:
+    """`Program.choose`; compiled once."""
+
+    def choice(leaves: Sequence[jax.Array], *args: Any) -> Any:
+        return _choose(transformer, jax.tree.unflatten(weights, leaves), *args, top_k=top_k)
+
+    return jax.jit(choice, compiler_options=compiler_options())
+
+
+@functools.cache
+def compiled_step(transformer: Transformer, weights: Any, top_k: int, captured: Captured) -> Any:
+    """`Program.feed` of a single token, with the choice; compiled per cache size."""
+
+    def step(
+        leaves: Sequence[jax.Array],
+        cache: StreamCache,
+        seen: jax.Array,
+        tokens: jax.Array,
+        positions: jax.Array,
+        last: jax.Array,
+        interventions: Interventions | None,
+        controls: Controls,
+    ) -> Any:
+        own = jax.tree.unflatten(weights, leaves)
+        given = (cache, seen, tokens, positions, last, interventions)
+        cache, seen, hidden, *kept = _feed(transformer, own, *given, captured=captured)
+        position = positions[0, last]
+        chosen = _choose(transformer, own, seen, hidden, position, controls, top_k=top_k)
+        return cache, seen, chosen, *kept
 
     return jax.jit(step, donate_argnums=(1, 2), compiler_options=compiler_options())
 
 
-def _step(
+def _feed(
     transformer: Transformer,
     weights: DecodingWeights,
     cache: StreamCache,
@@ -144,16 +218,14 @@ def _step(
     tokens: jax.Array,
     positions: jax.Array,
     last: jax.Array,
-    controls: Controls,
     interventions: Interventions | None,
     *,
-    top_k: int,
-    attention_layers: tuple[int, ...],
-    residuals: bool,
-    first: bool,
-) -> tuple[StreamCache, jax.Array, Made]:
-    """Feeds tokens (1, T), and chooses the one after index `last`."""
-    observed = any(cache.rings) or bool(attention_layers) or residuals or first
+    captured: Captured,
+    first: bool = False,
+) -> tuple[Any, ...]:
+    """Feeds tokens (1, T); see `Program.feed`."""
+    layers, residuals = captured.attention_layers, captured.residuals
+    observed = any(cache.rings) or bool(layers) or residuals or first
     result = transformer.apply(
         weights.variables,
         tokens,
@@ -168,8 +240,8 @@ def _step(
         output, state = cast(Any, result)
         sown = state["intermediates"]
         rows = _new_rows(sown, cache.rings) if any(cache.rings) else None
-        if attention_layers:
-            attention = sown_attention(sown, cache.rings, attention_layers, last, jnp.float16)
+        if layers:
+            attention = sown_attention(sown, cache.rings, layers, last, jnp.float16)
             if first:
                 attention = _behind_ring(attention, smallest_window(transformer.config))
         if residuals:
@@ -179,9 +251,24 @@ def _step(
     else:
         assert output.cache is not None
         filled = cache.updated(output.cache)
+    padded = jnp.where(positions[0] >= 0, tokens[0], seen.shape[0])
+    seen = seen.at[padded].set(True, mode="drop")
     assert output.hidden_states is not None
-    # Only the last token's logits: the vocabulary is most of a small model's work.
-    hidden, forced_logit = output.hidden_states[0, last], None
+    return filled, seen, output.hidden_states[0, last], rows, attention, streams
+
+
+def _choose(
+    transformer: Transformer,
+    weights: DecodingWeights,
+    seen: jax.Array,
+    hidden: jax.Array,
+    position: jax.Array,
+    controls: Controls,
+    *,
+    top_k: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses the token after a final-normed state (D,); see `Program.choose`."""
+    forced_logit = None
     if weights.head is not None:
         cap = transformer.config.final_logit_soft_cap
         scores = weights.head.scores(hidden, weights.table, cap)
@@ -189,11 +276,8 @@ def _step(
     else:
         logits = transformer.apply(weights.variables, hidden, method="unembed")
         scores = Scores.of(cast(jax.Array, logits))
-    padded = jnp.where(positions[0] >= 0, tokens[0], seen.shape[0])
-    seen = seen.at[padded].set(True, mode="drop")
-    evidence = choose(scores, controls, seen, positions[0, last], top_k, forced_logit)
-    made = Made(evidence.token.reshape(1, 1), evidence.pack(), rows, attention, streams)
-    return filled, seen, made
+    evidence = choose(scores, controls, seen, position, top_k, forced_logit)
+    return evidence.token.reshape(1, 1), evidence.pack()
 
 
 def _behind_ring(

@@ -130,7 +130,8 @@ def test_a_failed_step_leaves_a_stream_that_starts_over(decoder, score, monkeypa
 
 def sizes(decoder):
     """For how many shapes each program was compiled."""
-    return [p.run._cache_size() for p in (decoder._one, decoder._first, decoder._many)]
+    programs = (decoder._one, decoder._first, decoder._many)
+    return [part._cache_size() for p in programs for part in (p.feed, p.choose) if part is not None]
 
 
 @pytest.mark.parametrize("length", [5, 16, 40, 64, 130])
