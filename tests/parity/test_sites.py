@@ -1,7 +1,9 @@
 """Every capture site against hooks in the reference, run here and now: `make parity`.
 
-Allowed is what the reference in float32 differs from itself in float64, times three: in root mean
-square for each layer of each site, and for the largest difference too.
+Allowed is what the reference in float32 differs from itself in float64: in root mean square twice
+that for each layer of each site, for the largest difference three times.  Its float32 runs are
+several, which differ only in the order of their sums, since the largest of some ten thousand
+rounding errors varies more from run to run (up to 2.6 times) than this test is to allow.
 """
 
 from __future__ import annotations
@@ -23,11 +25,16 @@ pytestmark = pytest.mark.live
 REAL_LENGTH = 560
 # Computed from other sites; tests/interp holds them to their definitions.
 DERIVED = {"scores", "head_out"}
+# With so many tokens behind the text, the reference adds up the same numbers in other orders.
+BEHIND = (0, 40, 80, 140)
+RMS_FACTOR = 2.0
+# Not of a layer: (T, ...).
+WHOLE = {"embed", "final", "final_rms", "logits"}
 
 
 @pytest.fixture(scope="module", params=[*RANDOM, REAL])
 def sites(request: pytest.FixtureRequest) -> Iterator[dict[str, tuple[np.ndarray, ...]]]:
-    """Site -> ours, the reference in float32, and in float64."""
+    """Site -> ours, the reference in float64, and in float32 once for each of BEHIND."""
     with warnings.catch_warnings():
         # What torch and transformers deprecate inside themselves is not ours to mend.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -39,30 +46,53 @@ def sites(request: pytest.FixtureRequest) -> Iterator[dict[str, tuple[np.ndarray
     else:
         model, tokens = model_of(RANDOM[request.param]), RANDOM[request.param].tokens()
     theirs = reference.build(model.params, model.config)
-    single = hooks.capture(theirs, model.config, tokens)
+    singles = [
+        _cut(hooks.capture(theirs, model.config, _longer(tokens, n)), len(tokens)) for n in BEHIND
+    ]
     double = hooks.capture(theirs.double(), model.config, tokens)
     trace = gnb.trace(model, tokens, sites=())
     names = [s.name for s in gnb.list_sites(model) if s.name not in DERIVED]
-    yield {name: (trace.get(name).values, single[name], double[name]) for name in names}
+    yield {
+        name: (trace.get(name).values, double[name], *(run[name] for run in singles))
+        for name in names
+    }
     gc.collect()
 
 
+def _longer(tokens: np.ndarray, more: int) -> np.ndarray:
+    return np.concatenate([tokens, np.resize(tokens, more)])
+
+
+def _cut(captured: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """What was captured of the first positions, which do not see those behind them."""
+    cut = {name: values[:, :length] for name, values in captured.items() if name not in WHOLE}
+    cut |= {name: values[:length] for name, values in captured.items() if name in WHOLE}
+    cut["attention"] = captured["attention"][:, :, :length, :length]
+    return cut
+
+
 def test_all_sites_agree(sites: dict[str, tuple[np.ndarray, ...]]) -> None:
-    worst: dict[str, float] = {}
-    for name, (ours, single, double) in sites.items():
-        assert ours.shape == single.shape == double.shape, name
+    worst: dict[str, tuple[float, float]] = {}
+    for name, (ours, double, *singles) in sites.items():
+        assert all(values.shape == ours.shape for values in (double, *singles)), name
         if name == "logits":
             axes: tuple[int, ...] = (0, 1)
-        elif name in ("embed", "final", "final_rms"):
+        elif name in WHOLE:
             axes = tuple(range(ours.ndim))
         else:
             axes = tuple(range(1, ours.ndim))
-        error, noise = ours.astype(np.float64) - double, single.astype(np.float64) - double
-        rms, noise_rms = (np.sqrt(np.mean(x**2, axis=axes)) for x in (error, noise))
-        most, noise_most = (np.abs(x).max(axis=axes) for x in (error, noise))
+        errors = [x.astype(np.float64) - double for x in (ours, *singles)]
+        rms, *noises = (np.sqrt(np.mean(x**2, axis=axes)) for x in errors)
+        noise_rms = np.sqrt(np.mean(np.square(noises), axis=0))
+        most, *mosts = (np.abs(x).max(axis=axes) for x in errors)
+        noise_most = np.max(mosts, axis=0)
         # Where the reference makes no error at all (the embedding), one rounding is allowed.
         rounding = np.finfo(np.float32).eps * np.abs(double).max(axis=axes)
-        worst[name] = float(np.max(rms / np.maximum(noise_rms, rounding)))
-        assert (rms <= NOISE_FACTOR * np.maximum(noise_rms, rounding)).all(), name
-        assert (most <= NOISE_FACTOR * np.maximum(noise_most, 2 * rounding)).all(), name
-    print({name: round(share, 2) for name, share in worst.items()}, "times the noise")
+        worst[name] = (
+            float(np.max(rms / np.maximum(noise_rms, rounding))),
+            float(np.max(most / np.maximum(noise_most, 2 * rounding))),
+        )
+    print({name: [round(share, 2) for share in shares] for name, shares in worst.items()})
+    for name, (in_rms, at_most) in worst.items():
+        assert in_rms <= RMS_FACTOR, name
+        assert at_most <= NOISE_FACTOR, name
