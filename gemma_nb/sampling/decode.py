@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,13 @@ from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewind, size_for
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.look import Look, can_look, compile_look, compiled_look, look
+from gemma_nb.sampling.look import Look, look
 from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import BUCKETS, chunks
+from gemma_nb.sampling.programs import Programs
 from gemma_nb.sampling.residuals import KeptResiduals, Residuals
 from gemma_nb.sampling.rows import AttentionRows
-from gemma_nb.sampling.step import Captured, Made, Program
-from gemma_nb.sampling.weights import decoding_weights
+from gemma_nb.sampling.step import Made
 from gemma_nb.text.prefix import shared_prefix
 
 
@@ -39,7 +38,6 @@ class Decoder:
     Attributes:
       ids: the token ids in the cache, in order.
       limit: most positions that the cache may hold.
-      looks: whether `look` works: with our own module, on one device.
     """
 
     def __init__(
@@ -60,23 +58,12 @@ class Decoder:
         """
         self.limit = limit
         self.ids: list[int] = []
-        self._transformer = model.transformer
+        self._config = model.transformer.config
         self._mesh = model.mesh
-        self._weights = decoding_weights(model)
         self._interventions = model.interventions
         self._rows = rows
-        # Rings of a spread cache would have to be gathered; somebody else's module knows none.
-        self._own = self.looks = can_look(model)
-        # A pass is computed in the parameters' own precision.
-        exact = self.looks and model.storage == "exact"
-        captured = Captured(rows.layers if rows is not None else (), exact)
-        made = partial(Program.of, model.transformer, top_k=top_k, captured=captured)
-        self._many = made(self._weights)
-        # A prompt in one piece has nothing before it to attend to.
-        self._first = made(self._weights, first=True) if self.looks else self._many
-        # One token is given less.
-        self._one = made(self._weights.for_one_token(), single=True)
-        self._looked = False  # whether somebody looks, or may soon
+        layers = rows.layers if rows is not None else ()
+        self._programs = Programs(model, top_k=top_k, attention_layers=layers)
         self._alone = False  # whether the program of a first prompt has just run
         self._cache: StreamCache | None = None
         self._archive = Archive()
@@ -97,6 +84,11 @@ class Decoder:
         return self._cache
 
     @property
+    def looks(self) -> bool:
+        """Whether `look` works: with our own module, on one device."""
+        return self._programs.looks
+
+    @property
     def full(self) -> bool:
         """Whether no further token can be fed."""
         return len(self.ids) >= self.limit
@@ -105,7 +97,7 @@ class Decoder:
         """Forgets everything; the next prompt is computed from its first token."""
         self.ids, self._cache, self._next, self._ahead = [], None, None, None
         self._archive = Archive()
-        self._residuals = Residuals(self._transformer.config)
+        self._residuals = Residuals(self._config)
 
     def keep(self, ids: Sequence[int]) -> None:
         """Takes back what is in the cache beyond the prefix that it shares with `ids`."""
@@ -150,10 +142,11 @@ class Decoder:
         if not 0 < len(ids) <= self.limit:
             raise ValueError(f"a context must hold 1 to {self.limit} tokens, got {len(ids)}")
         self.keep(ids[:-1])
-        config = self._transformer.config
+        config = self._config
         if self._cache is None:
             size = size_for(len(ids) + 1, self.limit)
-            self._cache = StreamCache.empty(config, size, self._mesh, own=self._own)
+            # Rings of a spread cache would have to be gathered; somebody else's module knows none.
+            self._cache = StreamCache.empty(config, size, self._mesh, own=self.looks)
         self._make_room(len(ids) + 1)
         self._controls = Controls.of(sampling, config.num_embed)
         seen = np.zeros(config.num_embed, bool)
@@ -187,7 +180,7 @@ class Decoder:
         pieces = list(chunks(ids, len(self.ids)))
         # Not the first of several: a long prompt would wait for two programs to be compiled.
         first = not self.ids and len(pieces) == 1
-        self._alone = first and self._first is not self._many
+        self._alone = first and self._programs.first is not self._programs.many
         for tokens, positions, last in pieces:
             if result is not None and between is not None and not between(len(self.ids)):
                 return None
@@ -213,7 +206,8 @@ class Decoder:
         controls, fed = self._forcing(token), self._next
         if self._alone and self._cache is not None:
             self._alone = False
-            ahead.begin(self._pieces_at(self._cache.size))  # the next prompt's
+            following = self._programs.pieces_at(self._cache.size, *self._given)
+            ahead.begin(following)  # the next prompt's
         if token is not None:
             self.keep(self.ids)  # a step ahead has chosen already
         made = self._ahead or self._feed_one(np.array([[fed]], np.int32), len(self.ids), controls)
@@ -244,10 +238,10 @@ class Decoder:
             raise RuntimeError("another library's module, or one on a mesh, cannot be looked into")
         if self._cache is None or not 0 <= position < len(self.ids):
             raise ValueError(f"the cache holds positions 0 to {len(self.ids) - 1}, not {position}")
-        self._looked = True
+        self._programs.looking = True
         return look(
-            self._look_program,
-            *(self._one.leaves, self._cache, self._archive, self._interventions),
+            self._programs.look,
+            *(self._programs.one.leaves, self._cache, self._archive, self._interventions),
             *(self.ids[position], position),
         )
 
@@ -283,19 +277,26 @@ class Decoder:
             self.reset()
             if progress is not None:
                 progress((i + 1) / len(sizes))
-        self._looked = True
-        first = size_for(1, self.limit)
-        following = next_size(first, self.limit)
+        programs, interventions = self._programs, self._interventions
+        programs.looking = True
+        size = size_for(1, self.limit)
+        following = next_size(size, self.limit)
         ahead.begin(
             [
-                *self._pieces_at(first),
-                *self._steps_at(following),
-                *self._looks_at(first),
-                *self._looks_at(following),
+                *programs.pieces_at(size, *self._given),
+                *programs.steps_at(following, *self._given),
+                *programs.looks_at(size, interventions),
+                *programs.looks_at(following, interventions),
             ]
         )
 
     # --- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _given(self) -> tuple[Controls, Interventions | None]:
+        """What every step is given beside the tokens."""
+        assert self._controls is not None
+        return self._controls, self._interventions
 
     def _forcing(self, token: int | None) -> Controls:
         assert self._controls is not None
@@ -314,21 +315,12 @@ class Decoder:
         first: bool = False,
     ) -> Made:
         """Starts a step; what it makes is not there yet.  `first`: nothing is cached."""
-        self._make_room(int(positions[0, last]) + 1)
-        program = self._program(tokens.shape[1], first=first)
-        args = (self._seen, tokens, positions, last, controls, self._interventions)
+        cache = self._make_room(int(positions[0, last]) + 1)
+        program = self._programs.feeding(tokens.shape[1], first=first)
+        fed = (tokens, positions, last, controls, self._interventions)
         with self._undone():
-            self._cache, self._seen, made = self._step(program, self._cache, *args)
-        return cast(Made, made)
-
-    def _program(self, length: int, *, first: bool = False) -> Program:
-        """What feeds so many tokens at once."""
-        if length == 1:
-            return self._one
-        return self._first if first else self._many
-
-    def _step(self, program: Program, *args: Any) -> Any:
-        return program.run(*args)
+            self._cache, self._seen, made = program.run(cache, self._seen, *fed)
+        return made
 
     def _take(self, fed: Sequence[int], made: Made) -> Evidence:
         """Waits for what a step has made of `fed`, and keeps it."""
@@ -351,7 +343,9 @@ class Decoder:
         assert self._cache is not None
         if 2 * len(self.ids) >= self._cache.size:
             following = next_size(self._cache.size, self.limit)
-            ahead.begin([*self._steps_at(following), *self._looks_at(following)])
+            steps = self._programs.steps_at(following, *self._given)
+            looks = self._programs.looks_at(following, self._interventions)
+            ahead.begin([*steps, *looks])
         return evidence
 
     @contextlib.contextmanager
@@ -363,58 +357,10 @@ class Decoder:
             self.reset()
             raise
 
-    def _make_room(self, length: int) -> None:
+    def _make_room(self, length: int) -> StreamCache:
+        """The cache, grown where so many tokens need it."""
         assert self._cache is not None
         size = size_for(length, self.limit)
         if self._cache.size < size:
-            self._cache = grow(self._cache, size, self._transformer.config)
-
-    def _steps_at(self, size: int | None) -> Iterator[Callable[[], object]]:
-        """What compiles the steps that come first at a cache size, unless that was begun."""
-        if size is None or not self._is_new(self._one.feed, size):
-            return
-        # Shapes: the arrays themselves are given away by the next step.
-        given = (self._shapes(size), jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype))
-        assert self._controls is not None
-        yield partial(self._one.compile, *given, 1, self._controls, self._interventions)
-        yield from self._pieces_at(size)
-
-    def _pieces_at(self, size: int) -> Iterator[Callable[[], object]]:
-        """What compiles the short pieces behind others at a cache size, unless that was begun."""
-        if not self._is_new(self._many.feed, size, several=True):
-            return
-        given = (self._shapes(size), jax.ShapeDtypeStruct(self._seen.shape, self._seen.dtype))
-        assert self._controls is not None
-        settings = (self._controls, self._interventions)
-        for length in BUCKETS[:2]:
-            yield partial(self._many.compile, *given, length, *settings)
-
-    def _looks_at(self, size: int | None) -> Iterator[Callable[[], object]]:
-        """What compiles the looks at a cache size, where they may be wanted."""
-        if size is None or not (self._looked and self.looks):
-            return
-        program = self._look_program
-        if self._is_new(program, size):
-            given = (self._one.leaves, self._shapes(size), self._interventions)
-            yield partial(compile_look, program, *given)
-
-    @property
-    def _look_program(self) -> Any:
-        return compiled_look(self._transformer, self._one.structure)
-
-    def _shapes(self, size: int) -> StreamCache:
-        empty = partial(StreamCache.empty, self._transformer.config, size, own=self._own)
-        return cast(StreamCache, jax.eval_shape(empty))
-
-    def _is_new(self, program: Any, size: int, *, several: bool = False) -> bool:
-        """Whether nobody has begun to compile a program for a cache size; notes that it is.
-
-        A program may be that of single tokens and of `several` at once.
-        """
-        what = (size, several, jax.tree.structure(self._interventions))
-        begun = ahead.begun(program)
-        # Several hosts must run the same programs in the same order.
-        if what in begun or self._mesh is not None:
-            return False
-        begun.add(what)
-        return True
+            self._cache = grow(self._cache, size, self._config)
+        return self._cache

@@ -63,10 +63,10 @@ class Program:
     Attributes:
       feed: takes `leaves`, a `StreamCache` and the tokens seen (V,), both given away, tokens and
         positions (1, T), the index of the last token, and `Interventions`; returns the cache, the
-        tokens seen, the last token's final-normed state, and `rows`, `attention` and `residuals` of
-        `Made`.  Where there is no `choose` it takes `Controls`, too, and returns what that does in
-        place of the state.
-      choose: takes `leaves`, the tokens seen, that state, its position, and `Controls`; returns
+        tokens seen, the last token's final-normed state with its position, and `rows`, `attention`
+        and `residuals` of `Made`.  Where there is no `choose` it takes `Controls`, too, and returns
+        what that does in place of the state.
+      choose: takes `leaves`, the tokens seen, that state and position, and `Controls`; returns
         `token` and `words` of `Made`.
       leaves: the weights' arrays.
       structure: what makes `DecodingWeights` of them.
@@ -127,9 +127,8 @@ class Program:
         if self.choose is None:
             cache, seen, (token, words), *kept = self.feed(self.leaves, *given, controls)
         else:
-            cache, seen, hidden, *kept = self.feed(self.leaves, *given)
-            position = np.int32(positions[0, last])
-            token, words = self.choose(self.leaves, seen, hidden, position, controls)
+            cache, seen, state, *kept = self.feed(self.leaves, *given)
+            token, words = self.choose(self.leaves, seen, state, controls)
         return cache, seen, Made(token, words, *kept)
 
     def compile(
@@ -190,21 +189,11 @@ def compiled_choice(transformer: Transformer, weights: Any, top_k: int) -> Any:
 def compiled_step(transformer: Transformer, weights: Any, top_k: int, captured: Captured) -> Any:
     """`Program.feed` of a single token, with the choice; compiled per cache size."""
 
-    def step(
-        leaves: Sequence[jax.Array],
-        cache: StreamCache,
-        seen: jax.Array,
-        tokens: jax.Array,
-        positions: jax.Array,
-        last: jax.Array,
-        interventions: Interventions | None,
-        controls: Controls,
-    ) -> Any:
+    def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
         own = jax.tree.unflatten(weights, leaves)
-        given = (cache, seen, tokens, positions, last, interventions)
-        cache, seen, hidden, *kept = _feed(transformer, own, *given, captured=captured)
-        position = positions[0, last]
-        chosen = _choose(transformer, own, seen, hidden, position, controls, top_k=top_k)
+        *given, controls = args
+        cache, seen, state, *kept = _feed(transformer, own, *given, captured=captured)
+        chosen = _choose(transformer, own, seen, state, controls, top_k=top_k)
         return cache, seen, chosen, *kept
 
     return jax.jit(step, donate_argnums=(1, 2), compiler_options=compiler_options())
@@ -237,8 +226,8 @@ def _feed(
     )
     output, rows, attention, streams = cast(Output, result), None, None, None
     if observed:
-        output, state = cast(Any, result)
-        sown = state["intermediates"]
+        output, collections = cast(Any, result)
+        sown = collections["intermediates"]
         rows = _new_rows(sown, cache.rings) if any(cache.rings) else None
         if layers:
             attention = sown_attention(sown, cache.rings, layers, last, jnp.float16)
@@ -254,20 +243,21 @@ def _feed(
     padded = jnp.where(positions[0] >= 0, tokens[0], seen.shape[0])
     seen = seen.at[padded].set(True, mode="drop")
     assert output.hidden_states is not None
-    return filled, seen, output.hidden_states[0, last], rows, attention, streams
+    state = output.hidden_states[0, last], positions[0, last]
+    return filled, seen, state, rows, attention, streams
 
 
 def _choose(
     transformer: Transformer,
     weights: DecodingWeights,
     seen: jax.Array,
-    hidden: jax.Array,
-    position: jax.Array,
+    state: tuple[jax.Array, jax.Array],
     controls: Controls,
     *,
     top_k: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses the token after a final-normed state (D,); see `Program.choose`."""
+    """Chooses the token after a final-normed state (D,) at a position; see `Program.choose`."""
+    hidden, position = state
     forced_logit = None
     if weights.head is not None:
         cap = transformer.config.final_logit_soft_cap

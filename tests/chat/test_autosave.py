@@ -47,7 +47,7 @@ def flush(chat):
     chat.keeper._autosave.flush()
 
 
-def same(chat, path):
+def assert_saved(chat, path):
     saved = restore.read(path)
     assert list(saved.tree) == list(chat.tree)
     links = [(n.id, n.active, n.undone) for n in chat.tree.nodes()]
@@ -59,7 +59,7 @@ def test_every_operation_is_saved(make, tmp_path, by_hand):
     path = tmp_path / "talk.gnb"
     chat = make(autosave=path)
     assert chat.autosave == path
-    same(chat, path)
+    assert_saved(chat, path)
     steps = [
         lambda: chat.chat("Hello"),
         lambda: chat.regenerate(),
@@ -76,12 +76,12 @@ def test_every_operation_is_saved(make, tmp_path, by_hand):
     for step in steps:
         step()
         flush(chat)
-        same(chat, path)
+        assert_saved(chat, path)
     # All of it went to the journal, and ends in the file.
     assert journal.path_of(path).stat().st_size > 1000
     chat.autosave = None
     assert list(tmp_path.iterdir()) == [path]
-    same(chat, path)
+    assert_saved(chat, path)
 
 
 def test_nothing_is_written_when_nothing_changed(make, tmp_path, by_hand):
@@ -181,15 +181,15 @@ def test_loading_goes_on_with_the_same_file(make, tmp_path, tiny_model, by_hand)
     assert second.turns == chat.turns
     second.chat("More")
     flush(second)
-    same(second, path)
+    assert_saved(second, path)
     # The first session notices that the file is another's now, writes nothing, and says so.
     chat.chat("Lost?")
     flush(chat)
-    same(second, path)
+    assert_saved(second, path)
     with pytest.warns(ConversationWarning, match=r"taken over by another session.*still in memory"):
         chat.chat("Really?")
     chat.autosave = tmp_path / "other.gnb"
-    same(chat, tmp_path / "other.gnb")
+    assert_saved(chat, tmp_path / "other.gnb")
     second.autosave = None
 
 
@@ -210,7 +210,7 @@ def test_another_conversation_is_never_replaced(make, tmp_path, by_hand):
     first.autosave = path
     first.chat("More")
     flush(first)
-    same(first, path)
+    assert_saved(first, path)
     path.with_name("x").write_text("anything")
     with pytest.raises(ConversationError, match="exists already"):
         first.autosave = path.with_name("x")
@@ -224,7 +224,7 @@ def test_saving_by_hand_folds_the_journal(make, tmp_path, by_hand):
     assert chat.save(path) == path
     alone = tmp_path / "copy.gnb"
     alone.write_bytes(path.read_bytes())
-    same(chat, alone)
+    assert_saved(chat, alone)
 
 
 def test_a_journal_that_has_grown_is_folded(make, tmp_path, by_hand, monkeypatch):
@@ -235,7 +235,7 @@ def test_a_journal_that_has_grown_is_folded(make, tmp_path, by_hand, monkeypatch
     for number in range(12):
         chat.chat(f"Hello {number}")
         flush(chat)
-        same(chat, path)
+        assert_saved(chat, path)
         sizes.append(journal.path_of(path).stat().st_size)
     assert min(sizes[1:]) < 100 < max(sizes)
     structure, evidence = archive.read(path)
@@ -252,7 +252,7 @@ def test_a_crash_between_file_and_journal_loses_nothing(make, tmp_path, by_hand,
     before = beside.read_bytes()
     chat.save(path)
     beside.write_bytes(before)  # the file is new, the journal still the old one
-    same(chat, path)
+    assert_saved(chat, path)
 
 
 def test_a_full_disk_is_told_and_overcome(make, tmp_path, by_hand, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_full_disk_is_told_and_overcome(make, tmp_path, by_hand, monkeypatch):
     chat = make(autosave=path)
     chat.chat("Hello")
     flush(chat)
-    whole = os.fsync
+    held, whole = set(chat.tree), os.fsync
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -268,14 +268,14 @@ def test_a_full_disk_is_told_and_overcome(make, tmp_path, by_hand, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     chat.chat("More")
     flush(chat)
-    restore.read(path)
+    assert held <= set(restore.read(path).tree)
     with pytest.warns(ConversationWarning, match="No space left on device"):
         chat.chat("Still there?")
     chat.chat("Told only once")
     monkeypatch.setattr(os, "fsync", whole)
     monkeypatch.setattr(chat.keeper._autosave, "_retry_at", 0)
     flush(chat)
-    same(chat, path)
+    assert_saved(chat, path)
 
 
 def test_nothing_ends_the_thread(make, tmp_path, by_hand, monkeypatch):
@@ -288,7 +288,7 @@ def test_nothing_ends_the_thread(make, tmp_path, by_hand, monkeypatch):
         chat.chat("Hello")
     monkeypatch.setattr(chat.keeper._autosave, "_retry_at", 0)
     flush(chat)
-    same(chat, tmp_path / "talk.gnb")
+    assert_saved(chat, tmp_path / "talk.gnb")
 
 
 def test_a_file_that_cannot_be_begun_is_refused(make, tmp_path):
@@ -316,7 +316,7 @@ def test_a_tree_that_grows_meanwhile_is_saved_whole(make, tmp_path, by_hand):
         restore.read(path)
     thread.join()
     flush(chat)
-    same(chat, path)
+    assert_saved(chat, path)
 
 
 # --- kill -9 --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tests.chat.checks import SAMPLING
 LONG = "A message that is longer than the window of eight tokens"
 
 
-def same(ours, theirs):
+def assert_same_reply(ours, theirs):
     """Whether two replies are the same, with evidence as near as float32 rounds."""
     assert ours.text == theirs.text
     assert ours.ids == theirs.ids
@@ -64,7 +64,7 @@ def test_replies_equal_those_made_one_after_another(make, changes):
     assert not chat.busy
     assert {turn.id for turn in replies} == {0}
     for ours, theirs in zip(replies, alone(chat, "And now?", 4), strict=True):
-        same(ours, theirs)
+        assert_same_reply(ours, theirs)
     if chat.sampling.temperature:
         assert len({turn.text for turn in replies}) == 4
 
@@ -78,7 +78,7 @@ def test_replies_end_each_at_its_own_stop_and_the_others_go_on(make):
     replies = chat.sample(LONG, n=4)
     assert len({len(turn.tokens) for turn in replies}) > 1
     for ours, theirs in zip(replies, alone(chat, LONG, 4), strict=True):
-        same(ours, theirs)
+        assert_same_reply(ours, theirs)
 
 
 def test_prompts_of_different_lengths_see_the_conversation_and_not_each_other(make):
@@ -87,7 +87,7 @@ def test_prompts_of_different_lengths_see_the_conversation_and_not_each_other(ma
     prompts = ["Hello", "Hell", LONG * 3, ""]
     replies = chat.sample_each(prompts)
     for prompt, ours in zip(prompts, replies, strict=True):
-        same(ours, alone(chat, prompt)[0])
+        assert_same_reply(ours, alone(chat, prompt)[0])
     assert chat.sample_each([]) == []
 
 
@@ -108,20 +108,20 @@ def test_the_cache_grows_and_lets_go_of_replies_that_have_ended(make, monkeypatc
     chat = make(sampling=dataclasses.replace(SAMPLING, max_new_tokens=40, stop=("e", "\x0f")))
     replies = chat.sample("Hi", n=3)
     for ours, theirs in zip(replies, alone(chat, "Hi", 3), strict=True):
-        same(ours, theirs)
+        assert_same_reply(ours, theirs)
 
 
 def test_more_replies_than_a_batch_holds(make, monkeypatch):
     monkeypatch.setattr(several, "MOST", 3)
     chat = make()
     for ours, theirs in zip(chat.sample("Hi", n=4), alone(chat, "Hi", 4), strict=True):
-        same(ours, theirs)
+        assert_same_reply(ours, theirs)
 
 
 def test_replies_fill_the_context_as_one_does(make):
     chat = make(cache_length=20, sampling=dataclasses.replace(SAMPLING, max_new_tokens=100))
     for ours, theirs in zip(chat.sample("Hello", n=3), alone(chat, "Hello", 3), strict=True):
-        same(ours, theirs)
+        assert_same_reply(ours, theirs)
         assert "context is full" in ours.finish_detail
     fits, too_long, _, _ = chat.sample_each(["Hello", LONG, "Hell", "Help"])
     assert fits.tokens
@@ -140,7 +140,7 @@ def test_interventions_of_the_model_hold(tiny_model, make):
         chat = gnb.ChatSession(m, tokenizer, template="none", sampling=SAMPLING, cache_length=400)
         replies = chat.sample(LONG, n=3)
         for ours, theirs in zip(replies, alone(chat, LONG, 3), strict=True):
-            same(ours, theirs)
+            assert_same_reply(ours, theirs)
             assert ours.interventions == theirs.interventions
         made.append(replies[0].tokens[0].logprob)
     assert made[0] != made[1]
@@ -149,10 +149,10 @@ def test_interventions_of_the_model_hold(tiny_model, make):
 def test_a_module_of_another_library_samples_one_after_another(make, monkeypatch):
     chat = make()
     expected = chat.sample("Hi", n=3)
-    monkeypatch.setattr(chat._decoder, "looks", False)
+    monkeypatch.setattr(chat._decoder._programs, "looks", False)
     monkeypatch.setattr(several, "Batch", None)
     for ours, theirs in zip(chat.sample("Hi", n=3), expected, strict=True):
-        same(ours, theirs)
+        assert_same_reply(ours, theirs)
     assert chat.turns == ()
 
 

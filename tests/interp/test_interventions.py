@@ -38,7 +38,7 @@ def logits(model, ids):
     return model(gnb.GemmaInputs(np.asarray(ids))).values
 
 
-def close(a, b, atol=3e-5):
+def assert_close(a, b, atol=3e-5):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol)
 
 
@@ -46,12 +46,12 @@ def test_ablating_a_head_equals_zeroing_its_rows_of_the_projection(case):
     model, ids = case
     zeroed = model.edit("layer_2/attn/attn_vec_einsum/w", lambda w: jnp.asarray(w).at[1].set(0.0))
     ablated = model.intervene(gnb.AblateHeads({2: [1]}))
-    close(logits(ablated, ids), logits(zeroed, ids), atol=1e-5)
+    assert_close(logits(ablated, ids), logits(zeroed, ids), atol=1e-5)
     assert np.abs(logits(ablated, ids) - logits(model, ids)).max() > 1e-2
     half = model.edit(
         "layer_2/attn/attn_vec_einsum/w", lambda w: jnp.asarray(w).at[1].multiply(0.5)
     )
-    close(logits(model.intervene(gnb.ScaleHeads({2: {1: 0.5}})), ids), logits(half, ids))
+    assert_close(logits(model.intervene(gnb.ScaleHeads({2: {1: 0.5}})), ids), logits(half, ids))
 
 
 def test_no_intervention_is_none_bit_for_bit_and_the_original_is_untouched(case):
@@ -64,7 +64,7 @@ def test_no_intervention_is_none_bit_for_bit_and_the_original_is_untouched(case)
         gnb.AblateHeads({2: [1]}, positions=[1000]),
         gnb.KnockOut(2, queries=[1000]),
     ):
-        close(logits(model.intervene(neutral), ids), before, atol=1e-5)
+        assert_close(logits(model.intervene(neutral), ids), before, atol=1e-5)
     changed = model.intervene(gnb.Steer(2, vector, scale=5.0))
     assert np.abs(logits(changed, ids) - before).max() > 1e-2
     np.testing.assert_array_equal(logits(model, ids), before)
@@ -100,10 +100,10 @@ def test_patching_everything_reproduces_the_other_run(case):
     trace = gnb.trace(model, other, sites=())
     for site, layer in (("embed", None), ("residual", 5), ("residual_pre", 0), ("final", None)):
         patch = gnb.Patch.from_trace(trace, site, layer)
-        close(logits(model.intervene(patch), ids), logits(model, other))
+        assert_close(logits(model.intervene(patch), ids), logits(model, other))
     every = [gnb.Patch.from_trace(trace, site, i) for i in range(6) for site in ("z", "mlp_hidden")]
     both = model.intervene(gnb.Patch.from_trace(trace, "embed"), *every)
-    close(logits(both, ids), logits(model, other))
+    assert_close(logits(both, ids), logits(model, other))
 
 
 def test_a_patched_position_leaves_those_before_it(case):
@@ -111,10 +111,10 @@ def test_a_patched_position_leaves_those_before_it(case):
     other = gnb.trace(model, ids[::-1].copy(), sites=())
     patched = logits(model.intervene(gnb.Patch.from_trace(other, "z", 1, 7, heads=[2])), ids)
     before = logits(model, ids)
-    close(patched[:7], before[:7], atol=1e-5)
+    assert_close(patched[:7], before[:7], atol=1e-5)
     assert np.abs(patched[7:] - before[7:]).max(axis=-1).min() > 1e-4
     trace = gnb.trace(model.intervene(gnb.Patch.from_trace(other, "z", 1, 7, heads=[2])), ids)
-    close(trace.z[1, 7, 2], other.z[1, 7, 2], atol=0)
+    assert_close(trace.z[1, 7, 2], other.z[1, 7, 2], atol=0)
     assert trace.interventions == ("patch z of layer 1, heads 2 at positions 7",)
     assert trace.z.attrs["interventions"].splitlines() == list(trace.interventions)
 
@@ -124,10 +124,10 @@ def test_means_and_resampled_values(case):
     reference = gnb.trace(model, ids[::-1].copy(), sites=())
     mean = model.intervene(gnb.AblateHeads({2: [1]}, "mean", reference=reference))
     z = gnb.trace(mean, ids, sites="z").z.values[2, :, 1]
-    close(z, np.broadcast_to(reference.z.values[2, :, 1].mean(0), z.shape), atol=1e-6)
+    assert_close(z, np.broadcast_to(reference.z.values[2, :, 1].mean(0), z.shape), atol=1e-6)
     resampled = model.intervene(gnb.AblateMLP([3], "resample", reference=reference))
     got = gnb.trace(resampled, ids, sites="mlp_out").mlp_out.values[3]
-    close(got, reference.mlp_out.values[3], atol=0)
+    assert_close(got, reference.mlp_out.values[3], atol=0)
     zero = gnb.trace(model.intervene(gnb.AblateMLP(3)), ids, sites="mlp_out").mlp_out.values[3]
     assert (zero == 0).all()
     with pytest.raises(ValueError, match="needs reference"):
@@ -141,8 +141,8 @@ def test_knocked_out_edges_carry_nothing(case):
     assert (weights[2, 1, 5:12, [0, 3]] == 0).all()
     np.testing.assert_allclose(weights[2, 1].sum(-1), 1, atol=1e-5)
     whole = gnb.trace(model, ids).attention.values
-    close(weights[2, [0, 2, 3]], whole[2, [0, 2, 3]], atol=1e-5)
-    close(weights[2, 1, :5], whole[2, 1, :5], atol=1e-6)
+    assert_close(weights[2, [0, 2, 3]], whole[2, [0, 2, 3]], atol=1e-5)
+    assert_close(weights[2, 1, :5], whole[2, 1, :5], atol=1e-6)
     alone = gnb.trace(model.intervene(gnb.KnockOut(2, keys=slice(None))), ids, sites="z")
     assert (alone.z.values[2] == 0).all()
 
@@ -152,7 +152,7 @@ def test_attention_is_replaced(case):
     rows = np.eye(24, dtype=np.float32)[:2]
     new = gnb.trace(model.intervene(gnb.ReplaceAttention(2, 1, rows, queries=[9, 20])), ids)
     np.testing.assert_array_equal(new.attention.values[2, 1, [9, 20]], rows)
-    close(new.z.values[2, 9, 1], new.v.values[2, 0, 0], atol=1e-6)
+    assert_close(new.z.values[2, 9, 1], new.v.values[2, 0, 0], atol=1e-6)
 
 
 def test_a_forced_token_is_read_in_place_of_the_one_that_stands_there(case):
@@ -173,13 +173,13 @@ def test_neurons_are_edited(case):
     )
     assert hidden[3, 17] == 2.5
     hidden[3, 17] = plain[3, 17]
-    close(hidden, plain, atol=1e-6)
+    assert_close(hidden, plain, atol=1e-6)
 
 
 def test_interventions_start_where_they_are_told(case):
     model, ids = case
     late = model.intervene(gnb.AblateHeads({2: [1]}), start=10)
-    close(logits(late, ids)[:10], logits(model, ids)[:10], atol=1e-5)
+    assert_close(logits(late, ids)[:10], logits(model, ids)[:10], atol=1e-5)
     assert np.abs(logits(late, ids)[10:] - logits(model, ids)[10:]).max() > 1e-3
     assert late.interventions.describe()[0].endswith("from position 10 on")
     with pytest.raises(ValueError, match="start=10"):
@@ -193,7 +193,7 @@ def test_what_the_model_has_once_is_steered(case):
     steered = model.intervene(gnb.Steer(None, np.ones(64), 0.5, site="final", positions=[3]))
     final, plain = (gnb.trace(m, ids, sites="final").final.values for m in (steered, model))
     expected = plain + 0.5 * (np.arange(24) == 3)[:, None]
-    close(final, expected, atol=1e-5)
+    assert_close(final, expected, atol=1e-5)
     (line,) = steered.interventions.describe()
     assert line == "steer final by 0.5 times a vector of norm 8 at positions 3"
 
@@ -281,7 +281,7 @@ def test_cached_decoding_equals_the_full_pass(tiny_model, items, start):
     whole = np.asarray(jax.nn.log_softmax(logits(model, tokens)))
     for i, evidence in enumerate(evidences):
         expected = whole[len(IDS) - 1 + i]
-        close(evidence.logprobs, expected[evidence.ids], atol=5e-5)
+        assert_close(evidence.logprobs, expected[evidence.ids], atol=5e-5)
 
 
 def test_values_that_change_do_not_compile_the_step_again(tiny_model):
@@ -289,11 +289,11 @@ def test_values_that_change_do_not_compile_the_step_again(tiny_model):
     decoder = Decoder(model.intervene(gnb.Steer(1, VECTOR)), limit=64, top_k=8)
     decoder.prefill(decoder.begin(IDS.tolist(), Sampling(seed=0)))
     decoder.step()
-    compiled = decoder._one.feed._cache_size()
+    compiled = decoder._programs.one.feed._cache_size()
     decoder.intervene(model.intervene(gnb.Steer(2, -VECTOR, 3.0)).interventions)
     decoder.prefill(decoder.begin(IDS.tolist(), Sampling(seed=0)))
     decoder.step()
-    assert decoder._one.feed._cache_size() == compiled
+    assert decoder._programs.one.feed._cache_size() == compiled
 
 
 def test_a_change_keeps_what_it_does_not_concern_in_the_cache(tiny_model):
@@ -306,14 +306,14 @@ def test_a_change_keeps_what_it_does_not_concern_in_the_cache(tiny_model):
     assert decoder.ids == IDS[:15].tolist()
     evidence = decoder.prefill(decoder.begin(IDS.tolist(), greedy))
     expected = np.asarray(jax.nn.log_softmax(logits(changed, IDS)))[-1]
-    close(evidence.logprobs, expected[evidence.ids], atol=5e-5)
+    assert_close(evidence.logprobs, expected[evidence.ids], atol=5e-5)
     decoder.intervene(changed.interventions)
     assert len(decoder.ids) == len(IDS)
     decoder.intervene(None)
     assert decoder.ids == IDS[:15].tolist()
     evidence = decoder.prefill(decoder.begin(IDS.tolist(), greedy))
     expected = np.asarray(jax.nn.log_softmax(logits(model, IDS)))[-1]
-    close(evidence.logprobs, expected[evidence.ids], atol=5e-5)
+    assert_close(evidence.logprobs, expected[evidence.ids], atol=5e-5)
 
 
 def test_a_steering_vector_is_the_mean_difference_of_prompts(case):
@@ -321,10 +321,10 @@ def test_a_steering_vector_is_the_mean_difference_of_prompts(case):
     sides = [ids[:6], ids[3:11]], [ids[10:20]]
     vector = gnb.steering_vector(model, *sides, layer=3)
     last = [[gnb.trace(model, x).residual.values[3, -1] for x in side] for side in sides]
-    close(vector, np.mean(last[0], axis=0) - np.mean(last[1], axis=0), atol=1e-5)
+    assert_close(vector, np.mean(last[0], axis=0) - np.mean(last[1], axis=0), atol=1e-5)
     mean = gnb.steering_vector(model, [ids[:6]], [ids[10:20]], 3, positions="mean")
     rows = [gnb.trace(model, x).residual.values[3, 1:].mean(0) for x in (ids[:6], ids[10:20])]
-    close(mean, rows[0] - rows[1], atol=1e-5)
+    assert_close(mean, rows[0] - rows[1], atol=1e-5)
     model.intervene(gnb.Steer(3, vector, 2.0))
     with pytest.raises(ValueError, match="residual stream"):
         gnb.steering_vector(model, *sides, layer=3, site="z")

@@ -16,7 +16,7 @@ def traced(request):
     return model, gnb.trace(model, RANDOM[request.param].tokens()[:60], sites=())
 
 
-def close(actual, expected, factor=1.0):
+def assert_close(actual, expected, factor=1.0):
     expected = np.asarray(expected)
     noise = factor * 3e-6 * max(1.0, float(np.abs(expected).max()))
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=noise)
@@ -25,34 +25,34 @@ def close(actual, expected, factor=1.0):
 def test_embedding_and_all_outputs_add_up_to_the_last_residual(traced):
     _, trace = traced
     total = trace.embed + trace.attn_out.sum("layer") + trace.mlp_out.sum("layer")
-    close(total, trace.residual.isel(layer=-1))
+    assert_close(total, trace.residual.isel(layer=-1))
 
 
 def test_each_residual_is_the_one_before_plus_what_is_added(traced):
     _, trace = traced
-    close(trace.residual_pre[0], trace.embed)
-    close(trace.residual_pre[1:], trace.residual[:-1])
-    close(trace.residual_mid, trace.residual_pre + trace.attn_out)
-    close(trace.residual, trace.residual_mid + trace.mlp_out)
+    assert_close(trace.residual_pre[0], trace.embed)
+    assert_close(trace.residual_pre[1:], trace.residual[:-1])
+    assert_close(trace.residual_mid, trace.residual_pre + trace.attn_out)
+    assert_close(trace.residual, trace.residual_mid + trace.mlp_out)
 
 
 def test_heads_add_up_to_attention(traced):
     model, trace = traced
-    close(trace.head_out.sum("head"), trace.attn_raw)
+    assert_close(trace.head_out.sum("head"), trace.attn_raw)
     if model.config.use_post_attn_norm:
         layers = [model.params[f"layer_{i}"] for i in range(model.config.num_layers)]
         scale = 1 + np.stack([layer["post_attention_norm"]["scale"] for layer in layers])
         frozen = trace.head_out / trace.post_attention_rms * scale[:, None, None]
-        close(frozen.sum("head"), trace.attn_out)
+        assert_close(frozen.sum("head"), trace.attn_out)
     else:
-        close(trace.attn_raw, trace.attn_out, factor=0)
+        assert_close(trace.attn_raw, trace.attn_out, factor=0)
 
 
 def test_attention_is_the_softmax_of_the_scores(traced):
     _, trace = traced
     np.testing.assert_allclose(trace.attention.sum("key"), 1, atol=1e-6)
     scores = trace.scores.values
-    close(jax.nn.softmax(scores, axis=-1), trace.attention)
+    assert_close(jax.nn.softmax(scores, axis=-1), trace.attention)
     never = trace.attention.values == 0
     assert np.isneginf(scores[never]).all()
     cap = trace.config.attn_logits_soft_cap
@@ -62,7 +62,7 @@ def test_attention_is_the_softmax_of_the_scores(traced):
 def test_attention_times_values_is_z(traced):
     _, trace = traced
     values = trace.v.values[:, :, trace.attention.kv_group.values]  # (layer, key, head, head_dim)
-    close(np.einsum("LNQS,LSNH->LQNH", trace.attention.values, values), trace.z)
+    assert_close(np.einsum("LNQS,LSNH->LQNH", trace.attention.values, values), trace.z)
 
 
 def test_norms_divide_by_their_scale(traced):
@@ -74,19 +74,19 @@ def test_norms_divide_by_their_scale(traced):
         for i in range(trace.config.num_layers):
             weight = 1 + model.params[f"layer_{i}"][f"{scale}_norm"]["scale"]
             x = trace[of].sel(layer=i) / trace[f"{scale}_rms"].sel(layer=i)
-            close(x.values * weight, trace[site].sel(layer=i))
+            assert_close(x.values * weight, trace[site].sel(layer=i))
     weight = 1 + model.params["final_norm"]["scale"]
-    close((trace.residual[-1] / trace.final_rms).values * weight, trace.final)
+    assert_close((trace.residual[-1] / trace.final_rms).values * weight, trace.final)
 
 
 def test_feed_forward_is_gelu_of_the_gate_times_up(traced):
     _, trace = traced
-    close(jax.nn.gelu(trace.mlp_gate.values) * trace.mlp_up.values, trace.mlp_hidden)
+    assert_close(jax.nn.gelu(trace.mlp_gate.values) * trace.mlp_up.values, trace.mlp_hidden)
 
 
 def test_logits_are_the_models(traced):
     model, trace = traced
-    close(trace.logits, model(gnb.GemmaInputs(trace.tokens)).values, factor=10)
+    assert_close(trace.logits, model(gnb.GemmaInputs(trace.tokens)).values, factor=10)
 
 
 def test_a_model_lists_the_sites_it_has(traced):

@@ -120,7 +120,7 @@ def test_a_failed_step_leaves_a_stream_that_starts_over(decoder, score, monkeypa
     def fail(*args, **kwargs):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(decoder, "_step", fail)
+    monkeypatch.setattr(Program, "run", fail)
     with pytest.raises(MemoryError):
         decoder.step()
     monkeypatch.undo()
@@ -130,8 +130,11 @@ def test_a_failed_step_leaves_a_stream_that_starts_over(decoder, score, monkeypa
 
 def sizes(decoder):
     """For how many shapes each program was compiled."""
-    programs = (decoder._one, decoder._first, decoder._many)
-    return [part._cache_size() for p in programs for part in (p.feed, p.choose) if part is not None]
+    programs = decoder._programs
+    parts = [
+        part for p in (programs.one, programs.first, programs.many) for part in (p.feed, p.choose)
+    ]
+    return [part._cache_size() for part in parts if part is not None]
 
 
 @pytest.mark.parametrize("length", [5, 16, 40, 64, 130])
@@ -145,7 +148,7 @@ def test_a_first_prompt_is_computed_as_one_behind_others(tiny_model, length):
         )
         decoder = Decoder(tiny_model[0], limit=200, top_k=5, rows=rows)
         if not own:
-            decoder._first = decoder._many
+            decoder._programs.first = decoder._programs.many
         first = decoder.prefill(decoder.begin(ids, GREEDY))
         found.append((first, decoder.step(), decoder.cache, decoder._archive.last(length, length)))
     (first, second, cache, archive), (first_, second_, cache_, archive_) = found

@@ -68,7 +68,7 @@ def test_a_look_sees_the_interventions(stream, tiny_model):
 
 def test_a_look_compiles_once_for_each_cache_size(stream):
     stream.look(5)
-    program = gnb.sampling.look.compiled_look(stream._transformer, stream._one.structure)
+    program = stream._programs.look
     compiled = program._cache_size()
     for position in (0, 17, 49):
         stream.look(position)

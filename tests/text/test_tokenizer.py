@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_gguf(tiny.metadata())
 
 
-def check_round_trip(tokenizer, text):
+def assert_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not set(ids) & {*tokenizer.control.values(), tokenizer.unk_id}
@@ -34,14 +34,14 @@ def check_round_trip(tokenizer, text):
 
 @given(text=texts)
 def test_every_text_survives_the_round_trip(tokenizer, text):
-    check_round_trip(tokenizer, text)
+    assert_round_trip(tokenizer, text)
 
 
 @pytest.mark.real
 @settings(max_examples=1000)
 @given(text=texts)
 def test_every_text_survives_the_round_trip_of_the_real_vocabulary(real_tokenizer, text):
-    check_round_trip(real_tokenizer, text)
+    assert_round_trip(real_tokenizer, text)
 
 
 @given(before=texts, after=texts, surrogate=st.integers(0xD800, 0xDFFF).map(chr))
@@ -172,7 +172,7 @@ def test_an_official_model_file_yields_no_control_piece_from_text_either(tokeniz
     ours = Tokenizer.from_bytes(official())
     assert dict(ours.control) == dict(tokenizer.control)
     for text in LOOK_ALIKES:
-        check_round_trip(ours, text)
+        assert_round_trip(ours, text)
 
 
 def test_models_that_change_spaces_are_refused():
