@@ -44,12 +44,14 @@ class Stored:
       inputs: (in,) float32, of int8 rows.
       columns: (*in, *out), floating; None leaves several tokens to the rows.  Where the official
         parameter lies in this order, it is that parameter itself, not a copy.
+      rounded: round the inputs of bfloat16 columns to bfloat16, too.
     """
 
     rows: jax.Array
     scale: jax.Array | None = None
     inputs: jax.Array | None = None
     columns: jax.Array | None = None
+    rounded: bool = flax.struct.field(pytree_node=False, default=False)
 
     def __call__(self, x: Float[Array, "*lead inner"]) -> Float[Array, "*lead out"]:
         """x times the weight, in x's dtype; sums are float32."""
@@ -60,7 +62,7 @@ class Stored:
             y = product(y if self.inputs is None else y * self.inputs, self.rows)
             y = (y if self.scale is None else y * self.scale).astype(x.dtype)
         else:
-            y = _times_columns(x, self.columns.reshape(inner, -1))
+            y = _times_columns(x, self.columns.reshape(inner, -1), rounded=self.rounded)
         return y.reshape(*lead, -1)
 
 
@@ -103,17 +105,20 @@ def product(x: Float[Array, "*lead inner"], rows: jax.Array) -> Float[Array, "*l
     return y.reshape(*lead, -1).astype(x.dtype)
 
 
-def _times_columns(x: Float[Array, "T inner"], columns: jax.Array) -> Float[Array, "T out"]:
+def _times_columns(
+    x: Float[Array, "T inner"], columns: jax.Array, *, rounded: bool
+) -> Float[Array, "T out"]:
     """x times an (in, out) matrix, in x's dtype; sums are float32.
 
     A float32 x over bfloat16 columns is split into three bfloat16 terms that add up to it (8 bits
     of significand each, 24 in all), so that the product is as exact as float32's and runs at the
-    speed of bfloat16.
+    speed of bfloat16; unless it is to be `rounded`, which is one product instead of three.
     """
     if columns.dtype != jnp.bfloat16:
         return (x.astype(columns.dtype) @ columns).astype(x.dtype)
-    if x.dtype == jnp.bfloat16:
-        return jnp.dot(x, columns, preferred_element_type=jnp.float32).astype(x.dtype)
+    if rounded or x.dtype == jnp.bfloat16:
+        short = x.astype(jnp.bfloat16)
+        return jnp.dot(short, columns, preferred_element_type=jnp.float32).astype(x.dtype)
     terms = jnp.concatenate(bfloat16_terms(materialize(x)))
     y = jnp.dot(terms, columns, preferred_element_type=jnp.float32)
     # Small terms first.
@@ -173,17 +178,19 @@ def pack(prepared: Any, *, int8: bool, columns: Any) -> Any:
 
     Args:
       prepared: as the modules put it.
-      int8: quantise the rows of the other layers.
+      int8: quantise the rows of the other layers, and round what is multiplied with bfloat16
+        columns (over 1,040 tokens, mean KL 1.9e-4 under the int8 head, whose own is 1.4e-4).
       columns: dtype of the columns; None keeps none.
     """
     exact = {f"layer_{i}" for i in range(len(prepared) - 1, -1, -SPARED)}
 
     def one(path: tuple[str, ...], stored: Stored) -> Stored:
         kept = None if columns is None or stored.columns is None else stored.columns.astype(columns)
+        form = Stored(rows=stored.rows, columns=kept, rounded=int8)
         if not int8 or path[0] in exact:
-            return Stored(rows=stored.rows, columns=kept)
+            return form
         rows, scale, inputs = quantise(stored.rows, _BALANCE)
-        return Stored(rows=rows, scale=scale, inputs=inputs, columns=kept)
+        return form.replace(rows=rows, scale=scale, inputs=inputs)  # type: ignore[attr-defined]
 
     flat = flax.traverse_util.flatten_dict(prepared)
     return flax.traverse_util.unflatten_dict({path: one(path, x) for path, x in flat.items()})

@@ -206,7 +206,8 @@ class Transformer(nn.Module):
 
         Args:
           params: the official tree.
-          int8: store the rows, which single tokens use, in int8 with a scale per row.
+          int8: store the rows, which single tokens use, in int8 with a scale per row, and round
+            what is multiplied with bfloat16 columns to bfloat16.
           columns: dtype of a second copy for several tokens at once; None computes these from the
             rows.
         """

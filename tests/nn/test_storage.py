@@ -55,6 +55,21 @@ def test_bfloat16_activations_stay_bfloat16(weight):
         assert error(y.astype(jnp.float32), exact(x[:count].astype(jnp.float32), weight)) < 2**-8
 
 
+def test_rounded_activations_are_multiplied_once(weight):
+    """What is rounded to bfloat16 is multiplied exactly; a single token, and float32, are not."""
+    x = tokens(7)
+    short = x.astype(jnp.bfloat16).astype(jnp.float32)
+    times = jax.jit(lambda s, x: s(x))
+    y = times(Stored(weight, columns=weight.T, rounded=True), x)
+    assert y.dtype == jnp.float32
+    assert error(y, exact(short, weight)) < 5e-7
+    assert 1e-4 < error(y, exact(x, weight)) < 2**-8
+    wide = Stored(weight, columns=weight.T.astype(jnp.float32), rounded=True)
+    assert error(times(wide, x), exact(x, weight)) < 5e-7
+    narrow = Stored(weight, columns=weight.T, rounded=True)
+    assert error(times(narrow, x[:1]), exact(x[:1], weight)) < 5e-7
+
+
 def test_extreme_activations_are_split_exactly(weight):
     """From subnormal to enormous, and exact zeros."""
     x = tokens(4) * jnp.asarray([1e-38, 1e30, 0.0, 1e-5])[:, None]
