@@ -6,6 +6,8 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 
+import jax
+
 from gemma_nb.chat.branches import Plan
 from gemma_nb.chat.context import ran_full, too_long
 from gemma_nb.chat.events import Turn
@@ -18,17 +20,26 @@ from gemma_nb.errors import NonFiniteLogitsError
 from gemma_nb.sampling.batch import MOST, Batch
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.weights import has_matrix_unit
 
-# Fewer replies than this are made one after another.  A step of a batch multiplies matrices, which
-# takes longer than one token's step, however few streams there are; measured on two cores with
-# Gemma 3 270M, two streams at once made 0.7 of a single one's tokens per second, four 1.2.
-_FEWEST = 3
+
+def fewest() -> int:
+    """Fewer replies than this are made one after another.
+
+    A step of a batch multiplies matrices, which takes longer than one token's step, however few
+    streams there are.  Measured on two cores with Gemma 3 270M: with a matrix unit for bfloat16,
+    two streams at once made 0.7 of a single one's tokens per second, four 1.2; without one, four
+    made 0.6, and sixteen still only 0.9.
+    """
+    slow = jax.default_backend() == "cpu" and not has_matrix_unit()
+    return MOST + 1 if slow else 3
 
 
 class SamplingConversation(KeptConversation):
     """How replies are sampled beside the conversation; see `ChatSession`.
 
-    Up to 16 replies are made at the same time, a token of each per step.
+    Up to 16 replies are made at the same time, a token of each per step, where that is faster than
+    one after another.
     """
 
     def sample(self, prompt: str, n: int = 8, *, sampling: Sampling | None = None) -> list[Turn]:
@@ -135,7 +146,7 @@ class SamplingConversation(KeptConversation):
     def _make(self, made: Sequence[tuple[Plan, Reply]]) -> None:
         """Makes some replies, as many as a batch holds."""
         stop = self._generation.stop
-        if not self._decoder.looks or len(made) < _FEWEST:
+        if not self._decoder.looks or len(made) < fewest():
             # Another library's module, or one on a mesh; or so few that turns are faster.
             for plan, reply in made:
                 if not stop.is_set():

@@ -11,11 +11,18 @@ import pytest
 
 import gemma_nb as gnb
 from gemma_nb.chat import several
+from gemma_nb.chat.several import fewest
 from gemma_nb.errors import BusyError, ContextFullError, NonFiniteLogitsError, TextError
 from gemma_nb.sampling import batch
 from tests.chat.checks import SAMPLING
 
 LONG = "A message that is longer than the window of eight tokens"
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Replies are made at once from three on, whether or not that is faster here."""
+    monkeypatch.setattr(several, "fewest", lambda: 3)
 
 
 def assert_same_reply(ours, theirs):
@@ -144,6 +151,23 @@ def test_interventions_of_the_model_hold(tiny_model, make):
             assert ours.interventions == theirs.interventions
         made.append(replies[0].tokens[0].logprob)
     assert made[0] != made[1]
+
+
+@pytest.mark.parametrize(("unit", "batches"), [(True, 1), (False, 0)])
+def test_replies_are_made_at_once_where_that_is_faster(make, monkeypatch, unit, batches):
+    monkeypatch.setattr(several, "fewest", fewest)
+    monkeypatch.setattr(several, "has_matrix_unit", lambda: unit)
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(batch.Batch(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(several, "Batch", counted)
+    chat = make()
+    assert len(chat.sample("Hi", n=4)) == 4
+    assert len(made) == batches
+    assert chat.turns == ()
 
 
 def test_a_module_of_another_library_samples_one_after_another(make, monkeypatch):
