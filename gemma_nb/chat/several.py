@@ -50,10 +50,11 @@ class SamplingConversation(KeptConversation):
 
         What stands before the replies is computed once.  Reply i is drawn with seed + i: with a
         fixed seed they are those that `chat` and then `regenerate` would make, as nearly as
-        float32 rounds, and more exact than those where the model stores int8.  At temperature 0
-        all are the same.
+        float32 rounds; made at once they are more exact where the model stores int8.  At
+        temperature 0 all are the same.
 
-        The turns have full evidence and the id 0, since they are not in `tree`.  `stop` ends all
+        The turns have full evidence, but for attention rows where they are made at once (see
+        `fewest`), and the id 0, since they are not in `tree`.  `stop` ends all
         replies being made with `finish_reason` "cancelled", the kernel's interrupt with
         "interrupted"; either way what had come is returned, also as an empty reply, rather than
         lost to an exception.  A reply that fills the context ends with "length" whatever

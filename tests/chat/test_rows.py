@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import gemma_nb as gnb
+from gemma_nb.chat import several
 from gemma_nb.errors import ConversationWarning
 
 EVERYTHING = gnb.Capture(top_k=5, attention_layers="all")
@@ -63,7 +64,8 @@ def test_every_way_to_a_reply_has_its_rows(make):
     assert_attention(chat, chat.replay(first))
 
 
-def test_what_no_step_has_chosen_has_no_row(make, tmp_path):
+def test_what_no_step_has_chosen_has_no_row(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(several, "fewest", lambda: 3)
     chat = make(capture=EVERYTHING)
     first = chat.chat("Hello")
     edited = chat.edit(first, first.text[:2] + "quite another reply")
