@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 import gemma_nb as gnb
 from gemma_nb import placement
 from gemma_nb.config import TransformerConfig, interleave
-from gemma_nb.sampling.decode import Decoder, decoding_weights
+from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.weights import decoding_weights
 
 TOKENS = np.arange(2 * 12).reshape(2, 12)
 PROMPT = list(range(3, 43))  # longer than the window
