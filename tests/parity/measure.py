@@ -28,10 +28,11 @@ TOP = 10  # log-probabilities kept at each position
 _CHUNK = 64  # rows turned to float64 at a time
 
 # What is allowed: for logits these relative errors (over the whole, at any one position); for
-# attention this many times the noise of the reference in float32 against itself in float64.  The
-# root mean square is held head by head.  The largest difference is held against its layer's, since
-# that of one head is erratic: it varies by a factor of 1.3 (one standard deviation, of hundreds of
-# heads) between two float32 runs that are equally good.
+# attention this many times the noise of the reference in float32 (where several runs are there, of
+# the noisiest) against itself in float64.  The root mean square is held head by head.  The largest
+# difference is held against its layer's, since that of one head is erratic: it varies by a factor
+# of 1.3 (one standard deviation, of hundreds of heads) between two float32 runs that are equally
+# good.
 WHOLE, ANYWHERE = 1e-5, 1e-4
 NOISE_FACTOR = 3.0
 

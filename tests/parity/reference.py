@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -184,3 +186,29 @@ def run(model: PreTrainedModel, tokens: np.ndarray) -> Result:
         output = model(ids, output_attentions=True, use_cache=False)
     attention = np.stack([layer[0].numpy() for layer in output.attentions])
     return Result(output.logits[0].numpy(), attention)
+
+
+@contextlib.contextmanager
+def multiplied_by_numpy(seed: int) -> Iterator[None]:
+    """Within it, linear layers in float32 are computed by numpy, their sums in a shuffled order.
+
+    Another float32 run of the same formulas.  How much a product loses is its library's affair: on
+    some processors torch's splits each sum over several accumulators, and is off by two thirds of
+    what numpy's and XLA's are.
+    """
+    rng = np.random.default_rng(seed)
+    orders: dict[int, np.ndarray] = {}
+    original = torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32 or self.bias is not None:
+            raise ValueError(f"expected a float32 layer without bias, got {x.dtype}, {self}")
+        order = orders.setdefault(x.shape[-1], rng.permutation(x.shape[-1]))
+        rows, weight = x.detach().numpy(), self.weight.detach().numpy()
+        return torch.from_numpy(rows[..., order] @ weight[:, order].T)
+
+    torch.nn.Linear.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Linear.forward = original  # type: ignore[method-assign]
