@@ -24,6 +24,7 @@ import gemma_nb as gnb
 from gemma_nb.errors import GemmaNbError
 
 if TYPE_CHECKING:
+    from gemma_nb.chat.events import PrefillEvent
     from gemma_nb.chat.session import ChatSession, TokenRecord, Turn
 
 NOTEBOOK = "01_chat.ipynb"
@@ -177,7 +178,7 @@ def _reply(session: ChatSession, message: str, table: bool) -> None:
     """Streams one reply to stdout; leaves no half line, even when interrupted."""
     last = ""
     try:
-        with _Status("Thinking ...") as status:
+        with _Status("Thinking ...") as status, _watched(session, status):
             for event in session.stream(message):
                 text = event.text
                 if not last and session.template.strip_reply:
@@ -197,22 +198,43 @@ def _reply(session: ChatSession, message: str, table: bool) -> None:
         _print_table(turn)
 
 
+@contextlib.contextmanager
+def _watched(session: ChatSession, status: _Status) -> Iterator[None]:
+    """Says how far a prompt is read that is long enough for that."""
+
+    def say(event: PrefillEvent) -> None:
+        if event.done < event.total:
+            status.say(f"Reading: {event.done:,} of {event.total:,} tokens ...")
+
+    forget = session.on_prefill(say)
+    try:
+        yield
+    finally:
+        forget()
+
+
 class _Status:
     """Says on a terminal what is going on, until there is something better to show."""
 
     def __init__(self, text: str) -> None:
-        self._text = text if sys.stderr.isatty() else ""
+        self._first, self._shown = text, False
 
     def __enter__(self) -> _Status:
-        print(self._text, end="", file=sys.stderr, flush=True)
+        self.say(self._first)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.clear()
 
+    def say(self, text: str) -> None:
+        self.clear()
+        if sys.stderr.isatty():
+            self._shown = True
+            print(text, end="", file=sys.stderr, flush=True)
+
     def clear(self) -> None:
-        if self._text:
-            self._text = ""
+        if self._shown:
+            self._shown = False
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 

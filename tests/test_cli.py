@@ -9,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 
 import gemma_nb
 from gemma_nb import cli
+from gemma_nb.chat.events import PrefillEvent
 from gemma_nb.errors import ModelNotInstalledError, NonFiniteLogitsError
 
 REPO = Path(__file__).parents[1]
@@ -75,10 +76,18 @@ class FakeSession:
         self.template = SimpleNamespace(strip_reply=True)
         self.turns: tuple[Any, ...] = ()
         self.heard: list[str] = []
+        self.listeners: list[Any] = []
         FakeSession.last = self
+
+    def on_prefill(self, listener: Any) -> Callable[[], None]:
+        self.listeners.append(listener)
+        return lambda: self.listeners.remove(listener)
 
     def stream(self, text: str) -> Iterator[Any]:
         self.heard.append(text)
+        for done in (1500, 3000):
+            for listener in self.listeners:
+                listener(PrefillEvent(done, 3000))
         for item in self.tokens:
             if isinstance(item, BaseException):
                 raise item
@@ -123,6 +132,16 @@ def test_chat_streams_the_reply_and_nothing_else(capsys, loaded):
     assert err == ""
     assert loaded == ["gemma3-270m"]
     assert FakeSession.last.heard == ["What is the capital of France?"]
+
+
+def test_a_terminal_is_told_how_far_a_long_prompt_is_read(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(["chat", "What is the capital of France?"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Paris.\n"
+    wiped = "\r\x1b[K"
+    assert err == f"Thinking ...{wiped}Reading: 1,500 of 3,000 tokens ...{wiped}"
+    assert FakeSession.last.listeners == []
 
 
 def test_every_token_is_flushed_as_it_comes(monkeypatch):

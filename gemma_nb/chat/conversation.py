@@ -14,7 +14,7 @@ from functools import partial
 
 from gemma_nb.chat.branches import Plan, Planner
 from gemma_nb.chat.context import WhenFull, check_policy
-from gemma_nb.chat.events import Context, TokenEvent, TokenRecord, Turn
+from gemma_nb.chat.events import Context, PrefillEvent, TokenEvent, TokenRecord, Turn
 from gemma_nb.chat.generation import STOPPED, Generation
 from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.keeping import Keeper
@@ -224,8 +224,34 @@ class Conversation:
             self._planner.remember_in(tree.under)
             self._ids_given = tree.last_id
 
+    def on_prefill(self, listener: Callable[[PrefillEvent], None]) -> Callable[[], None]:
+        """Calls `listener(event)` after each piece of a prompt that is read for a reply.
+
+            chat.on_prefill(lambda event: print(f"{event.done} of {event.total} tokens"))
+
+        A long prompt is read in pieces of up to 256 tokens, and `stop` and the kernel's interrupt
+        end it between any two.  What was read stays cached: `regenerate` goes on from there.
+
+        Args:
+          listener: called on the thread that makes the reply; an exception of its own ends that
+            reply.
+
+        Returns:
+          What takes the listener away again.
+        """
+        listeners = self._generation.listeners
+        listeners.append(listener)
+
+        def forget() -> None:
+            with suppress(ValueError):
+                listeners.remove(listener)
+
+        return forget
+
     def stop(self) -> None:
-        """Ends the reply being made after the current token.  Callable from any thread.
+        """Ends the reply being made after the current token, or piece of a prompt.
+
+        Callable from any thread.
 
         Called on the thread that was reading `stream`, it ends a reply that nobody reads on, too.
         """

@@ -129,6 +129,24 @@ class TokenEvent(TokenRecord):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PrefillEvent:
+    """A piece of the prompt was read; see `ChatSession.on_prefill`.
+
+    Attributes:
+      done: tokens of the prompt that were read so far.
+      total: how many there are to read, without those that were cached before.
+    """
+
+    done: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the prompt that was read."""
+        return self.done / self.total
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Timing:
     """How long a reply took.
 

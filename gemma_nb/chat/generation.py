@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from gemma_nb.chat.branches import Plan, Planner
 from gemma_nb.chat.context import ran_full, too_long
-from gemma_nb.chat.events import TokenRecord
+from gemma_nb.chat.events import PrefillEvent, TokenRecord
 from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.reply import Reply
 from gemma_nb.errors import NonFiniteLogitsError
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.prefill import Between
 
 STOPPED = "The reply was stopped."
 
@@ -22,12 +23,14 @@ class Generation:
     """Makes replies, one at a time.
 
     Attributes:
-      stop: when set, the reply being made ends after the current token.
+      stop: when set, the reply being made ends after the current token, or piece of its prompt.
+      listeners: called with each piece of a prompt that was read.
       out_of_room: whether the last reply ended because the context was full.
     """
 
     def __init__(self, decoder: Decoder, planner: Planner) -> None:
         self.stop = threading.Event()
+        self.listeners: list[Callable[[PrefillEvent], None]] = []
         self.out_of_room = False
         self._decoder = decoder
         self._planner = planner
@@ -89,10 +92,24 @@ class Generation:
         """The first choice after `ids`; None where the reply was stopped before."""
         rest = self._decoder.begin(ids, sampling)
         reply.prompt(len(rest))
-        with between_steps():
-            evidence = self._decoder.prefill(rest, lambda fed: not self.stop.is_set())
+        with between_steps() as interrupted:
+            evidence = self._decoder.prefill(rest, self.reading(interrupted))
         self._end_from_outside(reply)
         return evidence
+
+    def reading(self, interrupted: Callable[[], bool]) -> Between:
+        """Tells the listeners of each piece of a prompt, and goes on unless that is to end.
+
+        Args:
+          interrupted: what `between_steps` yielded.
+        """
+
+        def goes_on(done: int, total: int) -> bool:
+            for listener in tuple(self.listeners):
+                listener(PrefillEvent(done, total))
+            return not (self.stop.is_set() or interrupted())
+
+        return goes_on
 
     def _checked(self, evidence: Evidence) -> tuple[Evidence, int]:
         position = len(self._decoder.ids)

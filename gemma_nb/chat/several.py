@@ -165,8 +165,12 @@ class SamplingConversation(KeptConversation):
         self._decoder.intervene(self.model.interventions)
         batch = Batch(self.model, self._decoder, top_k=self.capture.top_k)
         barred = [self._planner.barred(plan.sampling) for plan, _ in made]
-        with between_steps():
-            first = batch.begin([plan.ids for plan, _ in made], barred, lambda _: not stop.is_set())
+        with between_steps() as interrupted:
+            first = batch.begin(
+                [plan.ids for plan, _ in made],
+                barred,
+                self._generation.reading(interrupted),
+            )
         for place, (_, reply) in enumerate(made):
             # What was computed for all of them is told once.
             reply.prompt(batch.fed if place == 0 else 0)

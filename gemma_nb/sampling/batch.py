@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -22,6 +22,7 @@ from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling
+from gemma_nb.sampling.prefill import Between
 from gemma_nb.sampling.step import compiler_options
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights, has_matrix_unit
 from gemma_nb.text.prefix import shared_prefix
@@ -88,14 +89,14 @@ class Batch:
         self,
         prompts: Sequence[Sequence[int]],
         samplings: Sequence[Sampling],
-        between: Callable[[int], bool] | None = None,
+        between: Between | None = None,
     ) -> list[Evidence] | None:
         """Feeds the prompts, and chooses the token after each.
 
         Args:
           prompts: each stream's whole context, at least one token and at most the decoder's limit.
           samplings: theirs, which differ in their seeds only; these are set.
-          between: called between pieces with the number of tokens fed; False ends the prefill.
+          between: see `gemma_nb.sampling.prefill.Between`.
 
         Returns:
           Each stream's evidence on the host, or None where `between` ended it.
@@ -110,7 +111,8 @@ class Batch:
             raise ValueError(f"a context must hold 1 to {limit} tokens")
         # Of each at least the last token is left, whose logits are needed.
         common = functools.reduce(_prefix, [list(ids[:-1]) for ids in prompts])
-        if not self._share(common, samplings[0], between):
+        own = sum(len(ids) - len(common) for ids in prompts)
+        if not self._share(common, samplings[0], own, between):
             return None
         self.ids = [list(ids) for ids in prompts]
         width = next(size for size in WIDTHS if size >= len(prompts))
@@ -150,15 +152,23 @@ class Batch:
     # --- inside ---------------------------------------------------------------------------------
 
     def _share(
-        self, common: list[int], sampling: Sampling, between: Callable[[int], bool] | None
+        self, common: list[int], sampling: Sampling, own: int, between: Between | None
     ) -> bool:
-        """Computes what all streams begin with, and makes the cache; False where that was ended."""
+        """Computes what all streams begin with, and makes the cache; False where that was ended.
+
+        `own` is the number of tokens that are to be fed afterwards.
+        """
         config, count = self._transformer.config, len(common)
         held = None
         if common:
             rest = self._decoder.begin(common, sampling)
             self.fed += len(rest)
-            if self._decoder.prefill(rest, between) is None:
+            total = len(rest) + own
+
+            def goes_on(done: int, _: int) -> bool:
+                return between is None or between(done, total)
+
+            if self._decoder.prefill(rest, goes_on) is None:
                 return False
             held = self._decoder.cache
         size = _slots_for(count + 2 * MOST)
@@ -172,9 +182,7 @@ class Batch:
             self._cache = _gather(held, np.arange(size), self._positions, np.int32(count))
         return True
 
-    def _feed_rest(
-        self, done: int, width: int, between: Callable[[int], bool] | None
-    ) -> np.ndarray | None:
+    def _feed_rest(self, done: int, width: int, between: Between | None) -> np.ndarray | None:
         """Feeds what the streams do not share; (width, D) states behind their next tokens."""
         rest = [
             (token, done + place, i)
@@ -193,7 +201,7 @@ class Batch:
                 if (i, position) in last:
                     hidden[i] = row
             self.fed += len(piece)
-            if rest and between is not None and not between(self.fed):
+            if between is not None and not between(self.fed, self.fed + len(rest)) and rest:
                 return None
         return hidden
 

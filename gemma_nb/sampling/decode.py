@@ -18,7 +18,7 @@ from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewin
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.look import Look, look
 from gemma_nb.sampling.methods import Controls, Sampling
-from gemma_nb.sampling.prefill import BUCKETS, chunks
+from gemma_nb.sampling.prefill import BUCKETS, Between, chunks
 from gemma_nb.sampling.programs import Programs
 from gemma_nb.sampling.residuals import KeptResiduals, Residuals
 from gemma_nb.sampling.rows import AttentionRows
@@ -158,7 +158,7 @@ class Decoder:
     def prefill(
         self,
         ids: Sequence[int],
-        between: Callable[[int], bool] | None = None,
+        between: Between | None = None,
         *,
         token: int | None = None,
     ) -> Evidence | None:
@@ -166,7 +166,7 @@ class Decoder:
 
         Args:
           ids: what `begin` returned.
-          between: called between pieces with the number of tokens fed; False ends the prefill.
+          between: see `gemma_nb.sampling.prefill.Between`.
           token: chosen whatever is drawn, with the evidence of this choice.
 
         Returns:
@@ -176,17 +176,18 @@ class Decoder:
           ValueError: `token` lies outside the vocabulary.
         """
         controls = self._forcing(token)
-        result = None
+        result, done = None, 0
         pieces = list(chunks(ids, len(self.ids)))
         # Not the first of several: a long prompt would wait for two programs to be compiled.
         first = not self.ids and len(pieces) == 1
         self._alone = first and self._programs.first is not self._programs.many
         for tokens, positions, last in pieces:
-            if result is not None and between is not None and not between(len(self.ids)):
-                return None
             fed = [int(token) for token in tokens[0, : last + 1]]
             made = self._feed(tokens, positions, last, controls, first=first)
             result = self._take(fed, made)
+            done += len(fed)
+            if between is not None and not between(done, len(ids)) and done < len(ids):
+                return None
         return result
 
     def step(self, token: int | None = None, *, last: bool = False) -> Evidence:

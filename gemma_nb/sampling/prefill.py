@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from gemma_nb.typing import EMPTY
+
+# Called after each piece of a prompt with how many tokens were fed so far, and of how many; False
+# ends the prefill there, where there is more to feed.
+Between = Callable[[int, int], bool]
 
 # Prompt lengths that are compiled.  Few, since each costs seconds the first time.
 BUCKETS = (16, 64, 256)

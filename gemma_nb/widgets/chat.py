@@ -112,6 +112,7 @@ class ChatPanel(ConversationPanel):
 
     def _adopt(self, session: Any) -> None:
         self._session = session
+        self._forget = session.on_prefill(self._on_prefill)
         self._catch_up()
         with self.publishing():
             self.error = ""

@@ -82,6 +82,7 @@ class ConversationPanel(Panel):
         self._reply_job: Job | None = None
         self._live = (0, 0.0)  # cache used and tokens per second of the reply being generated
         self._listeners: list[Callable[[], Any]] = []
+        self._forget: Callable[[], None] = lambda: None  # ends watching the session's prompts
         super().__init__(**unknown)
         self._runner = Runner("gemma_nb chat", self.show_error)
         self.observe(self._on_ack, "ack")
@@ -100,6 +101,7 @@ class ConversationPanel(Panel):
             if self._reply_job is not None and self._session is not None:
                 self._session.stop()
             runner.close()
+        self._forget()
         super().close()
 
     def _set_status(self, phase: str, text: str, fraction: float = 0.0) -> None:
@@ -176,6 +178,12 @@ class ConversationPanel(Panel):
         with self._state_lock:
             for at, head in wish.ahead(self._feed.turns):
                 self._feed.place(at, head)
+
+    def _on_prefill(self, event: Any) -> None:
+        # What is read at once is over when this could be seen.
+        if self._reply_job is not None and event.done < event.total:
+            read = f"{event.done:,} of {event.total:,} tokens"
+            self._set_status("generating", f"Reading the conversation: {read}")
 
     def _follow(self, job: Job, session: Any, events: Any) -> None:
         began, stopped = 0.0, False

@@ -1,5 +1,6 @@
 """The session on a tiny random model: what it keeps, reuses, refuses and survives."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 import gemma_nb as gnb
 from gemma_nb.errors import BusyError, NonFiniteLogitsError, TextError
+from gemma_nb.sampling import prefill
 from tests.chat.checks import SAMPLING, assert_parity
 
 # --- replies --------------------------------------------------------------------------------------
@@ -221,6 +223,58 @@ def test_an_interrupt_inside_a_step_waits_for_its_end(make, monkeypatch, score):
     # The step was finished, so the cache holds its token.
     assert chat.cache_used == len(chat.tokens())
     assert_parity(chat, chat.chat("Go on"), score)
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """Prompts are read sixteen tokens at a time."""
+    monkeypatch.setattr(prefill, "BUCKETS", (16,))
+
+
+def test_each_piece_of_a_prompt_is_told(make, in_pieces, score):
+    chat, told = make(), []
+    forget = chat.on_prefill(told.append)
+    turn = chat.chat("x" * 40)
+    read = turn.timing.prompt_tokens
+    assert read > 32
+    assert [event.done for event in told] == [16, 32, read]
+    assert {event.total for event in told} == {read}
+    assert told[0].fraction == 16 / read
+    assert_parity(chat, turn, score)
+    forget()
+    chat.chat("y" * 40)
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "interrupted", "error"])
+def test_a_prompt_can_be_left_between_two_pieces(make, in_pieces, score, reason):
+    chat, told = make(), []
+
+    def fail():
+        raise RuntimeError("my own mistake")
+
+    acts = {
+        "cancelled": chat.stop,
+        "interrupted": lambda: os.kill(os.getpid(), signal.SIGINT),
+        "error": fail,
+    }
+
+    def act(event):
+        told.append(event)
+        acts[reason]()
+
+    forget = chat.on_prefill(act)
+    raised = {"interrupted": KeyboardInterrupt, "error": RuntimeError}.get(reason)
+    with pytest.raises(raised) if raised else contextlib.nullcontext():
+        chat.chat("x" * 60)
+    assert len(told) == 1
+    message, reply = chat.turns
+    assert (message.text, reply.tokens, reply.finish_reason) == ("x" * 60, (), reason)
+    forget()
+    turn = chat.regenerate()
+    # What was read is not read again.
+    assert turn.timing.prompt_tokens == told[0].total - told[0].done
+    assert_parity(chat, turn, score)
 
 
 def test_a_full_context_ends_the_turn_and_says_so(make):

@@ -99,18 +99,24 @@ def test_contexts_that_do_not_fit_are_refused(decoder):
             decoder.begin(ids, GREEDY)
 
 
-def test_prefill_can_be_ended_between_pieces(decoder, monkeypatch):
+def test_prefill_can_be_ended_between_pieces(decoder, score, monkeypatch):
     monkeypatch.setattr(prefill, "BUCKETS", (32,))
-    rest = decoder.begin(random_ids(100), GREEDY)
+    ids = random_ids(100)
+    rest = decoder.begin(ids, GREEDY)
     seen = []
 
-    def between(fed):
-        seen.append(fed)
+    def between(fed, total):
+        seen.append((fed, total))
         return fed < 64
 
     assert decoder.prefill(rest, between) is None
-    assert seen == [32, 64]
+    assert seen == [(32, 100), (64, 100)]
     assert len(decoder.ids) == 64
+    # The rest of it is another prompt; what ends after its last piece is not ended.
+    seen.clear()
+    rest = decoder.begin(ids, GREEDY)
+    assert_evidence(decoder.prefill(rest, between), score(ids)[-1])
+    assert seen == [(32, 36), (36, 36)]
 
 
 def test_a_failed_step_leaves_a_stream_that_starts_over(decoder, score, monkeypatch):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from gemma_nb.chat.events import Alternative, Timing, TokenEvent, TokenRecord, Turn
+from gemma_nb.chat.events import Alternative, PrefillEvent, Timing, TokenEvent, TokenRecord, Turn
 from gemma_nb.errors import BusyError
 from gemma_nb.sampling.methods import Sampling
 
@@ -100,6 +100,7 @@ class FakeSession:
     Args:
       config: a `TransformerConfig`, for the attention panel.
       replies: scripts, each a sequence of pieces; used in turn.
+      prefill: seconds of reading a prompt, which is done in two pieces.
       fail_at: index of the reply token before which the stream raises.
     """
 
@@ -127,6 +128,7 @@ class FakeSession:
         self._labels = ["<bos>", "A", " user", " talks", " with", " an", " assistant", ".", "\n\n"]
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self.listeners: list[Any] = []
         self._next_id = 1
         self._sent = 0
 
@@ -149,6 +151,10 @@ class FakeSession:
         for _ in self.stream(text):
             pass
         return self.turns[-1]
+
+    def on_prefill(self, listener: Any) -> Any:
+        self.listeners.append(listener)
+        return lambda: listener in self.listeners and self.listeners.remove(listener)
 
     def siblings(self, turn: Turn) -> tuple[Turn, ...]:
         return (turn,)
@@ -193,7 +199,10 @@ class FakeSession:
         turn_id = self._new_id()
         self.partial = Turn(turn_id, "model", "")
         began = time.monotonic()
-        time.sleep(self.prefill)
+        for done in (1500, 3000):
+            time.sleep(self.prefill / 2)
+            for listener in self.listeners:
+                listener(PrefillEvent(done, 3000))
         try:
             for index, piece in enumerate(script):
                 if self.fail_at == index:

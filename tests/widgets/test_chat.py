@@ -49,6 +49,26 @@ def replied(panel: ChatPanel, turns: int = 2) -> None:
     )
 
 
+def test_the_panel_says_how_far_a_long_prompt_is_read(panels) -> None:
+    session = FakeSession(prefill=0.05)
+    panel, front = connected(panels, session)
+    texts: list[str] = []
+    panel.observe(lambda change: texts.append(change["new"]["text"]), "status")
+    front.run("send_message", text="Hello")
+    replied(panel)
+    read = "Reading the conversation"
+    assert [text for text in texts if text.startswith(read)] == [
+        read,
+        f"{read}: 1,500 of 3,000 tokens",
+    ]
+    assert texts[-1] == "Ready"
+    # A cell's replies are its own affair.
+    session.chat("Hello")
+    assert texts[-1] == "Ready"
+    panel.close()
+    assert session.listeners == []
+
+
 def test_a_message_streams_into_the_transcript(panels) -> None:
     panel, front = connected(panels, FakeSession(delay=0.002))
     assert front.run("send_message", text="What is the capital of France?") == {
