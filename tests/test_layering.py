@@ -19,6 +19,7 @@ ROOMS = [
         "lazy",
         "errors",
         "typing",
+        "processor",
         "sites",
         "config",
         "presets",

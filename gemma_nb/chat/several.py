@@ -17,10 +17,10 @@ from gemma_nb.chat.kept import KeptConversation
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import Node
 from gemma_nb.errors import NonFiniteLogitsError
+from gemma_nb.processor import has_matrix_unit
 from gemma_nb.sampling.batch import MOST, Batch
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.methods import Sampling
-from gemma_nb.sampling.weights import has_matrix_unit
 
 
 def fewest() -> int:

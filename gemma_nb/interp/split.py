@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gemma_nb.nn.storage import bfloat16_terms, split_bfloat16
-from gemma_nb.sampling.weights import has_matrix_unit
+from gemma_nb.processor import has_matrix_unit
 
 
 def pays() -> bool:

@@ -198,7 +198,9 @@ class Transformer(nn.Module):
             batch_size=batch_size, dtype=dtype, cache_length=cache_length, sharding=sharding
         )
 
-    def prepare(self, params: Params, *, int8: bool = False, columns: Any = None) -> Params:
+    def prepare(
+        self, params: Params, *, int8: bool = False, columns: Any = None, streams: int = 1
+    ) -> Params:
         """The collection `prepared` for `params`, see `gemma_nb.nn.storage`.
 
         A pure function of the official tree: `apply({"params": params, "prepared": prepared}, ...)`
@@ -210,14 +212,18 @@ class Transformer(nn.Module):
             what is multiplied with bfloat16 columns to bfloat16.
           columns: dtype of a second copy for several tokens at once; None computes these from the
             rows.
+          streams: from how many places rows are read at once, see `Stored`.
         """
-        return _prepare(self, params, int8, columns)
+        return _prepare(self, params, int8, columns, streams)
 
 
 # Static: all but the params.  Module-level, so that a second call does not trace again.
-@jax.jit(static_argnums=(0, 2, 3))
-def _prepare(transformer: Transformer, params: Params, int8: bool, columns: Any) -> Params:
+@jax.jit(static_argnums=(0, 2, 3, 4))
+def _prepare(
+    transformer: Transformer, params: Params, int8: bool, columns: Any, streams: int
+) -> Params:
     probe = jnp.zeros((1, 1), jnp.int32)
     _, state = transformer.apply({"params": params}, probe, mutable=["prepared"])
-    prepared = pack(cast(Params, state)["prepared"], int8=int8, columns=columns)
+    found = cast(Params, state)["prepared"]
+    prepared = pack(found, int8=int8, columns=columns, streams=streams)
     return cast(Params, prepared)

@@ -74,9 +74,9 @@ class Wrapped:
             batch_size=batch_size, dtype=dtype, cache_length=cache_length, sharding=sharding
         )
 
-    def prepare(self, params: Params, *, int8: bool = False, columns: Any = None) -> Params:
+    def prepare(self, params: Params, **how: Any) -> Params:
         """No other storage: the module knows the official tree only."""
-        del params, int8, columns
+        del params, how
         return {}
 
     def apply(

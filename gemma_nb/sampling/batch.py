@@ -16,6 +16,7 @@ from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
 from gemma_nb.nn.storage import product
+from gemma_nb.processor import has_matrix_unit
 from gemma_nb.sampling.cache import StreamCache
 from gemma_nb.sampling.choose import choose
 from gemma_nb.sampling.decode import Decoder
@@ -24,7 +25,7 @@ from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import Between
 from gemma_nb.sampling.step import compiler_options
-from gemma_nb.sampling.weights import DecodingWeights, decoding_weights, has_matrix_unit
+from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.typing import EMPTY
 

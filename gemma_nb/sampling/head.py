@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from gemma_nb.nn.storage import materialize, quantise
+from gemma_nb.nn.storage import quantise, times_rows
 from gemma_nb.sampling.top_k import top_k
 
 # How many of the likeliest tokens are known exactly, and in order.
@@ -47,16 +47,18 @@ class Int8Head:
       rows: (V, D) int8, see `gemma_nb.nn.storage.quantise`.
       scale: (V,) float32.
       inputs: (D,) float32.
+      streams: from how many places the rows are read at once, see `times_rows`.
     """
 
     rows: jax.Array
     scale: jax.Array
     inputs: jax.Array
+    streams: int = flax.struct.field(pytree_node=False, default=1)
 
     @classmethod
-    def of(cls, table: Float[Array, "V D"]) -> Int8Head:
+    def of(cls, table: Float[Array, "V D"], *, streams: int = 1) -> Int8Head:
         """The head of an embedding table."""
-        return cls(*_quantise(table))
+        return cls(*_quantise(table), streams=streams)
 
     def scores(
         self, hidden: Float[Array, " D"], table: Float[Array, "V D"], soft_cap: float | None
@@ -81,8 +83,8 @@ class Int8Head:
         scaled = hidden * self.inputs
         size = jnp.abs(scaled)
         step = jnp.maximum(size.max() / _LARGEST, size.sum() / _SUM) + 1e-30
-        rounded = materialize(jnp.round(scaled / step).astype(jnp.int16))
-        sums = jnp.dot(rounded, self.rows.T, preferred_element_type=jnp.int32)
+        rounded = jnp.round(scaled / step).astype(jnp.int16)
+        sums = times_rows(rounded, self.rows, streams=self.streams)
         rough = sums.astype(jnp.float32) * (step * self.scale)
         _, ids = top_k(rough, min(SHORTLIST, rough.shape[0]))
         exact = table[ids].astype(jnp.float32) @ hidden

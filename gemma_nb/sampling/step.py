@@ -14,6 +14,8 @@ import numpy as np
 
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Output, Transformer
+from gemma_nb.nn.storage import IN_STREAMS
+from gemma_nb.processor import streams
 from gemma_nb.sampling.cache import StreamCache, smallest_window
 from gemma_nb.sampling.choose import choose, exact_logit
 from gemma_nb.sampling.head import Scores
@@ -29,7 +31,9 @@ def compiler_options() -> dict[str, Any] | None:
     XLA:CPU uses half of AVX-512's width unless it is told otherwise: products of a matrix and a
     vector then take up to 1.7 times as long.
     """
-    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_cpu_prefer_vector_width": 512, **(IN_STREAMS if streams() > 1 else {})}
 
 
 @flax.struct.dataclass

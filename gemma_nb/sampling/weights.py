@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
-from pathlib import Path
 from typing import Any, cast
 
 import flax
 import jax
 import jax.numpy as jnp
 
+from gemma_nb import processor
 from gemma_nb.checkpoints import memory
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
@@ -93,8 +92,9 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
     if plain or not isinstance(model.transformer, Transformer):
         return official
     int8 = model.storage == "int8"
+    streams = processor.streams()
     prepared = _in_huge_pages(
-        model.transformer.prepare(model.params, int8=int8, columns=_columns(model))
+        model.transformer.prepare(model.params, int8=int8, columns=_columns(model), streams=streams)
     )
     params, norms = _split_norms(_without(model.params, prepared))
     weights = DecodingWeights(
@@ -105,7 +105,7 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
     if weights.table.dtype == jnp.float32 and not int8:
         return weights  # whoever asks for float32 asks for exactness
     # Last, since it takes longest and nobody waits for it here.
-    head = Int8Head.of(weights.table)
+    head = Int8Head.of(weights.table, streams=streams)
     use_huge_pages(head.rows)
     return dataclasses.replace(weights, head=head)
 
@@ -154,23 +154,9 @@ def _columns(model: GemmaTransformer) -> Any:
         return None  # the rows do as well
     # What is rounded is one product of bfloat16 instead of the three that an exact one takes: it
     # needs no matrix unit to be faster than float32.  bfloat16 would not hold float32 parameters.
-    fast = has_matrix_unit() or (model.storage == "int8" and "avx512_bf16" in _processor_flags())
+    fast = processor.has_matrix_unit() or (
+        model.storage == "int8" and processor.multiplies_bfloat16()
+    )
     dtype = jnp.bfloat16 if fast and own == jnp.bfloat16 else jnp.float32
     room = memory.available()
     return dtype if not room or 4 * layers * jnp.dtype(dtype).itemsize < room else None
-
-
-def has_matrix_unit() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware that is made for it (AMX)."""
-    return "amx_bf16" in _processor_flags()
-
-
-@functools.cache
-def _processor_flags() -> frozenset[str]:
-    """What an x86 processor under Linux says it has; empty elsewhere."""
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    lines = (line.partition(":") for line in info.splitlines())
-    return next((frozenset(v.split()) for k, _, v in lines if k.strip() == "flags"), frozenset())
