@@ -27,6 +27,12 @@ _BALANCE = 0.5
 # One layer in so many is not quantised, see `pack`.
 SPARED = 6
 
+# So many vectors are few, see `product`.
+_FEW = 32
+
+# Sums that one loop makes at once, see `times_rows`.
+_SUMS = 8
+
 # What XLA:CPU is told so that it adds up float32 rows in streams (see `times_rows`) in the order
 # that is fast, as it does in a product of a matrix and a vector anyway: it may reassociate sums,
 # and nothing else.  Without, they take three times as long.
@@ -41,20 +47,21 @@ IN_STREAMS = {
 
 @flax.struct.dataclass
 class Stored:
-    """A weight as (out, in) rows for one token, and as (in, out) columns for several.
+    """A weight as (out, in) rows for one token, and once more for several.
 
     One token streams the weight from memory: XLA's CPU backend runs `x @ rows.T` near memory
     bandwidth when each output's inputs lie together, and several times slower otherwise.  Several
     tokens are a product of matrices, which it runs on the CPU's matrix unit when both are bfloat16
-    and the weight lies in (in, out).
+    and the weight lies in (in, out) columns; without such a unit, fastest from float32.
 
     Attributes:
       rows: (out, in), floating or int8.
       scale: (out,) float32, of int8 rows: a weight is its int8 times its row's scale, times its
         input's in `inputs`.
       inputs: (in,) float32, of int8 rows.
-      columns: (*in, *out), floating; None leaves several tokens to the rows.  Where the official
-        parameter lies in this order, it is that parameter itself, not a copy.
+      columns: (*in, *out) bfloat16, or as the parameter is.  Where the official parameter lies in
+        this order, it is that parameter itself, not a copy.
+      wide: (out, in) float32.  Without these two, several tokens are left to the rows.
       rounded: round the inputs of bfloat16 columns to bfloat16, too.
       streams: from how many places a thread reads the rows of one token at once; what is compiled
         for more than one needs `IN_STREAMS`.
@@ -64,6 +71,7 @@ class Stored:
     scale: jax.Array | None = None
     inputs: jax.Array | None = None
     columns: jax.Array | None = None
+    wide: jax.Array | None = None
     rounded: bool = flax.struct.field(pytree_node=False, default=False)
     streams: int = flax.struct.field(pytree_node=False, default=1)
 
@@ -71,13 +79,15 @@ class Stored:
         """x times the weight, in x's dtype; sums are float32."""
         inner = x.shape[-1]
         lead, x = x.shape[:-1], x.reshape(-1, inner)
-        if x.shape[0] == 1 or self.columns is None:
+        if x.shape[0] > 1 and self.wide is not None:
+            y = product(x, self.wide)
+        elif x.shape[0] > 1 and self.columns is not None:
+            y = _times_columns(x, self.columns.reshape(inner, -1), rounded=self.rounded)
+        else:
             y = x.astype(jnp.float32)
             y = y if self.inputs is None else y * self.inputs
             y = product(y, self.rows, streams=self.streams)
             y = (y if self.scale is None else y * self.scale).astype(x.dtype)
-        else:
-            y = _times_columns(x, self.columns.reshape(inner, -1), rounded=self.rounded)
         return y.reshape(*lead, -1)
 
 
@@ -102,13 +112,34 @@ def quantise(
       rows: the weights.
       power: an input's scale is the root mean square of its weights to this power; 0 is none.
     """
-    rows = rows.astype(jnp.float32)
-    inputs = jnp.sqrt(jnp.mean(rows * rows, axis=0)) ** power
-    inputs = jnp.where(inputs == 0, 1.0, inputs)
-    rows = rows / inputs
-    scale = jnp.abs(rows).max(axis=-1) / 127
+    inputs = _input_scales(rows, power)
+    scale = _largest(rows, 1 / inputs) / 127
     scale = jnp.where(scale == 0, 1.0, scale)
-    return jnp.round(rows / scale[:, None]).astype(jnp.int8), scale, inputs
+    return _rounded(rows, 1 / inputs, 1 / scale), scale, inputs
+
+
+# Three programs, where nothing around them is compiled: in one, XLA:CPU writes the weights in
+# float32 to memory between them, and a vocabulary takes four times as long.  They are given
+# reciprocals, since it would divide for every weight; and what else is done to a maximum, after it,
+# keeps it from finding that in a hurry.
+
+
+@jax.jit
+def _input_scales(rows: jax.Array, power: jax.Array) -> jax.Array:
+    square = rows.astype(jnp.float32) ** 2
+    inputs = jnp.sqrt(jnp.mean(square, axis=0)) ** power
+    return jnp.where(inputs == 0, 1.0, inputs)
+
+
+@jax.jit
+def _largest(rows: jax.Array, inverse: jax.Array) -> jax.Array:
+    return jnp.abs(rows.astype(jnp.float32) * inverse).max(axis=-1)
+
+
+@jax.jit
+def _rounded(rows: jax.Array, inverse: jax.Array, inverse_scale: jax.Array) -> jax.Array:
+    scaled = rows.astype(jnp.float32) * inverse * inverse_scale[:, None]
+    return jnp.round(scaled).astype(jnp.int8)
 
 
 def product(
@@ -120,14 +151,17 @@ def product(
     """
     lead, x32 = x.shape[:-1], x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if x32.shape[0] == 1:
-        y = times_rows(x32[0], rows, streams=streams)
+        y = times_rows(x32, rows, streams=streams)
+    elif len(x32) <= _FEW and rows.dtype == jnp.float32:
+        # XLA:CPU takes half the time where the few are on the right, and it would turn them round.
+        y = materialize(rows @ x32.T).T
     else:
         y = x32 @ rows.T.astype(jnp.float32)
     return y.reshape(*lead, -1).astype(x.dtype)
 
 
 def times_rows(x: jax.Array, rows: jax.Array, *, streams: int = 1) -> jax.Array:
-    """One vector x (in,) times the transpose of (out, in) rows.
+    """Few vectors x (n, in) times the transpose of (out, in) rows, which are read once for all.
 
     Args:
       x: float32, or int16 where rows are int8.
@@ -137,22 +171,28 @@ def times_rows(x: jax.Array, rows: jax.Array, *, streams: int = 1) -> jax.Array:
         program must be compiled with `IN_STREAMS`.
 
     Returns:
-      (out,) in the dtype of the sums: float32, or int32.
+      (n, out) in the dtype of the sums: float32, or int32.
     """
     x = materialize(x)
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     sums = jnp.float32 if floating else jnp.int32
-    if streams == 1 or len(rows) % streams or jax.default_backend() != "cpu":
+    # A loop that reads from more than eight places, or adds to more sums, is slower again.
+    count = min(streams, max(1, _SUMS // len(x)))
+    count = count if len(rows) % count == 0 else 1
+    if len(x) * count == 1 or jax.default_backend() != "cpu":
         columns = rows.T.astype(sums) if floating else rows.T
+        if len(x) == 1:
+            return jnp.dot(x[0], columns, preferred_element_type=sums)[None]
         return jnp.dot(x, columns, preferred_element_type=sums)
-    terms = tuple(part.astype(sums) * x.astype(sums) for part in jnp.split(rows, streams))
-    zeros = (np.zeros((), sums),) * streams
+    parts = jnp.split(rows, count)
+    terms = tuple(part.astype(sums) * vector.astype(sums) for vector in x for part in parts)
 
     # One loop over the inputs adds them all up: XLA:CPU makes no such thing of several products.
     def add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(map(jnp.add, a, b))
 
-    return jnp.concatenate(lax.reduce(terms, zeros, add, (1,)))
+    found = lax.reduce(terms, (np.zeros((), sums),) * len(terms), add, (1,))
+    return jnp.concatenate(found).reshape(len(x), -1)
 
 
 def _times_columns(
@@ -230,14 +270,17 @@ def pack(prepared: Any, *, int8: bool, columns: Any, streams: int = 1) -> Any:
       prepared: as the modules put it.
       int8: quantise the rows of the other layers, and round what is multiplied with bfloat16
         columns (over 1,040 tokens, mean KL 1.9e-4 under the int8 head, whose own is 1.4e-4).
-      columns: dtype of the columns; None keeps none.
+      columns: bfloat16 keeps columns for several tokens, float32 wide rows, None neither.
       streams: see `Stored`.
     """
     exact = {f"layer_{i}" for i in range(len(prepared) - 1, -1, -SPARED)}
 
     def one(path: tuple[str, ...], stored: Stored) -> Stored:
-        kept = None if columns is None or stored.columns is None else stored.columns.astype(columns)
-        form = Stored(rows=stored.rows, columns=kept, rounded=int8, streams=streams)
+        form = Stored(rows=stored.rows, rounded=int8, streams=streams)
+        if columns == jnp.float32:
+            form = form.replace(wide=stored.rows.astype(columns))  # type: ignore[attr-defined]
+        elif columns is not None and stored.columns is not None:
+            form = form.replace(columns=stored.columns.astype(columns))  # type: ignore[attr-defined]
         if not int8 or path[0] in exact:
             return form
         rows, scale, inputs = quantise(stored.rows, _BALANCE)

@@ -210,8 +210,8 @@ class Transformer(nn.Module):
           params: the official tree.
           int8: store the rows, which single tokens use, in int8 with a scale per row, and round
             what is multiplied with bfloat16 columns to bfloat16.
-          columns: dtype of a second copy for several tokens at once; None computes these from the
-            rows.
+          columns: dtype of a second copy for several tokens at once, see `pack`; None computes
+            these from the rows.
           streams: from how many places rows are read at once, see `Stored`.
         """
         return _prepare(self, params, int8, columns, streams)

@@ -10,13 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
 
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
-from gemma_nb.nn.storage import product
-from gemma_nb.processor import has_matrix_unit
 from gemma_nb.sampling.cache import StreamCache
 from gemma_nb.sampling.choose import choose
 from gemma_nb.sampling.decode import Decoder
@@ -53,7 +50,7 @@ class Batch:
     that is that a token's scores are computed over the others' tokens, too, and masked.
 
     The same seed draws in each stream what it draws in a `Decoder`, whose logits differ in the
-    last bits of float32, and by the error of its int8 head where it has one: here all are exact.
+    last bits of float32.
 
     Attributes:
       ids: per stream, the token ids that were fed, in order.
@@ -344,16 +341,22 @@ def _compiled_choose(transformer: Transformer, structure: Any, top_k: int) -> An
         controls: Controls,
     ) -> tuple[jax.Array, Evidence]:
         weights: DecodingWeights = jax.tree.unflatten(structure, leaves)
-        logits = _logits(hidden, weights.table)
-        if cap is not None:
-            logits = cap * jnp.tanh(logits / cap)
+        if weights.head is not None:
+            rows = weights.head.sums(hidden)
+        else:
+            plain = transformer.apply(weights.variables, hidden, method="unembed")
+            rows = cast(jax.Array, plain)
 
         def one(row: Any) -> Evidence:
-            alive, logits, seen, position, key = row
+            alive, state, logits, seen, position, key = row
             own = controls.replace(key=key)  # type: ignore[attr-defined]
 
             def chosen() -> Evidence:
-                return choose(Scores.of(logits), own, seen, position, top_k)
+                if weights.head is None:
+                    scores = Scores.of(logits)
+                else:
+                    scores = weights.head.rescored(logits, state, weights.table, cap)
+                return choose(scores, own, seen, position, top_k)
 
             shapes = jax.eval_shape(chosen)
             # Stream by stream, since under `vmap` both sides of a conditional are computed.
@@ -363,31 +366,8 @@ def _compiled_choose(transformer: Transformer, structure: Any, top_k: int) -> An
                 lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
             )
 
-        evidence = lax.map(one, (alive, logits, seen, positions, keys))
+        evidence = lax.map(one, (alive, hidden, rows, seen, positions, keys))
         rows = jnp.arange(len(seen))
         return seen.at[rows, evidence.token].set(True), evidence
 
     return jax.jit(choose_each, donate_argnums=1, compiler_options=compiler_options())
-
-
-def _logits(hidden: Float[Array, "B D"], table: Float[Array, "V D"]) -> Float[Array, "B V"]:
-    """Exact logits of several streams, before any soft-cap.
-
-    A bfloat16 table comes first in the product: it lies in (V, D), and XLA:CPU would transpose it.
-    It would also write a float32 copy of it, in three times the time, unless what follows the
-    product is a sum: so one is made, of each logit and a zero.  Twice the arithmetic still takes
-    0.7 of the time of three bfloat16 terms of the states, and a third of a product per stream
-    (measured with sixteen of them, on two cores with a matrix unit for bfloat16; without one 0.6,
-    0.7 and half of a product per stream with four, eight and sixteen, but 1.3 with two).
-    """
-    if table.dtype == jnp.bfloat16 and len(hidden) > 1 and _on_cpu():
-        if len(hidden) == 2 and not has_matrix_unit():
-            return jnp.stack([product(x, table) for x in hidden])
-        padded = jnp.concatenate([hidden, jnp.zeros_like(hidden)]).T
-        y = jnp.dot(table.astype(jnp.float32), padded)
-        return y.reshape(len(table), 2, -1).sum(axis=1).T
-    return product(hidden, table)
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"

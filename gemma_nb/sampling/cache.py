@@ -73,22 +73,17 @@ class StreamCache:
         rings = ring_layers(config) if own else (False,) * config.num_layers
         ring = min(size, smallest_window(config))
 
-        zeros = [np.zeros((ring if is_ring else size, width), np.float32) for is_ring in rings]
-
-        def nowhere(slots: int) -> np.ndarray:
-            return np.full(slots, EMPTY, np.int32)
-
-        rows = (tuple(zeros), tuple(x.T.copy() if own else x for x in zeros))
-        counts = {
-            "positions": nowhere(size),
-            "ring_positions": nowhere(ring) if any(rings) else None,
-            "end_index": np.int32(0),
-        }
-        # All in two calls, as each takes long; copies, since a donated buffer must not be passed
-        # twice.
-        k, v = jax.device_put(rows, placement.stream_sharding(config, mesh), may_alias=False)
-        rest = jax.device_put(counts, placement.everywhere(mesh), may_alias=False)
-        return cls(k=k, v=v, **rest, rings=rings, columns=own)
+        slots = tuple(ring if is_ring else size for is_ring in rings)
+        made = _empty(slots, width, size, ring if any(rings) else None, own)
+        if mesh is not None:
+            k, v, *counts = jax.device_get(made)
+            # Copies, since a donated buffer must not be passed twice.
+            rows = placement.stream_sharding(config, mesh)
+            k, v = jax.device_put((k, v), rows, may_alias=False)
+            counts = jax.device_put(counts, placement.everywhere(mesh), may_alias=False)
+            made = (k, v, *counts)
+        k, v, positions, rolled, end = made
+        return cls(k, v, positions, rolled, end, rings, own)
 
     @property
     def size(self) -> int:
@@ -189,6 +184,20 @@ class StreamCache:
         for i, (keys, values) in zip(rings, rows, strict=True):
             k[i], v[i] = keys, values.T if self.columns else values
         return self.replace(k=tuple(k), v=tuple(v))  # type: ignore[attr-defined]
+
+
+# Compiled, since arrays that come from the host take longer.  Static: everything.
+@jax.jit(static_argnums=(0, 1, 2, 3, 4))
+def _empty(
+    slots: tuple[int, ...], width: int, size: int, ring: int | None, columns: bool
+) -> tuple[Any, ...]:
+    """k, v, positions, ring_positions and end_index of an empty cache."""
+    k = tuple(jnp.zeros((count, width), jnp.float32) for count in slots)
+    v = tuple(
+        jnp.zeros((width, count) if columns else (count, width), jnp.float32) for count in slots
+    )
+    rolled = None if ring is None else jnp.full(ring, EMPTY, jnp.int32)
+    return k, v, jnp.full(size, EMPTY, jnp.int32), rolled, jnp.int32(0)
 
 
 @jax.jit(donate_argnums=0)

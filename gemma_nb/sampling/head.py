@@ -14,6 +14,9 @@ from gemma_nb.sampling.top_k import top_k
 # How many of the likeliest tokens are known exactly, and in order.
 SHORTLIST = 256
 
+# States that one reading of the rows serves: four take 2.2 times as long as one.
+_TOGETHER = 4
+
 # The largest int16 that activations are rounded to, and the largest sum of their magnitudes: times
 # int8 rows of at most 127 each, that stays below 2**31.
 _LARGEST, _SUM = 32_000, 16.9e6
@@ -58,7 +61,7 @@ class Int8Head:
     @classmethod
     def of(cls, table: Float[Array, "V D"], *, streams: int = 1) -> Int8Head:
         """The head of an embedding table."""
-        return cls(*_quantise(table), streams=streams)
+        return cls(*quantise(table), streams=streams)
 
     def scores(
         self, hidden: Float[Array, " D"], table: Float[Array, "V D"], soft_cap: float | None
@@ -79,13 +82,27 @@ class Int8Head:
           table: the embedding table.
           soft_cap: bound on the logits, `soft_cap * tanh(logit / soft_cap)`.
         """
-        hidden = hidden.astype(jnp.float32)
-        scaled = hidden * self.inputs
+        return self.rescored(self.sums(hidden[None])[0], hidden, table, soft_cap)
+
+    def sums(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """The int8 rows' logits of some states, before any soft-cap."""
+        scaled = hidden.astype(jnp.float32) * self.inputs
         size = jnp.abs(scaled)
-        step = jnp.maximum(size.max() / _LARGEST, size.sum() / _SUM) + 1e-30
-        rounded = jnp.round(scaled / step).astype(jnp.int16)
-        sums = times_rows(rounded, self.rows, streams=self.streams)
-        rough = sums.astype(jnp.float32) * (step * self.scale)
+        step = jnp.maximum(size.max(-1) / _LARGEST, size.sum(-1) / _SUM) + 1e-30
+        rounded = jnp.round(scaled / step[:, None]).astype(jnp.int16)
+        groups = [rounded[i : i + _TOGETHER] for i in range(0, len(rounded), _TOGETHER)]
+        sums = jnp.concatenate([times_rows(x, self.rows, streams=self.streams) for x in groups])
+        return sums.astype(jnp.float32) * (step[:, None] * self.scale)
+
+    def rescored(
+        self,
+        rough: Float[Array, " V"],
+        hidden: Float[Array, " D"],
+        table: Float[Array, "V D"],
+        soft_cap: float | None,
+    ) -> Scores:
+        """`scores` of a state whose `sums` are known."""
+        hidden = hidden.astype(jnp.float32)
         _, ids = top_k(rough, min(SHORTLIST, rough.shape[0]))
         exact = table[ids].astype(jnp.float32) @ hidden
         if soft_cap is not None:
@@ -93,6 +110,3 @@ class Int8Head:
         values, order = lax.top_k(exact, exact.shape[0])
         ids = ids[order]
         return Scores(rough.at[ids].set(values, unique_indices=True), values, ids)
-
-
-_quantise = jax.jit(quantise)

@@ -60,7 +60,8 @@ class DecodingWeights:
         """The same without what only several tokens at once use."""
 
         def one(stored: Any) -> Any:
-            return dataclasses.replace(stored, columns=None) if _is_stored(stored) else stored
+            bare = {"columns": None, "wide": None}
+            return dataclasses.replace(stored, **bare) if _is_stored(stored) else stored
 
         given = jax.tree.map(one, self.given, is_leaf=_is_stored)
         return dataclasses.replace(self, given=given)

@@ -3,8 +3,8 @@
     python -m tests.bench.batch [--rounds 5] [--tokens 32]
 
 The same prompt, on the default model: one reply by `chat.chat`, and n by `chat.sample`, all with
-full evidence and of at most so many tokens, in turns within each round.  So many replies as are not
-faster at once are made one after another, see `gemma_nb.chat.several.fewest`.
+full evidence and of so many tokens, in turns within each round.  Fewer replies than are faster at
+once are made one after another, see `gemma_nb.chat.several.fewest`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     given = parser.parse_args()
     model, tokenizer = gnb.load("gemma3-270m", progress=False)
-    chat = gnb.ChatSession(model, tokenizer)
+    # Without a template no reply ends early.
+    chat = gnb.ChatSession(model, tokenizer, template="none")
     ends = tuple(sorted(chat.template.stop_ids(tokenizer)))
     settings = gnb.Sampling(seed=0, top_k=64, max_new_tokens=given.tokens, forbidden=ends)
     chat.sampling = settings

@@ -8,6 +8,7 @@ import pytest
 from gemma_nb.config import Global, LayerSpec, TransformerConfig
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.storage import (
+    IN_STREAMS,
     Stored,
     bfloat16_terms,
     materialize,
@@ -36,11 +37,12 @@ def error(y, expected):
     return np.abs(np.asarray(y, np.float64) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
-@pytest.mark.parametrize("columns", [None, jnp.bfloat16, jnp.float32])
-def test_float_storages_are_as_exact_as_float32(weight, count, columns):
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+@pytest.mark.parametrize("kind", ["rows", "streams", "columns", "wide"])
+def test_float_storages_are_as_exact_as_float32(weight, count, kind):
     x = tokens(count)
-    stored = Stored(weight, columns=None if columns is None else weight.T.astype(columns))
+    more = {"streams": 4, "columns": weight.T, "wide": weight.astype(jnp.float32)}
+    stored = Stored(weight, **{name: value for name, value in more.items() if name == kind})
     y = jax.jit(lambda s, x: s(x))(stored, x)
     assert y.dtype == jnp.float32
     plain = error(x @ weight.T.astype(jnp.float32), exact(x, weight))
@@ -64,7 +66,7 @@ def test_rounded_activations_are_multiplied_once(weight):
     assert y.dtype == jnp.float32
     assert error(y, exact(short, weight)) < 5e-7
     assert 1e-4 < error(y, exact(x, weight)) < 2**-8
-    wide = Stored(weight, columns=weight.T.astype(jnp.float32), rounded=True)
+    wide = Stored(weight, wide=weight.astype(jnp.float32), rounded=True)
     assert error(times(wide, x), exact(x, weight)) < 5e-7
     narrow = Stored(weight, columns=weight.T, rounded=True)
     assert error(times(narrow, x[:1]), exact(x[:1], weight)) < 5e-7
@@ -117,6 +119,23 @@ def test_what_is_not_finite_stays_so(weight):
         y = Stored(weight, columns=weight.T)(tokens(2).at[0, 3].set(bad))
         assert not np.isfinite(y[0]).any()
         assert np.isfinite(y[1]).all()
+
+
+def test_sums_may_be_reassociated_and_nothing_else(weight):
+    """What a program is told so that it reads in streams leaves NaN, infinity and functions be."""
+    options = IN_STREAMS if jax.default_backend() == "cpu" else None
+    stored, x = Stored(weight, streams=4), tokens(1)
+    times = jax.jit(lambda s, x: s(x), compiler_options=options)
+    assert error(times(stored, x), exact(x, weight)) < 5e-7
+    assert not np.isfinite(times(stored, x.at[0, 3].set(jnp.nan))).any()
+    odd = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 1.0])
+    finite = jax.jit(jnp.isfinite, compiler_options=options)
+    assert finite(odd).tolist() == [False, False, False, True]
+    angles = jnp.asarray(np.random.default_rng(0).uniform(0, 32_768, 1000), jnp.float32)
+    for function in (jnp.sin, jnp.cos, jnp.exp, jnp.log, jnp.tanh):
+        given = angles if function in (jnp.sin, jnp.cos) else angles / 500
+        compiled = jax.jit(function, compiler_options=options)
+        np.testing.assert_allclose(compiled(given), jax.jit(function)(given), rtol=3e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])

@@ -99,6 +99,16 @@ def test_the_int8_head_is_exact_where_it_matters(table, soft_cap):
     assert np.abs(np.asarray(scores.logits) - exact).max() < 0.01 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+def test_the_int8_head_reads_its_rows_once_for_several_states(table, streams, count):
+    hidden = jax.random.normal(jax.random.key(3), (count, 128)) * 2
+    sums = jax.jit(Int8Head.sums)
+    alone = [sums(Int8Head.of(table), state[None])[0] for state in hidden]
+    # Sums of integers do not depend on their order.
+    np.testing.assert_array_equal(sums(Int8Head.of(table, streams=streams), hidden), alone)
+
+
 @pytest.mark.parametrize("soft_cap", [None, 50.0])
 @pytest.mark.parametrize(
     "sampling", [Sampling(temperature=0), Sampling(top_k=64, top_p=0.95), Sampling()], ids=str
