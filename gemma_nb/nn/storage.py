@@ -112,28 +112,35 @@ def quantise(
       rows: the weights.
       power: an input's scale is the root mean square of its weights to this power; 0 is none.
     """
-    inputs = _input_scales(rows, power)
-    scale = _largest(rows, 1 / inputs) / 127
-    scale = jnp.where(scale == 0, 1.0, scale)
-    return _rounded(rows, 1 / inputs, 1 / scale), scale, inputs
+    inputs, inverse = _input_scales(rows, power)
+    scale, inverse_scale = _row_scales(_largest(rows, inverse))
+    return _rounded(rows, inverse, inverse_scale), scale, inputs
 
 
-# Three programs, where nothing around them is compiled: in one, XLA:CPU writes the weights in
+# Several programs, where nothing around them is compiled: in one, XLA:CPU writes the weights in
 # float32 to memory between them, and a vocabulary takes four times as long.  They are given
 # reciprocals, since it would divide for every weight; and what else is done to a maximum, after it,
 # keeps it from finding that in a hurry.
 
 
 @jax.jit
-def _input_scales(rows: jax.Array, power: jax.Array) -> jax.Array:
+def _input_scales(rows: jax.Array, power: jax.Array) -> tuple[jax.Array, jax.Array]:
     square = rows.astype(jnp.float32) ** 2
     inputs = jnp.sqrt(jnp.mean(square, axis=0)) ** power
-    return jnp.where(inputs == 0, 1.0, inputs)
+    inputs = jnp.where(inputs == 0, 1.0, inputs)
+    return inputs, 1 / inputs
 
 
 @jax.jit
 def _largest(rows: jax.Array, inverse: jax.Array) -> jax.Array:
     return jnp.abs(rows.astype(jnp.float32) * inverse).max(axis=-1)
+
+
+@jax.jit
+def _row_scales(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scale = largest / 127
+    scale = jnp.where(scale == 0, 1.0, scale)
+    return scale, 1 / scale
 
 
 @jax.jit

@@ -9,6 +9,7 @@ from typing import Any, cast
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb import processor
 from gemma_nb.checkpoints import memory
@@ -100,7 +101,8 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
     params, norms = _split_norms(_without(model.params, prepared))
     weights = DecodingWeights(
         {"params": params, "prepared": prepared},
-        norms=tuple(jnp.stack(list(scales.values())) for scales in norms.values()),
+        # By the host: to compile it would take longer.
+        norms=tuple(jnp.asarray(np.stack(list(scales.values()))) for scales in norms.values()),
         paths=tuple(tuple(scales) for scales in norms.values()),
     )
     if weights.table.dtype == jnp.float32 and not int8:
