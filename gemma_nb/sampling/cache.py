@@ -172,10 +172,7 @@ class StreamCache:
         positions[slots] = held
         new = np.zeros((*rows.shape[:2], size, rows.shape[3]), np.float32)
         new[:, :, slots] = rows
-        # Copies: a step is given the arrays to keep.
-        cache = self.with_ring_rows([[jnp.array(x, copy=True) for x in pair] for pair in new])
-        cache = rewind(cache, jnp.int32(length))
-        return cache.replace(ring_positions=jnp.asarray(positions))
+        return _refilled(self, new, positions, np.int32(length))
 
     def with_ring_rows(self, rows: Iterable[Iterable[jax.Array]]) -> StreamCache:
         """The cache with other keys and values in its rings, one pair of (W, K*H) per ring."""
@@ -212,6 +209,26 @@ def rewind(cache: StreamCache, length: jax.Array) -> StreamCache:
         ring_positions=cut(cache.ring_positions),
         end_index=jnp.minimum(cache.end_index, length),
     )
+
+
+# One program, as each of its thirty small ones would take a third of a millisecond to start.
+@jax.jit(donate_argnums=0)
+def _refilled(
+    cache: StreamCache, rows: jax.Array, ring_positions: jax.Array, length: jax.Array
+) -> StreamCache:
+    """`cache` with other rings (ring layers, 2, W, K*H), and `length` tokens in use."""
+    cache = rewind(cache.with_ring_rows(rows), length)
+    return cache.replace(ring_positions=ring_positions)  # type: ignore[attr-defined]
+
+
+def compile_rewinding(cache: StreamCache) -> None:
+    """Compiles what takes tokens back, from a cache's shapes."""
+    rewind.lower(cache, jnp.int32(0)).compile()
+    ring = cache.ring_size
+    if ring:
+        width = next(k.shape[1] for k, is_ring in zip(cache.k, cache.rings, strict=True) if is_ring)
+        rows = np.zeros((sum(cache.rings), 2, ring, width), np.float32)
+        _refilled.lower(cache, rows, np.zeros(ring, np.int32), np.int32(0)).compile()
 
 
 # Static: the sizes.  Not donated: the arrays change shape.

@@ -12,7 +12,7 @@ import numpy as np
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
-from gemma_nb.sampling.cache import StreamCache
+from gemma_nb.sampling.cache import StreamCache, compile_rewinding
 from gemma_nb.sampling.look import can_look, compile_look, compiled_look
 from gemma_nb.sampling.methods import Controls
 from gemma_nb.sampling.prefill import BUCKETS
@@ -81,6 +81,7 @@ class Programs:
         if size is None or not self._is_new(self.one.feed, size, interventions):
             return
         yield partial(self.one.compile, *self._given(size), 1, controls, interventions)
+        yield partial(compile_rewinding, self._given(size)[0])
         yield from self.pieces_at(size, controls, interventions)
 
     def pieces_at(self, size: int, controls: Controls, interventions: Interventions | None) -> Jobs:
