@@ -19,6 +19,7 @@ from gemma_nb.model import GemmaInputs, GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import StreamCache, grow, rewind
 from gemma_nb.sampling.prefill import chunks
+from gemma_nb.sampling.step import compiler_options
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
 from tests.parity import recording
 from tests.parity.cases import REAL
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 TURNS = ((350, 20), (125, 40), (140, 30))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+# Compiled as the decoder's steps are.
+@partial(jax.jit, static_argnums=0, donate_argnums=2, compiler_options=compiler_options())
 def step(
     transformer: Transformer,
     weights: DecodingWeights,
