@@ -30,10 +30,15 @@ from tests.parity.measure import (
 
 pytestmark = pytest.mark.live
 
+# In how many orders the reference's sums are taken for its noise.  The largest of some ten thousand
+# rounding errors is a matter of chance: of the default model's layer 2 it is 1.8e-6, 4.5e-6, 1.7e-6
+# and 2.4e-6 in four runs that are equally good.
+ORDERS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """One text, computed four times."""
+    """One text, computed by ours and by the reference."""
 
     name: str
     config: TransformerConfig
@@ -41,7 +46,9 @@ class Runs:
     ours: Result
     single: Result  # the reference in float32
     double: Result  # the reference in float64
-    shuffled: np.ndarray  # its attention in float32, multiplied by numpy
+    # Of each head's attention in float32, (largest difference, root mean square) from float64: as
+    # the reference has it, and multiplied by numpy in several orders.
+    noises: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 def _compute(name: str) -> Runs:
@@ -58,10 +65,13 @@ def _compute(name: str) -> Runs:
     result = ours.run(model, tokens)
     theirs = reference.build(model.params, model.config)
     single = reference.run(theirs, tokens)
-    with reference.multiplied_by_numpy(seed=0):
-        shuffled = reference.run(theirs, tokens).attention
+    attentions = [single.attention]
+    for seed in range(ORDERS):
+        with reference.multiplied_by_numpy(seed=seed):
+            attentions.append(reference.run(theirs, tokens).attention)
     double = reference.run(theirs.double(), tokens)
-    return Runs(name, model.config, tokens, result, single, double, shuffled)
+    noises = tuple(attention_error(attention, double.attention) for attention in attentions)
+    return Runs(name, model.config, tokens, result, single, double, noises)
 
 
 @pytest.fixture(scope="module", params=[*RANDOM, REAL])
@@ -95,9 +105,7 @@ def test_logits(runs: Runs, precision: str) -> None:
 def test_attention_of_all_layers_and_heads(runs: Runs, precision: str) -> None:
     expected: Result = getattr(runs, precision)
     assert runs.ours.attention.shape == expected.attention.shape
-    singles = (runs.single.attention, runs.shuffled)
-    noises = [attention_error(single, runs.double.attention) for single in singles]
-    noise, noise_rms = (np.maximum(*kind) for kind in zip(*noises, strict=True))
+    noise, noise_rms = (np.max(kind, axis=0) for kind in zip(*runs.noises, strict=True))
     error, error_rms = attention_error(runs.ours.attention, expected.attention)
     print(f"{runs.name}, {precision}: at most {error.max():.2e}, noise {noise.max():.2e};", end=" ")
     print(f"worst head {(error / noise).max():.2f} times its noise,", end=" ")
@@ -121,5 +129,7 @@ def test_recording_is_what_the_reference_computes(runs: Runs) -> None:
     np.testing.assert_array_equal(runs.tokens, recorded.tokens)
     error = compare(sketch(runs.double, recorded.sketch["top_ids"]), recorded.sketch)
     # Not to the last bit: parts of the reference (norms, softmax) stay float32 in its float64 run.
+    # A single row's own noise is too few numbers to go by: the head's (see test_recorded.py).
+    limits = {**recorded.noise, "attention_last": recorded.noise["attention_whole"]}
     for quantity, value in error.items():
-        assert (value <= recorded.noise[quantity]).all(), quantity
+        assert (value <= limits[quantity]).all(), quantity
