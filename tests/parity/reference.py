@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -189,12 +189,16 @@ def run(model: PreTrainedModel, tokens: np.ndarray) -> Result:
 
 
 @contextlib.contextmanager
-def multiplied_by_numpy(seed: int) -> Iterator[None]:
-    """Within it, linear layers in float32 are computed by numpy, their sums in a shuffled order.
+def multiplied_by(times: Callable[[np.ndarray, np.ndarray], Any], seed: int) -> Iterator[None]:
+    """Within it, linear layers in float32 are computed by `times`, their sums in a shuffled order.
 
     Another float32 run of the same formulas.  How much a product loses is its library's affair: on
     some processors torch's splits each sum over several accumulators, and is off by two thirds of
-    what numpy's and XLA's are.
+    what numpy's and XLA's are; on others numpy's does, too, and is off by half of what XLA's is.
+
+    Args:
+      times: a product of matrices, such as `np.matmul` and `jnp.matmul`.
+      seed: of the order.
     """
     rng = np.random.default_rng(seed)
     orders: dict[int, np.ndarray] = {}
@@ -205,7 +209,8 @@ def multiplied_by_numpy(seed: int) -> Iterator[None]:
             raise ValueError(f"expected a float32 layer without bias, got {x.dtype}, {self}")
         order = orders.setdefault(x.shape[-1], rng.permutation(x.shape[-1]))
         rows, weight = x.detach().numpy(), self.weight.detach().numpy()
-        return torch.from_numpy(rows[..., order] @ weight[:, order].T)
+        product = np.array(times(rows[..., order], weight[:, order].T))
+        return torch.from_numpy(product)
 
     torch.nn.Linear.forward = forward  # type: ignore[method-assign]
     try:

@@ -67,7 +67,7 @@ def _compute(name: str) -> Runs:
     single = reference.run(theirs, tokens)
     attentions = [single.attention]
     for seed in range(ORDERS):
-        with reference.multiplied_by_numpy(seed=seed):
+        with reference.multiplied_by(np.matmul, seed):
             attentions.append(reference.run(theirs, tokens).attention)
     double = reference.run(theirs.double(), tokens)
     noises = tuple(attention_error(attention, double.attention) for attention in attentions)
