@@ -29,7 +29,7 @@ def fewest() -> int:
     A step of a batch multiplies matrices, which takes longer than one token's step, however few
     streams there are.  Measured with Gemma 3 270M on two cores without a matrix unit for bfloat16:
     four streams at once made 1.2 of a single one's tokens per second, eight 1.6, sixteen 1.7.  On
-    two cores with one, two made 0.7, four 1.2, sixteen 2.6.
+    two cores with one, two made 0.7, four 1.2, sixteen 2.6 (before all read one int8 vocabulary).
     """
     slow = jax.default_backend() == "cpu" and not has_matrix_unit()
     return 4 if slow else 3
