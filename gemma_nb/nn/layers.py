@@ -51,6 +51,13 @@ class Einsum(nn.Module):
             return Stored(rows=rows, columns=w)  # the same array, not a copy of it
         return Stored(rows=rows, columns=w.transpose(*inner, *out).reshape(-1, size))
 
+    def wide(self, count: int) -> jax.Array | None:
+        """(out, in) float32, where so many vectors are multiplied as columns to its right."""
+        if not self.has_variable("prepared", self.weight_name):
+            return None
+        stored: Stored = self.get_variable("prepared", self.weight_name)
+        return stored.wide if stored.turns(count) else None
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the map; computes in x's dtype."""

@@ -18,17 +18,20 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
+from gemma_nb.processor import Streams
+
 # How far the inputs of int8 layers are evened out, see `quantise`: where weights are small,
 # activations tend to be large, and what is rounded coarsely would be multiplied by much.  On Gemma
 # 3 270M with all layers in int8, the mean KL divergence from float32 is 4.7e-3 with 0, 3.0e-3 with
 # 1/2, 3.1e-3 with 1.
 _BALANCE = 0.5
 
-# One layer in so many is not quantised, see `pack`.
-SPARED = 6
+# One layer in so many is not quantised, see `exact_layers`.
+_SPARED = 6
 
-# So many vectors are few, see `product`.
-_FEW = 32
+# So many vectors are few, see `product`.  With Gemma 3 270M on two cores of an EPYC (Zen 4) the
+# products of 64 vectors with all layers take 100 ms, 77 the other way round; of 256, 286 and 291.
+_FEW = 64
 
 # Sums that one loop makes at once, see `times_rows`.
 _SUMS = 8
@@ -74,6 +77,10 @@ class Stored:
     wide: jax.Array | None = None
     rounded: bool = flax.struct.field(pytree_node=False, default=False)
     streams: int = flax.struct.field(pytree_node=False, default=1)
+
+    def turns(self, count: int) -> bool:
+        """Whether so many vectors are multiplied as columns to the right of `wide`."""
+        return self.wide is not None and 1 < count <= _FEW
 
     def __call__(self, x: Float[Array, "*lead inner"]) -> Float[Array, "*lead out"]:
         """x times the weight, in x's dtype; sums are float32."""
@@ -266,32 +273,39 @@ def preparing(module: nn.Module) -> bool:
     return module.is_mutable_collection("prepared") and not module.is_initializing()
 
 
-def pack(prepared: Any, *, int8: bool, columns: Any, streams: int = 1) -> Any:
+def exact_layers(count: int) -> range:
+    """Indices of the layers of so many that are not quantised where the others are.
+
+    Every sixth layer counted from the last: the last one bears the most, and the three of Gemma 3
+    270M make a quarter of the divergence (over 1,280 tokens of English: mean KL 3.0e-3 with them in
+    int8, 2.3e-3 without; the same first choice for 97.0 and 97.4 tokens in 100).
+    """
+    return range(count - 1, -1, -_SPARED)
+
+
+def pack(prepared: Any, *, int8: bool, rounded: bool, columns: Any, streams: Streams) -> Any:
     """A collection of float `Stored` weights in the form that is kept.
 
-    Of int8, every sixth layer counted from the last is left out: the last one bears the most, and
-    the three of Gemma 3 270M make a quarter of the divergence (over 1,280 tokens of English: mean
-    KL 3.0e-3 with them, 2.3e-3 without; the same first choice for 97.0 and 97.4 tokens in 100).
-
     Args:
-      prepared: as the modules put it.
-      int8: quantise the rows of the other layers, and round what is multiplied with bfloat16
-        columns (over 1,040 tokens, mean KL 1.9e-4 under the int8 head, whose own is 1.4e-4).
+      prepared: as the modules of a layer put it.
+      int8: quantise the rows.
+      rounded: round what is multiplied with bfloat16 columns (over 1,040 tokens, mean KL 1.9e-4
+        under the int8 head, whose own is 1.4e-4).
       columns: bfloat16 keeps columns for several tokens, float32 wide rows, None neither.
       streams: see `Stored`.
     """
-    exact = {f"layer_{i}" for i in range(len(prepared) - 1, -1, -SPARED)}
 
-    def one(path: tuple[str, ...], stored: Stored) -> Stored:
-        form = Stored(rows=stored.rows, rounded=int8, streams=streams)
+    def one(stored: Stored) -> Stored:
+        form = Stored(rows=stored.rows, rounded=rounded, streams=streams.floating)
         if columns == jnp.float32:
             form = form.replace(wide=stored.rows.astype(columns))  # type: ignore[attr-defined]
         elif columns is not None and stored.columns is not None:
             form = form.replace(columns=stored.columns.astype(columns))  # type: ignore[attr-defined]
-        if not int8 or path[0] in exact:
+        if not int8:
             return form
         rows, scale, inputs = quantise(stored.rows, _BALANCE)
-        return form.replace(rows=rows, scale=scale, inputs=inputs)  # type: ignore[attr-defined]
+        return form.replace(  # type: ignore[attr-defined]
+            rows=rows, scale=scale, inputs=inputs, streams=streams.int8
+        )
 
-    flat = flax.traverse_util.flatten_dict(prepared)
-    return flax.traverse_util.unflatten_dict({path: one(path, x) for path, x in flat.items()})
+    return jax.tree.map(one, prepared, is_leaf=lambda leaf: isinstance(leaf, Stored))

@@ -18,7 +18,8 @@ from gemma_nb.nn.block import Block
 from gemma_nb.nn.layers import Embedder, RMSNorm
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import Rotation
-from gemma_nb.nn.storage import pack
+from gemma_nb.nn.storage import exact_layers, pack
+from gemma_nb.processor import ONE_PLACE, Streams
 from gemma_nb.sites import EVERYWHERE
 from gemma_nb.typing import KVCache, Params
 
@@ -199,7 +200,12 @@ class Transformer(nn.Module):
         )
 
     def prepare(
-        self, params: Params, *, int8: bool = False, columns: Any = None, streams: int = 1
+        self,
+        params: Params,
+        *,
+        int8: bool = False,
+        columns: Any = None,
+        streams: Streams = ONE_PLACE,
     ) -> Params:
         """The collection `prepared` for `params`, see `gemma_nb.nn.storage`.
 
@@ -214,16 +220,24 @@ class Transformer(nn.Module):
             these from the rows.
           streams: from how many places rows are read at once, see `Stored`.
         """
-        return _prepare(self, params, int8, columns, streams)
+        # All layers alike, so that one trace does for all of them: their kinds make no difference.
+        block = Block(self.config, self.config.layers[0], parent=None)
+        exact = exact_layers(self.config.num_layers) if int8 else range(self.config.num_layers)
+        return {
+            f"layer_{i}": _prepare(
+                block, params[f"layer_{i}"], i not in exact, int8, columns, streams
+            )
+            for i in range(self.config.num_layers)
+        }
 
 
 # Static: all but the params.  Module-level, so that a second call does not trace again.
-@jax.jit(static_argnums=(0, 2, 3, 4))
+@jax.jit(static_argnums=(0, 2, 3, 4, 5))
 def _prepare(
-    transformer: Transformer, params: Params, int8: bool, columns: Any, streams: int
+    block: Block, params: Params, int8: bool, rounded: bool, columns: Any, streams: Streams
 ) -> Params:
-    probe = jnp.zeros((1, 1), jnp.int32)
-    _, state = transformer.apply({"params": params}, probe, mutable=["prepared"])
+    """`Transformer.prepare` of one layer, see `pack`."""
+    probe, where = jnp.zeros((1, 1, block.config.embed_dim)), jnp.zeros((1, 1), jnp.int32)
+    _, state = block.apply({"params": params}, probe, where, None, None, mutable=["prepared"])
     found = cast(Params, state)["prepared"]
-    prepared = pack(found, int8=int8, columns=columns, streams=streams)
-    return cast(Params, prepared)
+    return cast(Params, pack(found, int8=int8, rounded=rounded, columns=columns, streams=streams))

@@ -33,7 +33,7 @@ def compiler_options() -> dict[str, Any] | None:
     """
     if jax.default_backend() != "cpu":
         return None
-    return {"xla_cpu_prefer_vector_width": 512, **(IN_STREAMS if streams() > 1 else {})}
+    return {"xla_cpu_prefer_vector_width": 512, **(IN_STREAMS if max(streams()) > 1 else {})}
 
 
 @flax.struct.dataclass

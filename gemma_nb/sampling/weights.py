@@ -108,7 +108,7 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
     if weights.table.dtype == jnp.float32 and not int8:
         return weights  # whoever asks for float32 asks for exactness
     # Last, since it takes longest and nobody waits for it here.
-    head = Int8Head.of(weights.table, streams=streams)
+    head = Int8Head.of(weights.table, streams=streams.int8)
     use_huge_pages(head.rows)
     return dataclasses.replace(weights, head=head)
 

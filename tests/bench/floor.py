@@ -12,7 +12,7 @@ import numpy as np
 
 import gemma_nb as gnb
 from gemma_nb.checkpoints import catalog
-from gemma_nb.nn.storage import SPARED
+from gemma_nb.nn.storage import exact_layers
 from tests.bench.names import GM, GM_STREAM, HF_BF16, HF_F32, LLAMA, OURS, OURS_INT8
 
 _BYTES = 2**29
@@ -76,7 +76,7 @@ def sizes() -> dict[str, int]:
     layers = weights - config.num_embed * config.embed_dim
     vocabulary = config.num_embed * (config.embed_dim + 4)
     # What `gemma_nb.nn.storage.pack` does not round has two bytes a weight.
-    exact = layers // config.num_layers * len(range(config.num_layers - 1, -1, -SPARED))
+    exact = layers // config.num_layers * len(exact_layers(config.num_layers))
     return {
         OURS: 2 * layers + vocabulary,
         OURS_INT8: layers + exact + vocabulary,

@@ -129,11 +129,17 @@ def test_multi_head_checkpoints_hold_one_qkv_weight():
     assert "q_einsum" not in params
 
 
-def test_prepared_rows_compute_the_same(model, tokens):
-    prepared = model.transformer.prepare(model.params)
-    weights = {"params": model.params, "prepared": prepared}
-    output = jax.jit(model.transformer.apply)(weights, tokens)
-    assert_close(output.logits, forward(model, tokens).logits)
+@pytest.mark.parametrize("columns", [None, jnp.float32], ids=["rows", "wide"])
+@pytest.mark.parametrize("times", [1, 3], ids=["few", "many"])
+def test_prepared_weights_compute_the_same(model, tokens, columns, times):
+    """The logits, and all that is seen on the way, of so few tokens that they stand in columns."""
+    tokens = jnp.concatenate([tokens] * times, axis=1)
+    prepared = model.transformer.prepare(model.params, columns=columns)
+    run = jax.jit(partial(model.transformer.apply, mutable=["intermediates"]))
+    output, seen = run({"params": model.params, "prepared": prepared}, tokens)
+    plain, expected = run({"params": model.params}, tokens)
+    assert_close(output.logits, plain.logits)
+    jax.tree.map(assert_close, seen, expected)
     assert set(prepared["layer_0"]) == {"attn", "mlp"}
 
 
