@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, cast
 
@@ -132,23 +133,16 @@ class Controls:
         """
         if sampling.seed is None:
             raise ValueError("the seed must be drawn before sampling starts")
-        banned = np.zeros(num_embed, bool)
-        outside = [i for i in sampling.forbidden if not 0 <= i < num_embed]
-        if outside:
-            raise ValueError(f"forbidden ids must lie in 0 to {num_embed - 1}, got {outside[:5]}")
-        banned[list(sampling.forbidden)] = True
-        if banned.all():
-            raise ValueError("every token of the vocabulary is forbidden: none is left to choose")
-        settings = {
-            "temperature": np.float32(sampling.temperature),
-            "top_k": np.int32(min(sampling.top_k or 0, num_embed)),
-            "top_p": np.float32(1.0 if sampling.top_p is None else sampling.top_p),
-            "min_p": np.float32(sampling.min_p or 0.0),
-            "repetition_penalty": np.float32(sampling.repetition_penalty or 1.0),
-            "banned": banned,
-            "forced": np.int32(_NONE),
-        }
-        return cls(**jax.device_put(settings), key=jax.random.key(sampling.seed))
+        settings = _on_device(
+            num_embed,
+            sampling.forbidden,
+            temperature=float(sampling.temperature),
+            top_k=min(int(sampling.top_k or 0), num_embed),
+            top_p=1.0 if sampling.top_p is None else float(sampling.top_p),
+            min_p=float(sampling.min_p or 0),
+            repetition_penalty=float(sampling.repetition_penalty or 1),
+        )
+        return cls(**settings, key=jax.random.key(sampling.seed))
 
     def forcing(self, token: int) -> Controls:
         """The same settings, under which `token` is chosen whatever is drawn.
@@ -159,6 +153,24 @@ class Controls:
         if not 0 <= token < len(self.banned):
             raise ValueError(f"token ids must lie in 0 to {len(self.banned) - 1}, got {token}")
         return cast(Controls, self.replace(forced=jnp.int32(token)))  # type: ignore[attr-defined]
+
+
+# Kept, since most replies of a chat have the settings of the one before, and differ in their seed.
+@functools.lru_cache(maxsize=8)
+def _on_device(
+    num_embed: int, forbidden: tuple[int, ...], *, top_k: int, **settings: float
+) -> dict[str, jax.Array]:
+    """All of `Controls` but the key."""
+    banned = np.zeros(num_embed, bool)
+    outside = [i for i in forbidden if not 0 <= i < num_embed]
+    if outside:
+        raise ValueError(f"forbidden ids must lie in 0 to {num_embed - 1}, got {outside[:5]}")
+    banned[list(forbidden)] = True
+    if banned.all():
+        raise ValueError("every token of the vocabulary is forbidden: none is left to choose")
+    scalars = {name: np.float32(value) for name, value in settings.items()}
+    whole = {"top_k": np.int32(top_k), "forced": np.int32(_NONE)}
+    return jax.device_put({**scalars, **whole, "banned": banned})
 
 
 @flax.struct.dataclass
