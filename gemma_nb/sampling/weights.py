@@ -95,22 +95,26 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
         return official
     int8 = model.storage == "int8"
     streams = processor.streams()
-    prepared = _in_huge_pages(
+    # In a list, so that nothing else holds what is moved below.
+    being_made = [
         model.transformer.prepare(model.params, int8=int8, columns=_columns(model), streams=streams)
-    )
+    ]
+    # Programs are traced and loaded while what precedes them is computed, so all are started before
+    # anything is waited for.
+    table = model.params["embedder"]["input_embedding"]
+    head = None
+    if table.dtype != jnp.float32 or int8:  # whoever asks for float32 asks for exactness
+        head = Int8Head.of(table, streams=streams.int8)
+        use_huge_pages(head.rows)
+    prepared = _in_huge_pages(being_made.pop())
     params, norms = _split_norms(_without(model.params, prepared))
-    weights = DecodingWeights(
+    return DecodingWeights(
         {"params": params, "prepared": prepared},
         # By the host: to compile it would take longer.
         norms=tuple(jnp.asarray(np.stack(list(scales.values()))) for scales in norms.values()),
         paths=tuple(tuple(scales) for scales in norms.values()),
+        head=head,
     )
-    if weights.table.dtype == jnp.float32 and not int8:
-        return weights  # whoever asks for float32 asks for exactness
-    # Last, since it takes longest and nobody waits for it here.
-    head = Int8Head.of(weights.table, streams=streams.int8)
-    use_huge_pages(head.rows)
-    return dataclasses.replace(weights, head=head)
 
 
 def _in_huge_pages(prepared: Params) -> Params:
