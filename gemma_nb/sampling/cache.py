@@ -156,23 +156,14 @@ class StreamCache:
             _, layers[f"layer_{i}"] = extend_cache(empty, new, ring=is_ring(spec.kind, empty))
         return self.updated(layers)
 
-    def with_rings(self, rows: np.ndarray, length: int) -> StreamCache:
+    def with_rings(self, archive: Archive, length: int) -> StreamCache:
         """The cache with only its first `length` tokens in use, its rings made anew.
 
         Args:
-          rows: (ring layers, 2, n, K*H) keys and values of the last n tokens before `length`,
-            n = min(length, W).
+          archive: holds the keys and values of these tokens.
           length: at most the tokens held.
         """
-        size = self.ring_size
-        count = rows.shape[2]
-        held = np.arange(length - count, length)
-        slots = held % size
-        positions = np.full(size, EMPTY, np.int32)
-        positions[slots] = held
-        new = np.zeros((*rows.shape[:2], size, rows.shape[3]), np.float32)
-        new[:, :, slots] = rows
-        return _refilled(self, new, positions, np.int32(length))
+        return _refilled(self, *archive.ring(self.ring_size, length), np.int32(length))
 
     def with_ring_rows(self, rows: Iterable[Iterable[jax.Array]]) -> StreamCache:
         """The cache with other keys and values in its rings, one pair of (W, K*H) per ring."""
@@ -308,9 +299,23 @@ class Archive:
             self._blocks[index][:, :, offset : offset + piece.shape[2]] = piece
             done += piece.shape[2]
 
-    def last(self, count: int, stop: int) -> np.ndarray:
-        """Rows (ring layers, 2, count, K*H) of the `count` tokens before position `stop`."""
-        first = (stop - count) // self._BLOCK
-        blocks = self._blocks[first : max(first + 1, -(-stop // self._BLOCK))]
-        begin = stop - count - first * self._BLOCK
-        return np.concatenate(blocks, axis=2)[:, :, begin : begin + count]
+    def ring(self, size: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """A ring of `size` slots as it was when the token before position `stop` had been fed.
+
+        Returns:
+          (ring layers, 2, size, K*H) keys and values by slot, and (size,) int32 their positions,
+          EMPTY where there is none.
+        """
+        layers, pair, _, width = self._blocks[0].shape
+        rows = np.zeros((layers, pair, size, width), self._blocks[0].dtype)
+        positions = np.full(size, EMPTY, np.int32)
+        start = max(0, stop - size)
+        while start < stop:
+            index, offset = divmod(start, self._BLOCK)
+            slot = start % size
+            # Up to the end of the block, of the ring or of what is asked for: copied in one go.
+            count = min(self._BLOCK - offset, size - slot, stop - start)
+            rows[:, :, slot : slot + count] = self._blocks[index][:, :, offset : offset + count]
+            positions[slot : slot + count] = np.arange(start, start + count)
+            start += count
+        return rows, positions

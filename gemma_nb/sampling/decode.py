@@ -107,8 +107,7 @@ class Decoder:
             ring = self._cache.ring_size
             # A ring has lost what the token before the last saw first.
             if held > ring > 0 and shared + 1 < held:
-                rows = self._archive.last(min(shared, ring), shared)
-                self._cache = self._cache.with_rings(rows, shared)
+                self._cache = self._cache.with_rings(self._archive, shared)
             else:
                 self._cache = rewind(self._cache, jnp.int32(shared))
         if shared < len(self.ids):

@@ -19,7 +19,6 @@ from gemma_nb.sampling.rows import in_order, together
 from gemma_nb.sampling.step import compiler_options, sown_attention
 from gemma_nb.sampling.weights import DecodingWeights
 from gemma_nb.sites import SITES
-from gemma_nb.typing import EMPTY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,22 +143,10 @@ def look(
     size = cache.ring_size
     rows, ring_positions = None, None
     if size:
-        rows, ring_positions = _rings(archive, size, position)
+        rows, ring_positions = archive.ring(size, position)
     given = (rows, ring_positions, np.int32(token), np.int32(position), interventions)
     near, far, residual, final = jax.device_get(compiled(leaves, cache, *given))
     if near is not None:
         near = in_order(near, size, position, position)
     attention = together(near, far, cache.rings, position)
     return Look(attention, residual, final)
-
-
-def _rings(archive: Archive, size: int, position: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values (ring layers, 2, W, K*H), and positions (W,), before `position` was fed."""
-    held = np.arange(max(0, position - size), position)
-    rows = archive.last(len(held), position)
-    slots = held % size
-    by_slot = np.zeros((*rows.shape[:2], size, rows.shape[3]), rows.dtype)
-    by_slot[:, :, slots] = rows
-    positions = np.full(size, EMPTY, np.int32)
-    positions[slots] = held
-    return by_slot, positions
