@@ -152,7 +152,7 @@ class Controls:
         """
         if not 0 <= token < len(self.banned):
             raise ValueError(f"token ids must lie in 0 to {len(self.banned) - 1}, got {token}")
-        return cast(Controls, self.replace(forced=jnp.int32(token)))  # type: ignore[attr-defined]
+        return cast(Controls, self.replace(forced=np.int32(token)))  # type: ignore[attr-defined]
 
 
 # Kept, since most replies of a chat have the settings of the one before, and differ in their seed.
