@@ -36,7 +36,8 @@ def streams() -> Streams:
     """From how many places at once a thread should read a matrix to be fast.
 
     What fetches memory ahead of a thread follows each place on its own, and on AMD's processors it
-    stops for a while at every 4 KiB.  Measured on two cores, matrices times a vector, in GB/s:
+    stops for a while at every 4 KiB.  Measured on two cores, matrices times a vector, in GB/s
+    (what came after Zen 4 was not, and is taken to be like it):
 
     |                                      | 1 place | 2 | 4 | 8 |
     |--------------------------------------|------|------|------|------|

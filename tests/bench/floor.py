@@ -75,7 +75,7 @@ def sizes() -> dict[str, int]:
     weights = config.num_params()
     layers = weights - config.num_embed * config.embed_dim
     vocabulary = config.num_embed * (config.embed_dim + 4)
-    # What `gemma_nb.nn.storage.pack` does not round has two bytes a weight.
+    # What is not quantised has two bytes a weight.
     exact = layers // config.num_layers * len(exact_layers(config.num_layers))
     return {
         OURS: 2 * layers + vocabulary,
