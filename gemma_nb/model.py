@@ -44,7 +44,7 @@ class GemmaTransformer:
         `gemma_nb.nn.storage.pack`: mean KL divergence from float32 2.5e-3, 97 of 100 first
         choices the same over 1,040 tokens of English with Gemma 3 270M).  Scoring and tracing use
         `params`' own precision either way, and so do prompts where there is memory for another copy
-        of the layers; but with "int8", on processors that multiply bfloat16, activations are
+        of the layers; but with "int8", on processors that are faster with bfloat16, activations are
         rounded to it where they meet weights (mean KL 1.9e-4, of which the vocabulary head alone
         makes 1.4e-4; 996 of 1,000 first choices the same).
       interventions: what is changed in every computation, see `intervene`; None changes nothing.

@@ -33,8 +33,12 @@ def told(monkeypatch):
         pytest.param(AMD.format(""), False, False, (4, 4), id="Zen 3"),
         pytest.param(AMD.format("avx512f avx512_bf16"), False, True, (2, 1), id="Zen 4"),
         pytest.param(
-            INTEL.format("avx512_bf16 amx_bf16"), True, True, (1, 1), id="Sapphire Rapids"
+            INTEL.format("avx512f avx512_bf16 amx_bf16"), True, True, (4, 8), id="Sapphire Rapids"
         ),
+        pytest.param(
+            INTEL.format("avx512f avx512_bf16"), False, False, (4, 8), id="its matrix unit is hidden"
+        ),
+        pytest.param(INTEL.format(""), False, False, (1, 1), id="Intel without AVX-512"),
         pytest.param("processor\t: 0\nBogoMIPS\t: 50.00\n", False, False, (1, 1), id="arm64"),
         pytest.param(None, False, False, (1, 1), id="not Linux"),
     ],
@@ -42,5 +46,5 @@ def told(monkeypatch):
 def test_processors(told, text, unit, bfloat16, streams):
     told(text)
     assert processor.has_matrix_unit() is unit
-    assert processor.multiplies_bfloat16() is bfloat16
+    assert processor.prefers_bfloat16() is bfloat16
     assert processor.streams() == streams
