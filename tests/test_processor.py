@@ -36,7 +36,7 @@ def told(monkeypatch):
             INTEL.format("avx512f avx512_bf16 amx_bf16"), True, True, (4, 8), id="Sapphire Rapids"
         ),
         pytest.param(
-            INTEL.format("avx512f avx512_bf16"), False, False, (4, 8), id="its matrix unit is hidden"
+            INTEL.format("avx512f avx512_bf16"), False, False, (4, 8), id="without its unit"
         ),
         pytest.param(INTEL.format(""), False, False, (1, 1), id="Intel without AVX-512"),
         pytest.param("processor\t: 0\nBogoMIPS\t: 50.00\n", False, False, (1, 1), id="arm64"),

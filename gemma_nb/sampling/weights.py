@@ -160,7 +160,7 @@ def _columns(model: GemmaTransformer) -> Any:
     if own == jnp.float32 and model.storage == "exact":
         return None  # the rows do as well
     # What is rounded is one product of bfloat16 instead of the three that an exact one takes: it
-    # may need no matrix unit to be faster than float32.  bfloat16 would not hold float32 parameters.
+    # may need no matrix unit to be the faster one.  bfloat16 would not hold float32 parameters.
     fast = processor.has_matrix_unit() or (model.storage == "int8" and processor.prefers_bfloat16())
     dtype = jnp.bfloat16 if fast and own == jnp.bfloat16 else jnp.float32
     room = memory.available()
