@@ -226,7 +226,7 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(converted.cache_dir() / "jax"))
     # JAX's default of a second leaves out programs that a start of the app waits for.
     if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # type: ignore[attr-defined]
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
     # JAX decides at the first compilation whether there is a cache; that may have been before now.
     compilation_cache.reset_cache()
 

@@ -65,6 +65,7 @@ class Decoder:
         layers = rows.layers if rows is not None else ()
         self._programs = Programs(model, top_k=top_k, attention_layers=layers)
         self._alone = False  # whether the program of a first prompt has just run
+        self._settled = False  # whether the weights have been moved to where they are read faster
         self._cache: StreamCache | None = None
         self._archive = Archive()
         self._residuals = Residuals(model.config)
@@ -208,6 +209,7 @@ class Decoder:
             self._alone = False
             following = self._programs.pieces_at(self._cache.size, *self._given)
             ahead.begin(following)  # the next prompt's
+        self._settle()
         if token is not None:
             self.keep(self.ids)  # a step ahead has chosen already
         made = self._ahead or self._feed_one(np.array([[fed]], np.int32), len(self.ids), controls)
@@ -277,6 +279,7 @@ class Decoder:
             self.reset()
             if progress is not None:
                 progress((i + 1) / len(sizes))
+        self._settle()
         programs, interventions = self._programs, self._interventions
         programs.looking = True
         size = size_for(1, self.limit)
@@ -291,6 +294,12 @@ class Decoder:
         )
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Has the weights moved while others work; not before the first token is there."""
+        if not self._settled:
+            self._settled = True
+            ahead.begin([self._programs.use_huge_pages])
 
     @property
     def _given(self) -> tuple[Controls, Interventions | None]:

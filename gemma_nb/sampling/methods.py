@@ -257,9 +257,6 @@ def draw(dist: Distribution, controls: Controls, position: Int[Array, ""]) -> In
     the vocabulary, then inside one), since a cumulative sum over all of it is slow.
     """
     block = 128
-    weights = jnp.where(dist.scores >= dist.threshold, jnp.exp(dist.scores - dist.log_total), 0.0)
-    padded = jnp.pad(weights, (0, -weights.shape[0] % block)).reshape(-1, block)
-    uniform = uniform_at(controls, position)
 
     def invert(w: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First index whose running sum exceeds target, and what is left of target there."""
@@ -269,8 +266,18 @@ def draw(dist: Distribution, controls: Controls, position: Int[Array, ""]) -> In
         index = jnp.minimum(jnp.sum(running <= target), last)
         return index, target - (running[index] - w[index])
 
-    sums = padded.sum(axis=1)
-    row, rest = invert(sums, uniform * sums.sum())
-    column, _ = invert(padded[row], jnp.maximum(rest, 0.0))
-    greedy = jnp.argmax(dist.scores)
-    return jnp.where(controls.temperature == 0, greedy, row * block + column).astype(jnp.int32)
+    def drawn() -> jax.Array:
+        kept = dist.scores >= dist.threshold
+        weights = jnp.where(kept, jnp.exp(dist.scores - dist.log_total), 0.0)
+        padded = jnp.pad(weights, (0, -weights.shape[0] % block)).reshape(-1, block)
+        sums = padded.sum(axis=1)
+        row, rest = invert(sums, uniform_at(controls, position) * sums.sum())
+        column, _ = invert(padded[row], jnp.maximum(rest, 0.0))
+        return (row * block + column).astype(jnp.int32)
+
+    def greedy() -> jax.Array:
+        return jnp.argmax(dist.scores).astype(jnp.int32)
+
+    # A conditional, not a select: XLA:CPU finds the largest of a vocabulary on one thread, which
+    # takes 4 % of a step of Gemma 3 270M.
+    return lax.cond(controls.temperature == 0, greedy, drawn)

@@ -63,6 +63,10 @@ class Programs:
         # One token is given less.
         self.one = of(self._weights.for_one_token(), single=True)
 
+    def use_huge_pages(self) -> None:
+        """See `DecodingWeights`; a second time it does nothing."""
+        self._weights.use_huge_pages()
+
     def feeding(self, length: int, *, first: bool) -> Program:
         """What feeds so many tokens at once.  `first`: nothing is cached."""
         if length == 1:

@@ -17,7 +17,7 @@ from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.storage import Stored
 from gemma_nb.sampling.head import Int8Head
-from gemma_nb.sampling.pages import in_huge_pages, use_huge_pages
+from gemma_nb.sampling.pages import adjoining, use_huge_pages
 from gemma_nb.typing import Params
 
 
@@ -56,6 +56,15 @@ class DecodingWeights:
         """(V, D), the embedding."""
         table: jax.Array = self.given["params"]["embedder"]["input_embedding"]
         return table
+
+    def use_huge_pages(self) -> None:
+        """Moves what single tokens read from end to end into huge pages, in about a second.
+
+        Not when they are made: the first token would wait for it.
+        """
+        stored = jax.tree.leaves(self.given.get("prepared", {}), is_leaf=_is_stored)
+        rows = [weight.rows for weight in stored]
+        use_huge_pages(rows if self.head is None else [*rows, self.head.rows])
 
     def for_one_token(self) -> DecodingWeights:
         """The same without what only several tokens at once use."""
@@ -105,8 +114,7 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
     head = None
     if table.dtype != jnp.float32 or int8:  # whoever asks for float32 asks for exactness
         head = Int8Head.of(table, streams=streams.int8)
-        use_huge_pages(head.rows)
-    prepared = _in_huge_pages(being_made.pop())
+    prepared = _adjoining(being_made.pop())
     params, norms = _split_norms(_without(model.params, prepared))
     return DecodingWeights(
         {"params": params, "prepared": prepared},
@@ -117,15 +125,15 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
     )
 
 
-def _in_huge_pages(prepared: Params) -> Params:
-    """A collection of `Stored` weights with its rows moved."""
+def _adjoining(prepared: Params) -> Params:
+    """A collection of `Stored` weights with its rows one behind the other in memory."""
     flat = flax.traverse_util.flatten_dict(prepared)
     del prepared
     rows = [stored.rows for stored in flat.values()]
     # Nothing but the list is to hold what is copied.
     bare = {path: dataclasses.replace(stored, rows=None) for path, stored in flat.items()}
     flat.clear()
-    copies = zip(bare.items(), in_huge_pages(rows), strict=True)
+    copies = zip(bare.items(), adjoining(rows), strict=True)
     moved = {path: dataclasses.replace(stored, rows=copy) for (path, stored), copy in copies}
     return cast(Params, flax.traverse_util.unflatten_dict(moved))
 
