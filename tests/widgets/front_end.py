@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,11 +44,31 @@ class FrontEnd:
         self.messages: list[dict[str, Any]] = []
         self.answers: dict[Any, dict[str, Any]] = {}
         self.gaps = 0
-        self.state = copy.deepcopy(panel.get_state())
-        panel._send = self._receive
+        # As in a browser nothing is lost that is sent while the state is on its way.
+        early: list[dict[str, Any]] = []
+        lock = threading.Lock()
+        opened = False
 
-    def _receive(self, message: dict[str, Any], buffers: Any = None) -> None:
-        message = copy.deepcopy(message)
+        def receive(message: dict[str, Any], buffers: Any = None) -> None:
+            message = copy.deepcopy(message)
+            with lock:
+                if not opened:
+                    early.append(message)
+                    return
+            self._receive(message)
+
+        panel._send = receive
+        self.state = copy.deepcopy(panel.get_state())
+        with lock:
+            # Without an answer: the panel may be waiting for this lock.
+            self.acknowledges = False
+            for message in early:
+                self._receive(message)
+            opened, self.acknowledges = True, acknowledges
+        if early and acknowledges:
+            panel.set_state({"ack": self.state["transcript"]["seq"]})
+
+    def _receive(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
         if message["method"] == "custom":
             self.answers[message["content"]["request"]] = message["content"]
