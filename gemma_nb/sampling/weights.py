@@ -58,7 +58,7 @@ class DecodingWeights:
         return table
 
     def use_huge_pages(self) -> None:
-        """Moves what single tokens read from end to end into huge pages, in about a second.
+        """Moves what single tokens read from end to end into huge pages.
 
         Not when they are made: the first token would wait for it.
         """
