@@ -60,6 +60,12 @@ def streams() -> Streams:
     return Streams(floating=4, int8=8) if _vendor() == _INTEL and wide else ONE_PLACE
 
 
+def described() -> str:
+    """Which processor it is, and what it can do; empty where that is not known."""
+    said = _said()
+    return "\n".join(said.get(name, "") for name in ("vendor_id", "model name", "flags"))
+
+
 def _vendor() -> str:
     return _said().get("vendor_id", "")
 

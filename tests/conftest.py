@@ -21,6 +21,7 @@ import pytest
 import gemma_nb as gnb
 import tests.tiny
 import tests.typecheck
+from gemma_nb import executables
 from gemma_nb.checkpoints.load import use_compilation_cache
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def few_programs() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+        executables.forget()
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,9 @@ def _verified_header(path: Path, data: np.ndarray) -> dict[str, Any]:
     if data[:8].tobytes() != struct.pack("<Q", _HEADER_SIZE - 8):
         raise DamagedError("its first bytes have changed")
     try:
-        actual = [zlib.crc32(blank), *_checksums(path)]
+        # A file that was whole, and has not been written to since, is not read through every time.
+        before, checked = _note(path), _known(path, "crc32") == sums
+        actual = [zlib.crc32(blank), *(expected[1:] if checked else _checksums(path))]
     except OSError as error:
         raise DamagedError(f"it cannot be read: {error.strerror or error}") from error
     if len(actual) != len(expected):
@@ -134,6 +136,8 @@ def _verified_header(path: Path, data: np.ndarray) -> dict[str, Any]:
     if actual != expected:
         block = next(i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b)
         raise DamagedError(f"checksum {block} of {len(expected)} does not match")
+    if not checked:
+        _remember(before, "crc32", sums)
     return header
 
 
@@ -186,7 +190,7 @@ def write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
-        with _temporary(path) as file:
+        with temporary(path) as file:
             _write_file(file, params, tokenizer, metadata)
     except OSError as error:
         raise CheckpointError(
@@ -237,7 +241,7 @@ def _write_file(
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[BinaryIO]:
+def temporary(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes `path` when the block ends well, and is removed when it does not."""
     owner = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
     name = path.with_name(f".{path.name}.{owner}.tmp")
@@ -286,29 +290,40 @@ def file_sha256(path: Path) -> str:
     if (known := remembered_sha256(path)) is not None:
         return known
     try:
-        note, state = _note(path)
+        before = _note(path)
         digest = sha256_of([path])
     except OSError as error:
         raise folders.unreadable(path, error) from error
-    with contextlib.suppress(OSError):  # only a saving: an unwritable cache is reported elsewhere
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(note) as file:
-            file.write(json.dumps({"state": state, "sha256": digest}).encode())
+    _remember(before, "sha256", digest)
     return digest
 
 
 def remembered_sha256(path: Path) -> str | None:
     """What `file_sha256` found the last time, where the file has not changed since."""
+    return _known(path, "sha256")
+
+
+def _known(path: Path, what: str) -> str | None:
+    """What was found out of a file, where it has not changed since."""
     with contextlib.suppress(OSError, ValueError):
         note, state = _note(path)
         known = json.loads(note.read_text())
-        if isinstance(known, dict) and known.get("state") == state:
-            return str(known["sha256"])
+        if isinstance(known, dict) and known.get("state") == state and what in known:
+            return str(known[what])
     return None
 
 
+def _remember(before: tuple[Path, list[int]], what: str, found: str) -> None:
+    """Remembers what was found out of the file of which `before` is the `_note`."""
+    note, state = before
+    with contextlib.suppress(OSError):  # only a saving: an unwritable cache is reported elsewhere
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(note) as file:
+            file.write(json.dumps({"state": state, what: found}).encode())
+
+
 def _note(path: Path) -> tuple[Path, list[int]]:
-    """Where the SHA-256 of a file is remembered, and what tells whether the file has changed."""
+    """Where a file's checksum is remembered, and what tells whether the file has changed."""
     path = path.resolve(strict=True)
     stat = path.stat()
     name = hashlib.sha256(os.fsencode(path)).hexdigest()

@@ -26,6 +26,7 @@ from gemma_nb.checkpoints.safetensors import HuggingFaceFolder
 from gemma_nb.checkpoints.sources import Source, resolve
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
+from gemma_nb.lazy import uncollected
 from gemma_nb.presets import ModelInfo
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ Loaded = tuple[TransformerConfig, "Params", ModelInfo, "Tokenizer"]
 _log = logging.getLogger(__name__)
 
 
+@uncollected()
 def load(
     source: str | os.PathLike[str] = "gemma3-270m",
     *,
@@ -81,13 +83,15 @@ def load(
     """
     import jax.numpy as jnp
 
+    from gemma_nb import executables
     from gemma_nb.model import GemmaTransformer
     from gemma_nb.nn import Transformer
 
+    use_compilation_cache()
+    executables.expect(repr((os.fspath(source), dtype)))
     config, params, info, tokenizer = load_params(
         source, dtype=dtype, mesh=mesh, revision=revision, force=force, progress=progress
     )
-    use_compilation_cache()
     own = params["embedder"]["input_embedding"].dtype
     activations = jnp.float32 if upcast_activations_to_float32 else own
     model = GemmaTransformer(

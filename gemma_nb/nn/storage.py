@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
+from gemma_nb.executables import Kept, shapes_of
 from gemma_nb.processor import Streams
 
 # How far the inputs of int8 layers are evened out, see `quantise`: where weights are small,
@@ -119,9 +120,10 @@ def quantise(
       rows: the weights.
       power: an input's scale is the root mean square of its weights to this power; 0 is none.
     """
-    inputs, inverse = _input_scales(rows, power)
-    scale, inverse_scale = _row_scales(_largest(rows, inverse))
-    return _rounded(rows, inverse, inverse_scale), scale, inputs
+    shapes = shapes_of(rows)
+    inputs, inverse = _input_scales(shapes, rows, np.float32(power))
+    scale, inverse_scale = _row_scales(shapes, _largest(shapes, rows, inverse))
+    return _rounded(shapes, rows, inverse, inverse_scale), scale, inputs
 
 
 # Several programs, where nothing around them is compiled: in one, XLA:CPU writes the weights in
@@ -130,7 +132,7 @@ def quantise(
 # keeps it from finding that in a hurry.
 
 
-@jax.jit
+@Kept
 def _input_scales(rows: jax.Array, power: jax.Array) -> tuple[jax.Array, jax.Array]:
     square = rows.astype(jnp.float32) ** 2
     inputs = jnp.sqrt(jnp.mean(square, axis=0)) ** power
@@ -138,19 +140,19 @@ def _input_scales(rows: jax.Array, power: jax.Array) -> tuple[jax.Array, jax.Arr
     return inputs, 1 / inputs
 
 
-@jax.jit
+@Kept
 def _largest(rows: jax.Array, inverse: jax.Array) -> jax.Array:
     return jnp.abs(rows.astype(jnp.float32) * inverse).max(axis=-1)
 
 
-@jax.jit
+@Kept
 def _row_scales(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = largest / 127
     scale = jnp.where(scale == 0, 1.0, scale)
     return scale, 1 / scale
 
 
-@jax.jit
+@Kept
 def _rounded(rows: jax.Array, inverse: jax.Array, inverse_scale: jax.Array) -> jax.Array:
     scaled = rows.astype(jnp.float32) * inverse * inverse_scale[:, None]
     return jnp.round(scaled).astype(jnp.int8)

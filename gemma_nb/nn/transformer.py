@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb import presets
 from gemma_nb.config import TransformerConfig
+from gemma_nb.executables import Kept, shapes_of
 from gemma_nb.nn.block import Block
 from gemma_nb.nn.layers import Embedder, RMSNorm
 from gemma_nb.nn.observe import observe
@@ -223,21 +225,26 @@ class Transformer(nn.Module):
         # All layers alike, so that one trace does for all of them: their kinds make no difference.
         block = Block(self.config, self.config.layers[0], parent=None)
         exact = exact_layers(self.config.num_layers) if int8 else range(self.config.num_layers)
-        return {
-            f"layer_{i}": _prepare(
-                block, params[f"layer_{i}"], i not in exact, int8, columns, streams
-            )
-            for i in range(self.config.num_layers)
-        }
+
+        def prepared(i: int) -> Params:
+            own = params[f"layer_{i}"]
+            compiled = _compiled_prepare(block, i not in exact, int8, columns, streams)
+            return cast(Params, compiled(shapes_of(own), own))
+
+        return {f"layer_{i}": prepared(i) for i in range(self.config.num_layers)}
 
 
-# Static: all but the params.  Module-level, so that a second call does not trace again.
-@jax.jit(static_argnums=(0, 2, 3, 4, 5))
-def _prepare(
-    block: Block, params: Params, int8: bool, rounded: bool, columns: Any, streams: Streams
-) -> Params:
-    """`Transformer.prepare` of one layer, see `pack`."""
-    probe, where = jnp.zeros((1, 1, block.config.embed_dim)), jnp.zeros((1, 1), jnp.int32)
-    _, state = block.apply({"params": params}, probe, where, None, None, mutable=["prepared"])
-    found = cast(Params, state)["prepared"]
-    return cast(Params, pack(found, int8=int8, rounded=rounded, columns=columns, streams=streams))
+@functools.cache
+def _compiled_prepare(
+    block: Block, int8: bool, rounded: bool, columns: Any, streams: Streams
+) -> Kept:
+    """`Transformer.prepare` of one layer's params, see `pack`."""
+
+    def prepare(params: Params) -> Params:
+        probe, where = jnp.zeros((1, 1, block.config.embed_dim)), jnp.zeros((1, 1), jnp.int32)
+        _, state = block.apply({"params": params}, probe, where, None, None, mutable=["prepared"])
+        found = cast(Params, state)["prepared"]
+        packed = pack(found, int8=int8, rounded=rounded, columns=columns, streams=streams)
+        return cast(Params, packed)
+
+    return Kept(prepare, block, int8, rounded, columns, streams)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_nb import placement
+from gemma_nb import executables, placement
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
@@ -24,6 +24,9 @@ from gemma_nb.sampling.residuals import KeptResiduals, Residuals
 from gemma_nb.sampling.rows import AttentionRows
 from gemma_nb.sampling.step import Made
 from gemma_nb.text.prefix import shared_prefix
+
+# So many steps have the processor for themselves: a reply's first words wait for them.
+_ALONE = 4
 
 
 class Decoder:
@@ -64,6 +67,7 @@ class Decoder:
         self._rows = rows
         layers = rows.layers if rows is not None else ()
         self._programs = Programs(model, top_k=top_k, attention_layers=layers)
+        self._steps = 0  # since it was made
         self._alone = False  # whether the program of a first prompt has just run
         self._settled = False  # whether the weights have been moved to where they are read faster
         self._cache: StreamCache | None = None
@@ -181,9 +185,10 @@ class Decoder:
         # Not the first of several: a long prompt would wait for two programs to be compiled.
         first = not self.ids and len(pieces) == 1
         self._alone = first and self._programs.first is not self._programs.many
-        for tokens, positions, last in pieces:
+        for i, (tokens, positions, last) in enumerate(pieces):
             fed = [int(token) for token in tokens[0, : last + 1]]
-            made = self._feed(tokens, positions, last, controls, first=first)
+            wanted = i == len(pieces) - 1
+            made = self._feed(tokens, positions, last, controls, first=first, wanted=wanted)
             result = self._take(fed, made)
             done += len(fed)
             if between is not None and not between(done, len(ids)) and done < len(ids):
@@ -205,11 +210,9 @@ class Decoder:
         if self._next is None or self.full:
             raise RuntimeError("step() needs a prefilled stream with room for one more token")
         controls, fed = self._forcing(token), self._next
-        if self._alone and self._cache is not None:
-            self._alone = False
-            following = self._programs.pieces_at(self._cache.size, *self._given)
-            ahead.begin(following)  # the next prompt's
-        self._settle()
+        self._steps += 1
+        if self._steps > _ALONE:
+            self._prepare_others()
         if token is not None:
             self.keep(self.ids)  # a step ahead has chosen already
         made = self._ahead or self._feed_one(np.array([[fed]], np.int32), len(self.ids), controls)
@@ -217,7 +220,7 @@ class Decoder:
         position = len(self.ids) + 1
         if token is None and not last and position < self.limit:
             self._ahead = self._feed_one(made.token, position, controls)
-        return self._take([fed], made)
+        return cast(Evidence, self._take([fed], made))
 
     def look(self, position: int) -> Look:
         """What the model computes at a position that is in the cache, in about the time of a step.
@@ -295,8 +298,16 @@ class Decoder:
 
     # --- inside ---------------------------------------------------------------------------------
 
+    def _prepare_others(self) -> None:
+        """Begins, on another thread, what makes later steps faster and the next prompt shorter."""
+        executables.started()
+        if self._alone and self._cache is not None:
+            self._alone = False
+            ahead.begin(self._programs.pieces_at(self._cache.size, *self._given))
+        self._settle()
+
     def _settle(self) -> None:
-        """Has the weights moved while others work; not before the first token is there."""
+        """Has the weights moved while others work."""
         if not self._settled:
             self._settled = True
             ahead.begin([self._programs.use_huge_pages])
@@ -322,30 +333,40 @@ class Decoder:
         controls: Controls,
         *,
         first: bool = False,
+        wanted: bool = True,
     ) -> Made:
-        """Starts a step; what it makes is not there yet.  `first`: nothing is cached."""
+        """Starts a step; what it makes is not there yet.
+
+        Args:
+          tokens: (1, T), on the host or the device.
+          positions: (1, T) theirs.
+          last: index of the last that is not padding.
+          controls: of the choice after it.
+          first: nothing is cached.
+          wanted: the choice is; not after a prompt's pieces but the last.
+        """
         cache = self._make_room(int(positions[0, last]) + 1)
         program = self._programs.feeding(tokens.shape[1], first=first)
         fed = (tokens, positions, last, controls, self._interventions)
         with self._undone():
-            self._cache, self._seen, made = program.run(cache, self._seen, *fed)
+            self._cache, self._seen, made = program.run(cache, self._seen, *fed, wanted=wanted)
         return made
 
-    def _take(self, fed: Sequence[int], made: Made) -> Evidence:
-        """Waits for what a step has made of `fed`, and keeps it."""
+    def _take(self, fed: Sequence[int], made: Made) -> Evidence | None:
+        """Waits for what a step has made of `fed`, and keeps it; None where nothing was chosen."""
         start = len(self.ids)
         with self._undone():
             words, rows, attention, residuals = jax.device_get(
                 (made.words, made.rows, made.attention, made.residuals)
             )
-            evidence = Evidence.unpack(words)
+            evidence = None if words is None else Evidence.unpack(words)
         if rows is not None:
             self._archive.write(start, rows[:, :, : len(fed)])
         if residuals is not None:
             self._residuals.write(start, residuals, len(fed))
         self.ids.extend(fed)
-        self._next = int(evidence.token)
-        if attention is not None:
+        self._next = None if evidence is None else int(evidence.token)
+        if evidence is not None and attention is not None:
             assert self._rows is not None
             kept = self._rows.keep(attention, self.ids, start, self._interventions)
             evidence = evidence.replace(attention=kept)  # type: ignore[attr-defined]

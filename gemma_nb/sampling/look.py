@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import Archive, StreamCache
 from gemma_nb.sampling.rows import in_order, together
-from gemma_nb.sampling.step import compiler_options, sown_attention
+from gemma_nb.sampling.step import kept, sown_attention
 from gemma_nb.sampling.weights import DecodingWeights
 from gemma_nb.sites import SITES
 
@@ -38,7 +39,7 @@ class Look:
 
 
 @functools.cache
-def compiled_look(transformer: Transformer, weights: Any) -> Any:
+def compiled_look(transformer: Transformer, weights: Any) -> Kept:
     """The jitted pass over one token that leaves the cache as it is.
 
     Static: the module and the structure of the weights.  Everything else is traced, so a
@@ -52,7 +53,7 @@ def compiled_look(transformer: Transformer, weights: Any) -> Any:
     def look(leaves: Sequence[jax.Array], *args: Any) -> Any:
         return _look(transformer, jax.tree.unflatten(weights, leaves), *args)
 
-    return jax.jit(look, compiler_options=compiler_options())
+    return kept(look, transformer, weights)
 
 
 def can_look(model: GemmaTransformer) -> bool:
@@ -61,7 +62,7 @@ def can_look(model: GemmaTransformer) -> bool:
 
 
 def compile_look(
-    program: Any,
+    program: Kept,
     leaves: Sequence[jax.Array],
     cache: StreamCache,
     interventions: Interventions | None,
@@ -73,7 +74,12 @@ def compile_look(
         rows = jax.ShapeDtypeStruct((sum(cache.rings), 2, size, width), np.float32)
         positions = jax.ShapeDtypeStruct((size,), np.int32)
     given = (rows, positions, np.int32(0), np.int32(0), interventions)
-    program.lower(leaves, cache, *given).compile()
+    program.compile(_shapes(cache, interventions), leaves, cache, *given)
+
+
+def _shapes(cache: StreamCache, interventions: Interventions | None) -> int | None:
+    """See `Kept`."""
+    return cache.size if interventions is None else None
 
 
 def _look(
@@ -121,7 +127,7 @@ def _look(
 
 
 def look(
-    compiled: Any,
+    compiled: Kept,
     leaves: Sequence[jax.Array],
     cache: StreamCache,
     archive: Archive,
@@ -145,7 +151,8 @@ def look(
     if size:
         rows, ring_positions = archive.ring(size, position)
     given = (rows, ring_positions, np.int32(token), np.int32(position), interventions)
-    near, far, residual, final = jax.device_get(compiled(leaves, cache, *given))
+    shapes = _shapes(cache, interventions)
+    near, far, residual, final = jax.device_get(compiled(shapes, leaves, cache, *given))
     if near is not None:
         near = in_order(near, size, position, position)
     attention = together(near, far, cache.rings, position)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
@@ -74,7 +75,7 @@ class Programs:
         return self.first if first else self.many
 
     @property
-    def look(self) -> Any:
+    def look(self) -> Kept:
         """The jitted pass of `gemma_nb.sampling.look.look`, for the leaves of `one`."""
         return compiled_look(self._transformer, self.one.structure)
 

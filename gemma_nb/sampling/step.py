@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Output, Transformer
 from gemma_nb.nn.storage import IN_STREAMS
@@ -36,21 +37,26 @@ def compiler_options() -> dict[str, Any] | None:
     return {"xla_cpu_prefer_vector_width": 512, **(IN_STREAMS if max(streams()) > 1 else {})}
 
 
+def kept(function: Callable[..., Any], *static: object, **options: Any) -> Kept:
+    """A `Kept` that is compiled with `compiler_options`."""
+    return Kept(function, *static, compiler_options=compiler_options(), **options)
+
+
 @flax.struct.dataclass
 class Made:
     """What a step makes beside the cache.
 
     Attributes:
-      token: (1, 1) int32, the chosen id, as the next step takes it.
-      words: the evidence, packed.
+      token: (1, 1) int32, the chosen id, as the next step takes it; None where none was wanted.
+      words: the evidence, packed, or None.
       rows: the new tokens' keys and values on the layers whose cache is a ring, (layers, 2, T, K*H)
         float32; None where there are none.
       attention: see `sown_attention`, in float16; None where no layers were asked for.
       residuals: see `residuals.sown_residuals`; None where they are not kept.
     """
 
-    token: jax.Array
-    words: jax.Array
+    token: jax.Array | None
+    words: jax.Array | None
     rows: jax.Array | None
     attention: tuple[jax.Array | None, jax.Array | None] | None
     residuals: jax.Array | tuple[jax.Array, ...] | None
@@ -76,8 +82,8 @@ class Program:
       structure: what makes `DecodingWeights` of them.
     """
 
-    feed: Any
-    choose: Any
+    feed: Kept
+    choose: Kept | None
     leaves: list[jax.Array]
     structure: Any
 
@@ -106,10 +112,10 @@ class Program:
         """
         leaves, structure = jax.tree.flatten(weights)
         if single:
-            feed, choose = compiled_step(transformer, structure, top_k, captured), None
-        else:
-            feed = compiled_feed(transformer, structure, captured, first)
-            choose = compiled_choice(transformer, structure, top_k)
+            step = compiled_step(transformer, structure, top_k, captured)
+            return cls(step, None, leaves, structure)
+        feed = compiled_feed(transformer, structure, captured, first)
+        choose = compiled_choice(transformer, structure, top_k)
         return cls(feed, choose, leaves, structure)
 
     def run(
@@ -121,18 +127,23 @@ class Program:
         last: int,
         controls: Controls,
         interventions: Interventions | None,
+        *,
+        wanted: bool = True,
     ) -> tuple[StreamCache, jax.Array, Made]:
-        """Feeds tokens (1, T), and chooses the one after index `last`.
+        """Feeds tokens (1, T), and chooses the one after index `last` where it is `wanted`.
 
         Returns:
           The cache and the tokens seen, in place of those that were given away, and what is made.
         """
         given = (cache, seen, tokens, positions, np.int32(last), interventions)
+        shapes = _shapes(cache, tokens.shape[1], interventions)
         if self.choose is None:
-            cache, seen, (token, words), *kept = self.feed(self.leaves, *given, controls)
+            cache, seen, (token, words), *kept = self.feed(shapes, self.leaves, *given, controls)
         else:
-            cache, seen, state, *kept = self.feed(self.leaves, *given)
-            token, words = self.choose(self.leaves, seen, state, controls)
+            cache, seen, state, *kept = self.feed(shapes, self.leaves, *given)
+            token, words = None, None
+            if wanted:
+                token, words = self.choose((), self.leaves, seen, state, controls)
         return cache, seen, Made(token, words, *kept)
 
     def compile(
@@ -147,7 +158,15 @@ class Program:
         tokens = positions = np.zeros((1, length), np.int32)
         given = (cache, seen, tokens, positions, np.int32(0), interventions)
         more = (controls,) if self.choose is None else ()
-        self.feed.lower(self.leaves, *given, *more).compile()
+        shapes = _shapes(cache, length, interventions)
+        self.feed.compile(shapes, self.leaves, *given, *more)
+
+
+def _shapes(
+    cache: StreamCache, length: int, interventions: Interventions | None
+) -> tuple[int, int] | None:
+    """What tells the shapes of a step's arguments from those of other steps, for `Kept`."""
+    return (cache.size, length) if interventions is None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,28 +188,28 @@ class Captured:
 
 
 @functools.cache
-def compiled_feed(transformer: Transformer, weights: Any, captured: Captured, first: bool) -> Any:
+def compiled_feed(transformer: Transformer, weights: Any, captured: Captured, first: bool) -> Kept:
     """`Program.feed` of several tokens; compiled per number of tokens and cache size."""
 
     def feed(leaves: Sequence[jax.Array], *args: Any) -> Any:
         own = jax.tree.unflatten(weights, leaves)
         return _feed(transformer, own, *args, captured=captured, first=first)
 
-    return jax.jit(feed, donate_argnums=(1, 2), compiler_options=compiler_options())
+    return kept(feed, transformer, weights, captured, first, donate_argnums=(1, 2))
 
 
 @functools.cache
-def compiled_choice(transformer: Transformer, weights: Any, top_k: int) -> Any:
+def compiled_choice(transformer: Transformer, weights: Any, top_k: int) -> Kept:
     """`Program.choose`; compiled once."""
 
     def choice(leaves: Sequence[jax.Array], *args: Any) -> Any:
         return _choose(transformer, jax.tree.unflatten(weights, leaves), *args, top_k=top_k)
 
-    return jax.jit(choice, compiler_options=compiler_options())
+    return kept(choice, transformer, weights, top_k)
 
 
 @functools.cache
-def compiled_step(transformer: Transformer, weights: Any, top_k: int, captured: Captured) -> Any:
+def compiled_step(transformer: Transformer, weights: Any, top_k: int, captured: Captured) -> Kept:
     """`Program.feed` of a single token, with the choice; compiled per cache size."""
 
     def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
@@ -200,7 +219,7 @@ def compiled_step(transformer: Transformer, weights: Any, top_k: int, captured: 
         chosen = _choose(transformer, own, seen, state, controls, top_k=top_k)
         return cache, seen, chosen, *kept
 
-    return jax.jit(step, donate_argnums=(1, 2), compiler_options=compiler_options())
+    return kept(step, transformer, weights, top_k, captured, donate_argnums=(1, 2))
 
 
 def _feed(

@@ -140,7 +140,7 @@ def sizes(decoder):
     parts = [
         part for p in (programs.one, programs.first, programs.many) for part in (p.feed, p.choose)
     ]
-    return [part._cache_size() for part in parts if part is not None]
+    return [part.count() for part in parts if part is not None]
 
 
 @pytest.mark.parametrize("length", [5, 16, 40, 64, 130])

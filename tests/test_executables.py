@@ -1,0 +1,230 @@
+"""Compiled programs are found again by what they are made from, and by nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_nb import executables
+from gemma_nb.executables import Kept, shapes_of
+from gemma_nb.nn import storage
+
+pytestmark = pytest.mark.usefixtures("place")
+
+# In a process of its own: what it computed, how often it traced, and what it left in the folder.
+CODE = """
+import json, sys, threading
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gemma_nb import executables
+from gemma_nb.checkpoints.load import use_compilation_cache
+from gemma_nb.nn import storage
+
+use_compilation_cache()
+exec(sys.argv[1])
+executables.expect("a model")
+traced = []
+
+def double(tree, x):
+    traced.append(1)
+    return {"y": storage.product(x, tree["w"]) * 2}, x + 1
+
+kept = executables.Kept(double, "static", donate_argnums=1)
+tree, x = {"w": jnp.arange(6.0).reshape(3, 2)}, jnp.ones((2, 2))
+y, after = kept((2, 2), tree, x)
+executables.started()
+print(json.dumps([y["y"].tolist(), after.tolist(), len(traced), x.is_deleted()]))
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty cache folder, which is in use."""
+    monkeypatch.setenv("GEMMA_NB_CACHE", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
+    yield tmp_path / "programs"
+    jax.config.update("jax_compilation_cache_dir", before)
+    settle()
+
+
+def settle():
+    """Waits for what is being written."""
+    for thread in threading.enumerate():
+        if thread.name == "gemma-nb-save":
+            thread.join()
+
+
+def programs(place):
+    settle()
+    return sorted(place.glob("*/[!.s]*"))
+
+
+def run(place, extra="", code=CODE):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment = kept | {"GEMMA_NB_CACHE": str(place.parent)}
+    command = [sys.executable, "-c", code, extra]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+EXPECTED = [[[2.0, 10.0, 18.0]] * 2, [[2.0, 2.0]] * 2]
+
+
+def test_a_second_process_computes_the_same_without_tracing(place):
+    found = [run(place) for _ in range(3)]
+    # The third has loaded it ahead.
+    assert found == [[*EXPECTED, 1, True], *[[*EXPECTED, 0, True]] * 2]
+    [file] = programs(place)
+    assert json.loads(next(place.glob("*/start-*")).read_text()) == [file.name]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "jax.config.update('jax_enable_x64', True)",
+        "jax.config.update('jax_default_matmul_precision', 'highest')",
+        "storage._FEW = 1",
+    ],
+)
+def test_what_would_be_traced_otherwise_is_another_program(place, extra):
+    run(place)
+    assert run(place, extra)[2] == 1
+    assert len(programs(place)) == 2
+    assert run(place)[2] == 0
+
+
+def test_what_somebody_has_put_in_its_place_is_used_and_not_kept(place):
+    """A function from a notebook may change without its source being known."""
+    run(place)
+    extra = "storage.times_rows = storage.product = lambda x, rows, **_: x @ rows.T + 1"
+    assert run(place, extra)[:3] == [[[4.0, 12.0, 20.0]] * 2, EXPECTED[1], 1]
+    assert len(programs(place)) == 1
+
+
+def test_a_damaged_file_is_replaced(place):
+    run(place)
+    [file] = programs(place)
+    whole = file.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], bytes(len(whole))):
+        file.write_bytes(damaged)
+        assert run(place) == [*EXPECTED, 1, True]
+        assert run(place) == [*EXPECTED, 0, True]
+
+
+def test_what_was_loaded_from_jaxs_cache_is_not_written_anew(place):
+    """XLA runs it, but cannot write it whole: in the process after that functions are missing."""
+    run(place)
+    [file] = programs(place)
+    file.unlink()
+    assert run(place) == [*EXPECTED, 1, True]
+    assert run(place) == [*EXPECTED, 0, True]
+
+
+def test_other_versions_are_cleared_away_but_the_last_few(place):
+    for i in range(6):
+        old = place / f"old{i}"
+        old.mkdir(parents=True)
+        (old / "step").write_bytes(b"x")
+        os.utime(old, (i, i))
+    run(place)
+    left = {folder.name for folder in place.iterdir()}
+    assert {name for name in left if name.startswith("old")} == {"old3", "old4", "old5"}
+    assert len(left) == 4
+
+
+def test_a_folder_that_cannot_be_written_to_does_no_harm(place):
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(b"a file")
+    assert run(place) == [*EXPECTED, 1, True]
+
+
+def test_shapes_and_static_arguments_tell_programs_apart(place):
+    def add(x):
+        return x + 1
+
+    first, second = Kept(add, "a"), Kept(add, "b")
+    for kept in (first, second):
+        for count in (2, 3):
+            x = np.zeros(count, np.float32)
+            np.testing.assert_array_equal(kept(count, x), np.ones(count))
+            kept(count, x)
+        assert kept.count() == 2
+    # Defined in a test, but what it is traced through is ours.
+    assert len(programs(place)) == 4
+
+
+def test_without_a_folder_or_shapes_it_is_the_jitted_function(place):
+    kept = Kept(lambda x: x + 1)
+    assert float(kept(None, 1.0)) == 2
+    jax.config.update("jax_compilation_cache_dir", str(place / "elsewhere"))
+    assert executables.folder() is None
+    assert float(kept((), 2.0)) == 3
+    assert kept.count() == 1
+    assert not place.exists()
+
+
+def test_a_program_that_is_compiled_ahead_is_waited_for(place, monkeypatch):
+    """Two threads that need one compile it once."""
+    begun, go, traced = threading.Event(), threading.Event(), []
+
+    def slow(x):
+        traced.append(1)
+        begun.set()
+        go.wait(10)
+        return x + 1
+
+    kept, x = Kept(slow), np.zeros(2, np.float32)
+    ahead = threading.Thread(target=kept.compile, args=((), x))
+    ahead.start()
+    assert begun.wait(10)
+    found = []
+    other = threading.Thread(target=lambda: found.append(kept((), x)))
+    other.start()
+    go.set()
+    ahead.join()
+    other.join()
+    np.testing.assert_array_equal(found[0], [1, 1])
+    assert traced == [1]
+
+
+def test_nothing_is_looked_up_while_arrays_are_traced(place):
+    assert shapes_of({"a": jnp.zeros(3)}) == (((3,), np.dtype("float32")),)
+    found = []
+    jax.jit(lambda x: found.append(shapes_of([x])) or x)(1.0)
+    assert found == [None]
+    rows = jnp.arange(6.0).reshape(3, 2)
+    plain = storage.quantise(rows)
+    inside = jax.jit(storage.quantise)(rows)
+    for a, b in zip(plain, inside, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_what_cannot_be_written_is_left_to_jaxs_cache(place, monkeypatch):
+    def refuse(compiled):
+        raise NotImplementedError("no such thing")
+
+    monkeypatch.setattr(executables.serialize_executable, "serialize", refuse)
+    x = np.zeros(2, np.float32)
+    np.testing.assert_array_equal(Kept(jnp.exp, "a")((), x), [1, 1])
+    assert [file.suffix for file in programs(place)] == [".refused"]
+    again = Kept(jnp.exp, "a")
+    assert again.at((), x) is again.jitted
+
+
+def test_all_programs_are_let_go(place):
+    kept, x = Kept(jnp.exp), np.zeros(2, np.float32)
+    kept((), x)
+    assert kept.count() == 1
+    executables.forget()
+    assert kept.count() == 0
+    np.testing.assert_array_equal(kept((), x), [1, 1])
