@@ -222,9 +222,9 @@ def test_what_cannot_be_written_is_left_to_jaxs_cache(place, monkeypatch):
 
 
 def test_all_programs_are_let_go(place):
-    kept, x = Kept(jnp.exp), np.zeros(2, np.float32)
+    kept, x = Kept(jnp.sinh), np.zeros(2, np.float32)
     kept((), x)
     assert kept.count() == 1
     executables.forget()
     assert kept.count() == 0
-    np.testing.assert_array_equal(kept((), x), [1, 1])
+    np.testing.assert_array_equal(kept((), x), [0, 0])
