@@ -77,6 +77,7 @@ class Kept:
         self.jitted: Any = jax.jit(function, **options)
         self._function, self._options = function, options
         self._static = "\n".join([function.__name__, *map(repr, (*static, options))])
+        self._keeps = all(map(_own, static))
         self._compiled: dict[Hashable, Any] = {}
         self._locks: dict[Hashable, threading.Lock] = {}
         _all.add(self)
@@ -93,7 +94,7 @@ class Kept:
 
     def at(self, shapes: Hashable, *args: Any) -> Any:
         """What is called with arguments of these shapes: loaded, or compiled now."""
-        if shapes is None or folder() is None:
+        if shapes is None or not self._keeps or folder() is None:
             return self.jitted
         key = (shapes, _settings())
         found = self._compiled.get(key)
@@ -147,6 +148,15 @@ class Kept:
 
         renamed.__name__ = f"{self._function.__name__}_{uuid.uuid4().hex}"
         return jax.jit(renamed, **self._options)
+
+
+def _own(static: object) -> bool:
+    """Whether a module, if it is one, is of this package alone.
+
+    What somebody else's computes does not show in its `repr`, and may be another thing next time.
+    """
+    ours = ("gemma_nb.nn.transformer", "gemma_nb.nn.block")
+    return not isinstance(static, flax.linen.Module) or type(static).__module__ in ours
 
 
 _all: weakref.WeakSet[Kept] = weakref.WeakSet()
@@ -330,7 +340,9 @@ def _described(value: Any, name: str) -> str:
     if isinstance(value, dict):
         items = (f"{key!r}: {_described(x, name)}" for key, x in value.items())
         return f"dict({', '.join(items)})"
-    if isinstance(value, bool | int | float | str | bytes | frozenset | None):
+    if isinstance(value, set | frozenset):
+        return f"{type(value).__name__}({', '.join(sorted(map(repr, value)))})"
+    if isinstance(value, bool | int | float | str | bytes | None):
         return repr(value)
     for inner in ("__wrapped__", "__func__", "fget", "func"):
         if (wrapped := getattr(value, inner, None)) is not None and wrapped is not value:

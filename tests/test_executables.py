@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from gemma_nb import executables
 from gemma_nb.executables import Kept, shapes_of
@@ -161,6 +162,19 @@ def test_shapes_and_static_arguments_tell_programs_apart(place):
         assert kept.count() == 2
     # Defined in a test, but what it is traced through is ours.
     assert len(programs(place)) == 4
+
+
+def test_somebody_elses_module_is_not_kept(place):
+    """Its code may change where its `repr` does not."""
+
+    class Theirs(nn.Module):
+        def __call__(self, x):
+            return x + 1
+
+    kept, x = Kept(jnp.cosh, Theirs()), np.zeros(2, np.float32)
+    assert kept.at((), x) is kept.jitted
+    np.testing.assert_array_equal(kept((), x), [1, 1])
+    assert not place.exists()
 
 
 def test_without_a_folder_or_shapes_it_is_the_jitted_function(place):

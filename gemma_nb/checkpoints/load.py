@@ -88,7 +88,7 @@ def load(
     from gemma_nb.nn import Transformer
 
     use_compilation_cache()
-    executables.expect(repr((os.fspath(source), dtype)))
+    executables.expect(repr((str(source), dtype)))
     config, params, info, tokenizer = load_params(
         source, dtype=dtype, mesh=mesh, revision=revision, force=force, progress=progress
     )

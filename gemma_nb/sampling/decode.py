@@ -282,6 +282,8 @@ class Decoder:
             self.reset()
             if progress is not None:
                 progress((i + 1) / len(sizes))
+        executables.started()
+        self._steps = _ALONE
         self._settle()
         programs, interventions = self._programs, self._interventions
         programs.looking = True
@@ -371,7 +373,8 @@ class Decoder:
             kept = self._rows.keep(attention, self.ids, start, self._interventions)
             evidence = evidence.replace(attention=kept)  # type: ignore[attr-defined]
         assert self._cache is not None
-        if 2 * len(self.ids) >= self._cache.size:
+        alone = self._steps <= _ALONE and len(self.ids) <= BUCKETS[-1]
+        if 2 * len(self.ids) >= self._cache.size and not alone:
             following = next_size(self._cache.size, self.limit)
             steps = self._programs.steps_at(following, *self._given)
             looks = self._programs.looks_at(following, self._interventions)
