@@ -133,8 +133,8 @@ class Kept:
         if _refused(place).exists():
             return self.jitted
         made = self._anew().lower(*args).compile()
-        # Nobody waits for it but Python, when it ends.
-        threading.Thread(target=_save, args=(place, made), name="gemma-nb-save").start()
+        # At once: what has been run cannot always be written any more.
+        _save(place, made)
         return made
 
     def _anew(self) -> Any:
@@ -377,6 +377,7 @@ def _installed() -> tuple[str, ...]:
 
 
 def _save(place: Path, made: jax.stages.Compiled) -> None:
+    """Writes a program; that takes a twentieth of the time that it was compiled in."""
     try:
         payload, *trees = serialize_executable.serialize(made)
         # Of a tree's structure only an example can be pickled.
@@ -425,7 +426,7 @@ def expect(what: str) -> None:
 
 
 def started() -> None:
-    """The first tokens are there: what runs from now on is not what a start waits for."""
+    """The first token is there: what runs from now on is not what a start waits for."""
     _start.end()
 
 
@@ -461,16 +462,22 @@ class _Start:
 
     def note(self, name: str) -> None:
         with self._lock:
-            if self._index is None:
-                return
-            self._names.append(name)
-            # Now, since nobody knows whether more will come.
-            if self._names != self._before[: len(self._names)]:
-                with contextlib.suppress(OSError), converted.temporary(self._index) as file:
-                    file.write(json.dumps(self._names).encode())
+            if self._index is not None:
+                self._names.append(name)
+                if name not in self._before:
+                    self._write(self._index)  # now, since nobody knows whether more will come
 
     def end(self) -> None:
-        self._index = None
+        if self._index is None:
+            return
+        with self._lock:
+            index, self._index = self._index, None
+            if index is not None and set(self._names) != set(self._before):
+                self._write(index)
+
+    def _write(self, index: Path) -> None:
+        with contextlib.suppress(OSError), converted.temporary(index) as file:
+            file.write(json.dumps(self._names).encode())
 
 
 _start = _Start()

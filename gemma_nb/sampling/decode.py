@@ -193,6 +193,7 @@ class Decoder:
             done += len(fed)
             if between is not None and not between(done, len(ids)) and done < len(ids):
                 return None
+        executables.started()
         return result
 
     def step(self, token: int | None = None, *, last: bool = False) -> Evidence:
@@ -282,7 +283,6 @@ class Decoder:
             self.reset()
             if progress is not None:
                 progress((i + 1) / len(sizes))
-        executables.started()
         self._steps = _ALONE
         self._settle()
         programs, interventions = self._programs, self._interventions
@@ -302,7 +302,6 @@ class Decoder:
 
     def _prepare_others(self) -> None:
         """Begins, on another thread, what makes later steps faster and the next prompt shorter."""
-        executables.started()
         if self._alone and self._cache is not None:
             self._alone = False
             ahead.begin(self._programs.pieces_at(self._cache.size, *self._given))
