@@ -136,6 +136,7 @@ class Batch:
         Returns:
           Stream to evidence, on the host.
         """
+        self._decoder.settle()
         width = self._seen.shape[0]
         given = [(self.ids[i], i) for i in tokens]
         fed = [(token, len(ids), i) for token, (ids, i) in zip(tokens.values(), given, strict=True)]

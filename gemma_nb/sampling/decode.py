@@ -284,7 +284,7 @@ class Decoder:
             if progress is not None:
                 progress((i + 1) / len(sizes))
         self._steps = _ALONE
-        self._settle()
+        self.settle()
         programs, interventions = self._programs, self._interventions
         programs.looking = True
         size = size_for(1, self.limit)
@@ -298,6 +298,15 @@ class Decoder:
             ]
         )
 
+    def settle(self) -> None:
+        """Has the weights moved to where they are read faster, on another thread.
+
+        Not before the first token is there, which would wait for it.
+        """
+        if not self._settled:
+            self._settled = True
+            ahead.begin([self._programs.use_huge_pages])
+
     # --- inside ---------------------------------------------------------------------------------
 
     def _prepare_others(self) -> None:
@@ -305,13 +314,7 @@ class Decoder:
         if self._alone and self._cache is not None:
             self._alone = False
             ahead.begin(self._programs.pieces_at(self._cache.size, *self._given))
-        self._settle()
-
-    def _settle(self) -> None:
-        """Has the weights moved while others work."""
-        if not self._settled:
-            self._settled = True
-            ahead.begin([self._programs.use_huge_pages])
+        self.settle()
 
     @property
     def _given(self) -> tuple[Controls, Interventions | None]:
