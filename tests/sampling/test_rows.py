@@ -168,4 +168,4 @@ def test_looks_are_compiled_ahead(tiny_model, caplog):
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         decoder.prefill(decoder.begin(random_ids(5), GREEDY))
         decoder.look(3)
-    assert "jit(look)" not in caplog.text
+    assert "jit(look" not in caplog.text
