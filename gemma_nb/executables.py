@@ -37,7 +37,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 from gemma_nb import processor
-from gemma_nb.checkpoints import converted
+from gemma_nb.cache import cache_dir, remove_leftovers, temporary
 
 # Of so many versions of the source, or of what it runs on, programs are kept.
 _GENERATIONS = 4
@@ -188,7 +188,7 @@ def folder() -> Path | None:
 @functools.lru_cache(maxsize=4)
 def _beside(where: str, override: str | None) -> Path | None:
     del override  # what `cache_dir` depends on
-    own = converted.cache_dir()
+    own = cache_dir()
     return own / "programs" if where == str(own / "jax") else None
 
 
@@ -256,7 +256,7 @@ def _generation(programs: Path | None) -> Path | None:
     try:
         place.mkdir(parents=True, exist_ok=True)
         os.utime(place)
-        converted.remove_leftovers(place)
+        remove_leftovers(place)
         others = sorted(programs.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in others[_GENERATIONS:]:
             shutil.rmtree(old, ignore_errors=True)
@@ -383,7 +383,7 @@ def _save(place: Path, made: jax.stages.Compiled) -> None:
         # Of a tree's structure only an example can be pickled.
         examples = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in trees]
         data = zlib.compress(pickle.dumps((payload, *examples)), 1)
-        with converted.temporary(place) as file:
+        with temporary(place) as file:
             file.write(data)
     except OSError:
         _log.info("%s cannot be written", place, exc_info=True)
@@ -476,7 +476,7 @@ class _Start:
                 self._write(index)
 
     def _write(self, index: Path) -> None:
-        with contextlib.suppress(OSError), converted.temporary(index) as file:
+        with contextlib.suppress(OSError), temporary(index) as file:
             file.write(json.dumps(self._names).encode())
 
 

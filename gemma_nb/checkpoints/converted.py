@@ -3,9 +3,10 @@
 A file holds the official parameters, the SentencePiece model and the scalar metadata of its source,
 so a second load reads nothing else.  It is memory-mapped; its tensors are handed to JAX without a
 copy.  Every block of 16 MiB has a CRC-32 that is checked before any of it is used (0.2 s for the
-default model): a file that was cut off or changed is noticed and written again.  The check reads
-the file and leaves the mapping alone, so a load touches no parameter: each becomes part of this
-process's memory when it is first computed with, and is the only copy there.
+default model), the first time and when the file has been written to since: one that was cut off or
+changed is noticed and written again.  The check reads the file and leaves the mapping alone, so a
+load touches no parameter: each becomes part of this process's memory when it is first computed
+with, and is the only copy there.
 
 Format: https://huggingface.co/docs/safetensors (readable by the library; written here as a stream,
 which the library cannot do, so that a conversion never holds the whole model in memory).
@@ -18,20 +19,17 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
-import socket
 import struct
-import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-import platformdirs
 
+from gemma_nb.cache import cache_dir, remove_leftovers, temporary
 from gemma_nb.checkpoints import folders
 from gemma_nb.errors import CheckpointError
 
@@ -49,7 +47,6 @@ _TOKENIZER = "tokenizer_model"  # the one entry that is no parameter
 _BLOCK = 1 << 24  # bytes under one checksum
 _PIECE = 1 << 17  # bytes read together: stays in the processor's cache
 _HEADER_SIZE = 1 << 20  # written last, so room is kept; a file's data start here
-_STALE_SECONDS = 24 * 3600
 
 
 class DamagedError(CheckpointError):
@@ -69,17 +66,6 @@ class Converted:
     params: dict[tuple[str, ...], np.ndarray]
     tokenizer: bytes
     metadata: dict[str, Any]
-
-
-def cache_dir() -> Path:
-    """Where converted weights and compiled programs are kept.
-
-    `GEMMA_NB_CACHE` if it is set, otherwise the platform's place for caches.
-    """
-    override = os.environ.get("GEMMA_NB_CACHE")
-    if override:
-        return Path(override).expanduser()
-    return Path(platformdirs.user_cache_dir("gemma_nb", appauthor=False))
 
 
 def path_for(sha256: str, dtype: str) -> Path:
@@ -238,44 +224,6 @@ def _write_file(
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def temporary(path: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `path` when the block ends well, and is removed when it does not."""
-    owner = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
-    name = path.with_name(f".{path.name}.{owner}.tmp")
-    try:
-        with open(name, "xb") as file:
-            yield file
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            name.unlink()
-        raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Deletes temporary files of processes that died while they wrote."""
-    for file in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError, ValueError):
-            *_, pid, _, _ = file.name.split(".")
-            here = f".{socket.gethostname()}.{pid}." in file.name
-            old = time.time() - file.stat().st_mtime > _STALE_SECONDS
-            if old or (here and not _alive(int(pid))):
-                file.unlink()
-
-
-def _alive(pid: int) -> bool:
-    if os.name != "posix":  # signal 0 is no question on Windows: leave it to the file's age
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 # --- content hashes -------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gemma_nb import presets
+from gemma_nb.cache import cache_dir
 from gemma_nb.checkpoints import arrays, catalog, convert, converted, folders, layout, memory
 from gemma_nb.checkpoints.convert import Report
 from gemma_nb.checkpoints.orbax import OrbaxFolder
@@ -56,7 +57,7 @@ def load(
     """A model and its tokenizer.
 
     The first load of a GGUF file converts it, which takes some seconds, and keeps the result
-    below `gemma_nb.checkpoints.converted.cache_dir()`; later loads map that file into memory.
+    below `gemma_nb.cache.cache_dir()`; later loads map that file into memory.
     Folders are read anew each time.
 
     Args:
@@ -227,7 +228,7 @@ def use_compilation_cache() -> None:
 
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
-    jax.config.update("jax_compilation_cache_dir", str(converted.cache_dir() / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     # JAX's default of a second leaves out programs that a start of the app waits for.
     if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # type: ignore[attr-defined]
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from gemma_nb.cache import cache_dir
 from gemma_nb.checkpoints import converted
 from gemma_nb.errors import CheckpointError
 
@@ -183,9 +184,9 @@ def test_an_unusable_folder_says_what_to_do(tmp_path, monkeypatch):
 
 def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch):
     monkeypatch.delenv("GEMMA_NB_CACHE", raising=False)
-    assert "gemma_nb" in converted.cache_dir().parts
+    assert "gemma_nb" in cache_dir().parts
     monkeypatch.setenv("GEMMA_NB_CACHE", "~/elsewhere")
-    assert converted.cache_dir() == Path.home() / "elsewhere"
+    assert cache_dir() == Path.home() / "elsewhere"
 
 
 def test_a_hash_is_remembered_until_the_file_changes(cache, tmp_path, monkeypatch):
