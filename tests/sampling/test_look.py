@@ -69,10 +69,10 @@ def test_a_look_sees_the_interventions(stream, tiny_model):
 def test_a_look_compiles_once_for_each_cache_size(stream):
     stream.look(5)
     program = stream._programs.look
-    compiled = program._cache_size()
+    compiled = program.count()
     for position in (0, 17, 49):
         stream.look(position)
-    assert program._cache_size() == compiled
+    assert program.count() == compiled
 
 
 def test_positions_that_are_not_held_are_refused(stream, tiny_model):
