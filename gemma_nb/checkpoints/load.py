@@ -43,7 +43,6 @@ Loaded = tuple[TransformerConfig, "Params", ModelInfo, "Tokenizer"]
 _log = logging.getLogger(__name__)
 
 
-@uncollected()
 def load(
     source: str | os.PathLike[str] = "gemma3-270m",
     *,
@@ -82,26 +81,27 @@ def load(
       CheckpointError: the checkpoint cannot be read or trusted, or does not fit into memory.
       ValueError: an argument that is not available.
     """
-    import jax.numpy as jnp
+    with uncollected():
+        import jax.numpy as jnp
 
-    from gemma_nb import executables
-    from gemma_nb.model import GemmaTransformer
-    from gemma_nb.nn import Transformer
+        from gemma_nb import executables
+        from gemma_nb.model import GemmaTransformer
+        from gemma_nb.nn import Transformer
 
-    use_compilation_cache()
-    executables.expect(repr((str(source), dtype)))
-    config, params, info, tokenizer = load_params(
-        source, dtype=dtype, mesh=mesh, revision=revision, force=force, progress=progress
-    )
-    own = params["embedder"]["input_embedding"].dtype
-    activations = jnp.float32 if upcast_activations_to_float32 else own
-    model = GemmaTransformer(
-        config=config,
-        transformer=Transformer(config, dtype=activations),
-        params=params,
-        info=info,
-        storage="int8" if dtype == "int8" else "exact",
-    )
+        use_compilation_cache()
+        executables.expect(repr((str(source), dtype)))
+        config, params, info, tokenizer = load_params(
+            source, dtype=dtype, mesh=mesh, revision=revision, force=force, progress=progress
+        )
+        own = params["embedder"]["input_embedding"].dtype
+        activations = jnp.float32 if upcast_activations_to_float32 else own
+        model = GemmaTransformer(
+            config=config,
+            transformer=Transformer(config, dtype=activations),
+            params=params,
+            info=info,
+            storage="int8" if dtype == "int8" else "exact",
+        )
     return model, tokenizer
 
 
