@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_nb.executables import Kept
+from gemma_nb.executables import Kept, shapes_of
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
@@ -74,12 +74,14 @@ def compile_look(
         rows = jax.ShapeDtypeStruct((sum(cache.rings), 2, size, width), np.float32)
         positions = jax.ShapeDtypeStruct((size,), np.int32)
     given = (rows, positions, np.int32(0), np.int32(0), interventions)
-    program.compile(_shapes(cache, interventions), leaves, cache, *given)
+    program.compile(_shapes(leaves, cache, interventions), leaves, cache, *given)
 
 
-def _shapes(cache: StreamCache, interventions: Interventions | None) -> int | None:
+def _shapes(
+    leaves: Sequence[jax.Array], cache: StreamCache, interventions: Interventions | None
+) -> Hashable:
     """See `Kept`."""
-    return cache.size if interventions is None else None
+    return (cache.size, shapes_of(leaves)) if interventions is None else None
 
 
 def _look(
@@ -151,7 +153,7 @@ def look(
     if size:
         rows, ring_positions = archive.ring(size, position)
     given = (rows, ring_positions, np.int32(token), np.int32(position), interventions)
-    shapes = _shapes(cache, interventions)
+    shapes = _shapes(leaves, cache, interventions)
     near, far, residual, final = jax.device_get(compiled(shapes, leaves, cache, *given))
     if near is not None:
         near = in_order(near, size, position, position)

@@ -136,14 +136,14 @@ class Program:
           The cache and the tokens seen, in place of those that were given away, and what is made.
         """
         given = (cache, seen, tokens, positions, np.int32(last), interventions)
-        shapes = _shapes(cache, tokens.shape[1], interventions)
+        shapes = self._shapes(cache, tokens.shape[1], interventions)
         if self.choose is None:
             cache, seen, (token, words), *kept = self.feed(shapes, self.leaves, *given, controls)
         else:
             cache, seen, state, *kept = self.feed(shapes, self.leaves, *given)
             token, words = None, None
             if wanted:
-                token, words = self.choose((), self.leaves, seen, state, controls)
+                token, words = self.choose(self._dtypes, self.leaves, seen, state, controls)
         return cache, seen, Made(token, words, *kept)
 
     def compile(
@@ -158,15 +158,19 @@ class Program:
         tokens = positions = np.zeros((1, length), np.int32)
         given = (cache, seen, tokens, positions, np.int32(0), interventions)
         more = (controls,) if self.choose is None else ()
-        shapes = _shapes(cache, length, interventions)
+        shapes = self._shapes(cache, length, interventions)
         self.feed.compile(shapes, self.leaves, *given, *more)
 
+    def _shapes(
+        self, cache: StreamCache, length: int, interventions: Interventions | None
+    ) -> tuple[int, int, str] | None:
+        """What tells the shapes of a step's arguments from those of other steps, for `Kept`."""
+        return (cache.size, length, self._dtypes) if interventions is None else None
 
-def _shapes(
-    cache: StreamCache, length: int, interventions: Interventions | None
-) -> tuple[int, int] | None:
-    """What tells the shapes of a step's arguments from those of other steps, for `Kept`."""
-    return (cache.size, length) if interventions is None else None
+    @functools.cached_property
+    def _dtypes(self) -> str:
+        """The weights' dtypes: models of one structure may differ in them."""
+        return " ".join(str(leaf.dtype) for leaf in self.leaves)
 
 
 @dataclasses.dataclass(frozen=True)
