@@ -40,6 +40,8 @@ def extend_cache(
     """
     if new["positions"].shape == (1, 1):
         return _extend_by_one(cache, new, ring)
+    if "vt" in cache and len(new["positions"]) == 1:
+        return _extend_columns(cache, new, ring)
     if "vt" in cache:
         seen, extended = extend_cache(in_rows(cache), new, ring=ring)
         return seen, _in_columns(extended)
@@ -62,6 +64,54 @@ def extend_cache(
     if ring:
         seen = {n: jnp.concatenate([cache[n], v], axis=1) for n, v in new.items()}
     return seen, {**written, "end_index": end + added}
+
+
+def _extend_columns(
+    cache: LayerCache, new: LayerCache, ring: bool
+) -> tuple[LayerCache, LayerCache]:
+    """`extend_cache` by several tokens of one stream, whose values lie in columns.
+
+    Each slot takes its token.  A scatter, which takes each token to its slot, would be given rows:
+    all values would be turned round twice.
+    """
+    end, size = cache["end_index"][0], cache["positions"].shape[1]
+    length = new["positions"].shape[1]
+    added = jnp.sum(new["positions"] >= 0, dtype=end.dtype)
+    if ring:
+        start, count = jnp.zeros((), end.dtype), size
+        token = (jnp.arange(size) - end) % size
+        # The last of those that share a slot.
+        token += jnp.maximum(added - 1 - token, 0) // size * size
+    else:
+        # All slots that may take one; not beyond the last slot, where they would be moved.
+        count = min(length, size)
+        start = jnp.minimum(end, size - count)
+        token = start - end + jnp.arange(count)
+    taken = (token >= 0) & (token < added)
+    token = jnp.clip(token, 0, length - 1)
+
+    def write(name: str, value: jax.Array) -> jax.Array:
+        # As matrices, see `_extend_by_one`.
+        last = name == "vt"
+        held = cache[name].reshape((-1, size) if last else (size, -1))
+        value = value.astype(held.dtype).reshape(length, -1)[token]
+        value = value.T if last else value
+        place = (0, start) if last else (start, 0)
+        old = lax.dynamic_slice(held, place, value.shape)
+        value = jnp.where(taken if last else taken[:, None], value, old)
+        return lax.dynamic_update_slice(held, value, place).reshape(cache[name].shape)
+
+    written = {"vt" if name == "v" else name: x for name, x in new.items()}
+    written = {name: write(name, value) for name, value in written.items()}
+    extended = {**written, "end_index": cache["end_index"] + added}
+    if not ring:
+        return in_rows(written), extended
+    old = in_rows(cache)
+    seen = {
+        name: jnp.concatenate([old[name], value.astype(old[name].dtype)], axis=1)
+        for name, value in new.items()
+    }
+    return seen, extended
 
 
 def _extend_by_one(cache: LayerCache, new: LayerCache, ring: bool) -> tuple[LayerCache, LayerCache]:

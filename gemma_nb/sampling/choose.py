@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 
+import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.head import Scores
-from gemma_nb.sampling.methods import Controls, Distribution, distribution, draw, uniform_at
+from gemma_nb.sampling.methods import (
+    Controls,
+    Distribution,
+    distribution,
+    draw,
+    invert,
+    running_sum,
+    uniform_at,
+)
+
+# In so many parts a vocabulary is added up.
+_ROWS = 64
 
 
 def choose(
@@ -36,40 +49,38 @@ def choose(
       forced_logit: exact logit of `controls.forced`, where `scores` knows those of the shortlist
         only; None where all are exact.
     """
-    totals = _totals(scores)
-    forced, token = controls.forced >= 0, controls.forced
+    forced, uniform = controls.forced, uniform_at(controls, position)
+    exact = None if forced_logit is None else _Exact.of(scores, forced, forced_logit)
     allowed = ~controls.banned[scores.ids]
     number = allowed.sum()
 
-    def among_shortlist() -> Evidence:
-        chosen, probabilities = _draw_from(scores.values, allowed, controls, position)
-        value = scores.values[chosen]
-        rank = jnp.sum(scores.values > value)
-        p = probabilities[chosen], probabilities
-        return _evidence(scores, totals, (scores.ids[chosen], value, rank), p, k)
+    def among_shortlist() -> tuple[jax.Array, jax.Array, jax.Array]:
+        chosen, p = _draw_from(scores.values, allowed, controls, uniform)
+        token = jnp.where(forced >= 0, forced, scores.ids[chosen])
+        return token, jnp.sum(jnp.where(scores.ids == token, p, 0.0)), p
 
-    def beside_shortlist() -> Evidence:
-        """A forced token, where all that may be drawn is on the shortlist."""
-        _, probabilities = _draw_from(scores.values, allowed, controls, position)
-        known = scores if forced_logit is None else _with(scores, token, forced_logit)
-        value = known.logits[token]
-        rank = jnp.sum(known.logits > value)
-        p = jnp.sum(jnp.where(scores.ids == token, probabilities, 0.0)), probabilities
-        return _evidence(scores, _totals(known), (token, value, rank), p, k)
-
-    def among_all() -> Evidence:
-        known = scores if forced_logit is None else _with(scores, token, forced_logit)
-        dist = distribution(known.logits, controls, seen)
-        chosen = jnp.where(forced, token, draw(dist, controls, position))
-        return observe(known, dist, chosen, k)
+    def among_all() -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits = scores.logits if exact is None else exact.within(scores.logits)
+        dist = distribution(logits, controls, seen)
+        token = jnp.where(forced >= 0, forced, draw(dist, controls, uniform))
+        return token, dist.probability(token), dist.probability(scores.ids)
 
     enough = jnp.where(
         controls.temperature == 0, number > 0, (controls.top_k > 0) & (controls.top_k <= number)
     )
     short = enough & (controls.repetition_penalty == 1)
-    # A conditional, not a select: only the branch that is needed is computed.
-    which = jnp.where(short, forced.astype(jnp.int32), 2)
-    return lax.switch(which, (among_shortlist, beside_shortlist, among_all))
+    # Conditionals, not selects: only the branch that is needed is computed.
+    token, *probabilities = lax.cond(short, among_shortlist, among_all)
+    value = scores.logits[token]
+    if exact is not None:
+        value = jnp.where(exact.token >= 0, exact.logit, value)
+    rank = lax.cond(
+        (scores.ids == token).any(),
+        lambda: jnp.sum(scores.values > value),
+        # Not the token itself, whose own logit may have been inexact.
+        lambda: jnp.sum((scores.logits > value) & (jnp.arange(len(scores.logits)) != token)),
+    )
+    return _evidence(scores, exact, (token, value, rank), tuple(probabilities), k)
 
 
 def observe(scores: Scores, dist: Distribution, token: Int[Array, ""], k: int) -> Evidence:
@@ -84,7 +95,7 @@ def observe(scores: Scores, dist: Distribution, token: Int[Array, ""], k: int) -
     logit = scores.logits[token]
     rank = jnp.sum(scores.logits > logit)
     p = dist.probability(token), dist.probability(scores.ids)
-    return _evidence(scores, _totals(scores), (token, logit, rank), p, k)
+    return _evidence(scores, None, (token, logit, rank), p, k)
 
 
 def exact_logit(
@@ -106,32 +117,64 @@ def exact_logit(
     return logit if soft_cap is None else soft_cap * jnp.tanh(logit / soft_cap)
 
 
-def _with(scores: Scores, token: Int[Array, ""], logit: Float[Array, ""]) -> Scores:
-    """`scores` with the exact logit of one token (-1: none); those of the shortlist are exact."""
-    known = (token < 0) | (scores.ids == token).any()
-    logit = jnp.where(known, scores.logits[token], logit)
-    return dataclasses.replace(scores, logits=scores.logits.at[token].set(logit))
+@flax.struct.dataclass
+class _Exact:
+    """The exact logit of a forced token, where the others know only a rough one.
+
+    Attributes:
+      token: () int32; -1 where nothing is forced, or what is stands on the shortlist.
+      logit: () float32.
+      rough: () float32, what it is among all logits.
+    """
+
+    token: jax.Array
+    logit: jax.Array
+    rough: jax.Array
+
+    @classmethod
+    def of(cls, scores: Scores, forced: jax.Array, logit: jax.Array) -> _Exact:
+        token = jnp.where((scores.ids == forced).any(), -1, forced)
+        return cls(token, logit, scores.logits[token])
+
+    def within(self, logits: jax.Array) -> jax.Array:
+        """`logits` with this one."""
+        return jnp.where(jnp.arange(len(logits)) == self.token, self.logit, logits)
 
 
-def _totals(scores: Scores) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def _totals(
+    scores: Scores, exact: _Exact | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Log-sum-exp of the logits, and the entropy of their softmax."""
     top = scores.values[0]
-    weights = jnp.exp(scores.logits - top)
-    total = weights.sum()
+    # Both sums in one loop, which takes each exponential once; and row by row, since the rounding
+    # errors of a sum grow with how much is added to one number.
+    rows = scores.logits.reshape(math.gcd(len(scores.logits), _ROWS), -1)
+    weights = jnp.exp(rows - top)
+    zero = np.float32(0)
+    sums = lax.reduce(
+        (weights, weights * rows), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (1,)
+    )
+    total, weighted = (x.sum() for x in sums)
+    if exact is not None:
+        # One term in place of another: the logits with this one would have to be written first.
+        new, old = jnp.exp(exact.logit - top), jnp.exp(exact.rough - top)
+        known = exact.token < 0
+        total += jnp.where(known, 0.0, new - old)
+        weighted += jnp.where(known, 0.0, new * exact.logit - old * exact.rough)
     log_total = top + jnp.log(total)
     # H = -sum p log p = log Z - sum p x.
-    return log_total, log_total - jnp.sum(weights * scores.logits) / total
+    return log_total, log_total - weighted / total
 
 
 def _evidence(
     scores: Scores,
-    totals: tuple[jax.Array, jax.Array],
+    exact: _Exact | None,
     chosen: tuple[jax.Array, jax.Array, jax.Array],
     probabilities: tuple[jax.Array, jax.Array],
     k: int,
 ) -> Evidence:
     """Evidence of a token with its logit and rank; probabilities of it and of the shortlist."""
-    log_total, entropy = totals
+    log_total, entropy = _totals(scores, exact)
     token, logit, rank = chosen
     return Evidence(
         token=token.astype(jnp.int32),
@@ -150,7 +193,7 @@ def _draw_from(
     values: Float[Array, " n"],
     allowed: Bool[Array, " n"],
     controls: Controls,
-    position: Int[Array, ""],
+    uniform: Float[Array, ""],
 ) -> tuple[Int[Array, ""], Float[Array, " n"]]:
     """The index drawn from a sorted shortlist that holds all that is kept; all probabilities.
 
@@ -160,19 +203,17 @@ def _draw_from(
     scores = values / jnp.where(greedy, 1.0, controls.temperature)
     scores = jnp.where(allowed, scores, -jnp.inf)
     kept = jnp.where(greedy, 1, controls.top_k)
-    within = allowed & (jnp.cumsum(allowed) <= kept)
+    within = allowed & (running_sum(allowed.astype(jnp.float32)) <= kept.astype(jnp.float32))
     first = jnp.argmax(allowed)
     weights = jnp.where(within, jnp.exp(scores - scores[first]), 0.0)
     p = weights / weights.sum()
-    before = jnp.cumsum(p) - p
+    before = running_sum(p) - p
     nucleus = (before < controls.top_p) | (controls.top_p >= 1)
     nucleus = (within & nucleus) | (jnp.arange(len(values)) == first)
     threshold = jnp.min(jnp.where(nucleus, scores, jnp.inf))
     threshold = jnp.maximum(threshold, scores[first] + jnp.log(controls.min_p))
     # Tokens as likely as the last one kept are kept as well.
     weights = jnp.where(allowed & (scores >= threshold), jnp.exp(scores - scores[first]), 0.0)
-    running = jnp.cumsum(weights)
-    target = uniform_at(controls, position) * running[-1]
-    last = jnp.max(jnp.where(weights > 0, jnp.arange(len(values)), 0))
-    drawn = jnp.minimum(jnp.sum(running <= target), last)
-    return jnp.where(greedy, first, drawn), weights / running[-1]
+    total = weights.sum()
+    drawn, _ = invert(weights, uniform * total)
+    return jnp.where(greedy, first, drawn), weights / total

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import flax
 import jax
@@ -220,29 +221,92 @@ def distribution(
 def _rank_threshold(scores: jax.Array, k: jax.Array, p: jax.Array) -> jax.Array:
     """The smallest score that top-k (0: off) and then top-p (1: off) keep."""
     size = scores.shape[0]
-    log_total = jax.nn.logsumexp(scores)
 
-    def smallest_kept(ordered: jax.Array) -> jax.Array:
-        index = jnp.arange(ordered.shape[0])
+    def among(shortlist: jax.Array, log_total: jax.Array) -> jax.Array:
+        index = jnp.arange(shortlist.shape[0])
         within = (k == 0) | (index < k)
         # Top-p looks at the distribution that top-k has left.
-        total = jnp.where(k == 0, log_total, jax.nn.logsumexp(jnp.where(within, ordered, -jnp.inf)))
-        probabilities = jnp.where(within, jnp.exp(ordered - total), 0.0)
-        before = jnp.cumsum(probabilities) - probabilities
+        left = jax.nn.logsumexp(jnp.where(within, shortlist, -jnp.inf))
+        weights = jnp.exp(shortlist - jnp.where(k == 0, log_total, left))
+        probabilities = jnp.where(within, weights, 0.0)
+        before = running_sum(probabilities) - probabilities
         nucleus = within & ((before < p) | (p >= 1) | (index == 0))
-        return jnp.min(jnp.where(nucleus, ordered, jnp.inf))
-
-    def by_full_sort() -> jax.Array:
-        return smallest_kept(-jnp.sort(-scores))
+        return jnp.min(jnp.where(nucleus, shortlist, jnp.inf))
 
     def by_shortlist() -> jax.Array:
         shortlist, _ = top_k(scores, min(_SHORTLIST, size))
+        log_total = jax.nn.logsumexp(scores)
         covered = jnp.exp(shortlist - log_total).sum()
         enough = ((k > 0) & (k <= _SHORTLIST)) | ((k == 0) & (covered >= p))
-        return lax.cond(enough, lambda: smallest_kept(shortlist), by_full_sort)
+        enough |= size <= _SHORTLIST
+        return lax.cond(
+            enough, lambda: among(shortlist, log_total), lambda: _bisected(scores, k, p)
+        )
 
     # Conditionals, not selects: only the branch that is needed is computed.
     return lax.cond((k == 0) & (p >= 1), lambda: jnp.float32(-jnp.inf), by_shortlist)
+
+
+def _bisected(scores: jax.Array, k: jax.Array, p: jax.Array) -> jax.Array:
+    """`_rank_threshold` of any number of scores: a quarter of the time that sorting them takes."""
+    top = scores.max()
+    weights = jnp.exp(scores - top)
+
+    def smallest(keeps: Callable[[jax.Array], jax.Array], after: jax.Array) -> jax.Array:
+        """The smallest score from `after` on that is kept; all larger ones are, too."""
+
+        def halve(ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = ends
+            middle = (low & high) + ((low ^ high) >> 1)  # the sum of both may overflow
+            kept = keeps(_in_order(middle, jnp.float32))
+            return jnp.where(kept, low, middle + 1), jnp.where(kept, middle, high)
+
+        ends = _in_order(after, jnp.int32), _in_order(top, jnp.int32)
+        _, found = lax.while_loop(lambda ends: ends[0] < ends[1], halve, ends)
+        return _in_order(found, jnp.float32)
+
+    def above(value: jax.Array) -> jax.Array:
+        return jnp.where(scores > value, weights, 0.0).sum()
+
+    bottom = scores.min()
+    least = lax.cond(
+        k == 0, lambda: bottom, lambda: smallest(lambda v: jnp.sum(scores > v) < k, bottom)
+    )
+    # Of scores that equal the last one kept, top-p sees only as many as top-k has left.
+    equal = jnp.exp(least - top) * (k - jnp.sum(scores > least)).astype(jnp.float32)
+    total = jnp.where(k == 0, weights.sum(), above(least) + equal)
+    return smallest(lambda v: (p >= 1) | (above(v) < p * total), least)
+
+
+def _in_order(x: jax.Array, dtype: Any) -> jax.Array:
+    """float32 as int32 in the same order, or the inverse."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return lax.bitcast_convert_type(bits ^ ((bits >> 31) & 0x7FFFFFFF), dtype)
+
+
+def running_sum(x: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The sum of each entry and those before it.
+
+    As products of matrices, which XLA:CPU need not compile anything for; of `jnp.cumsum` it makes
+    five loops.
+    """
+    size = math.isqrt(max(x.shape[0] - 1, 0)) + 1
+    rows = jnp.pad(x, (0, size * size - x.shape[0])).reshape(size, size)
+    within = rows @ np.triu(np.ones((size, size), np.float32))
+    before = within[:, -1] @ np.triu(np.ones((size, size), np.float32), 1)
+    return (within + before[:, None]).reshape(-1)[: x.shape[0]]
+
+
+def invert(w: Float[Array, " n"], target: Float[Array, ""]) -> tuple[jax.Array, jax.Array]:
+    """First index whose running sum exceeds `target`, and what is left of that there.
+
+    Only an entry above 0 is found, whatever is rounded.
+    """
+    running, index = running_sum(w), jnp.arange(w.shape[0])
+    # Rounding may leave target at or beyond the sum: the last entry that has weight.
+    last = jnp.max(jnp.where(w > 0, index, 0))
+    found = jnp.min(jnp.where((running > target) & (w > 0), index, last))
+    return found, target - (running[found] - w[found])
 
 
 def uniform_at(controls: Controls, position: Int[Array, ""]) -> Float[Array, ""]:
@@ -250,28 +314,20 @@ def uniform_at(controls: Controls, position: Int[Array, ""]) -> Float[Array, ""]
     return jax.random.uniform(jax.random.fold_in(controls.key, position))
 
 
-def draw(dist: Distribution, controls: Controls, position: Int[Array, ""]) -> Int[Array, ""]:
-    """The token id drawn for `position`: the same key and position always draw the same.
+def draw(dist: Distribution, controls: Controls, uniform: Float[Array, ""]) -> Int[Array, ""]:
+    """The token id drawn by a number of `uniform_at`: the same one always draws the same.
 
-    By inversion of the cumulative distribution with one uniform number, in two levels (blocks of
-    the vocabulary, then inside one), since a cumulative sum over all of it is slow.
+    By inversion of the cumulative distribution, in two levels (blocks of the vocabulary, then
+    inside one), since a cumulative sum over all of it is slow.
     """
-    block = 128
-
-    def invert(w: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First index whose running sum exceeds target, and what is left of target there."""
-        running = jnp.cumsum(w)
-        # Rounding may leave target at or beyond the sum: take the last entry that has weight.
-        last = jnp.max(jnp.where(w > 0, jnp.arange(w.shape[0]), 0))
-        index = jnp.minimum(jnp.sum(running <= target), last)
-        return index, target - (running[index] - w[index])
+    block = 512
 
     def drawn() -> jax.Array:
         kept = dist.scores >= dist.threshold
         weights = jnp.where(kept, jnp.exp(dist.scores - dist.log_total), 0.0)
         padded = jnp.pad(weights, (0, -weights.shape[0] % block)).reshape(-1, block)
         sums = padded.sum(axis=1)
-        row, rest = invert(sums, uniform_at(controls, position) * sums.sum())
+        row, rest = invert(sums, uniform * sums.sum())
         column, _ = invert(padded[row], jnp.maximum(rest, 0.0))
         return (row * block + column).astype(jnp.int32)
 

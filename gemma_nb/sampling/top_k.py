@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-_BLOCK = 64
+_BLOCK = 32
 
 
 def top_k(x: Float[Array, " V"], k: int) -> tuple[Float[Array, " k"], Int[Array, " k"]]:

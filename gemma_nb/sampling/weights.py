@@ -30,8 +30,8 @@ class DecodingWeights:
     Attributes:
       given: of linen: the official tree under "params", without what stands elsewhere here, and
         `prepared` (see `gemma_nb.nn.storage`) where it is faster.
-      norms: the scales of all norms, one array (n, width) per width; empty where they are in
-        `given`.
+      norms: the scales of all norms, one float32 array (n, width) per width; empty where they are
+        in `given`.
       paths: whose they are, in order.
       head: the vocabulary head of a single token; None for the plain one.
     """
@@ -119,7 +119,7 @@ def _make(model: GemmaTransformer) -> DecodingWeights:
     return DecodingWeights(
         {"params": params, "prepared": prepared},
         # By the host: to compile it would take longer.
-        norms=tuple(jnp.asarray(np.stack(list(scales.values()))) for scales in norms.values()),
+        norms=tuple(_stacked(list(scales.values())) for scales in norms.values()),
         paths=tuple(tuple(scales) for scales in norms.values()),
         head=head,
     )
@@ -146,6 +146,11 @@ def _split_norms(params: Params) -> tuple[Params, dict[int, dict[tuple[str, ...]
         scale = flat.pop(path)
         norms.setdefault(scale.shape[0], {})[path] = scale
     return cast(Params, flax.traverse_util.unflatten_dict(flat)), norms
+
+
+def _stacked(scales: list[jax.Array]) -> jax.Array:
+    """Norms' scales as they are computed with, which also saves XLA a loop for each of them."""
+    return jnp.asarray(np.stack([np.asarray(scale, np.float32) for scale in scales]))
 
 
 def _without(params: Params, prepared: Params) -> Params:

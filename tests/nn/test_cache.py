@@ -39,8 +39,9 @@ def assert_equal(ours, theirs):
 def test_transposed_values_are_the_same_values(ring):
     plain, other = empty(transposed=False), empty(transposed=True)
     start = 0
-    # The last ones go round a ring, and are dropped without one.
-    for count, padding in ((3, 2), (1, 0), (1, 0), (2, 0), (1, 0), (1, 0), (4, 1)):
+    # The last ones go round a ring, once and more, and are dropped without one.
+    pieces = ((3, 2), (1, 0), (1, 0), (2, 0), (1, 0), (1, 0), (4, 1), (11, 5), (17, 0), (2, 14))
+    for count, padding in pieces:
         new = tokens(start, count, padding)
         seen, plain = extend_cache(plain, new, ring=ring)
         found, other = extend_cache(other, new, ring=ring)

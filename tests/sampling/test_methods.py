@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_nb.sampling.methods import Controls, Sampling, distribution, draw
+from gemma_nb.sampling.methods import (
+    Controls,
+    Sampling,
+    distribution,
+    draw,
+    invert,
+    running_sum,
+    uniform_at,
+)
 from gemma_nb.sampling.top_k import top_k
 
 VOCABULARY = 4096 * 16  # large enough for the two-level search and the shortlist
@@ -51,7 +59,8 @@ def probabilities(logits, controls, seen):
 def draws(logits, controls, positions):
     seen = jnp.zeros(logits.shape, bool)
     dist = distribution(logits, controls, seen)
-    return jax.vmap(lambda position: draw(dist, controls, position))(positions)
+    numbers = jax.vmap(lambda position: uniform_at(controls, position))(positions)
+    return jax.vmap(lambda uniform: draw(dist, controls, uniform))(numbers)
 
 
 def random_logits(seed: int, spread: float, size: int = VOCABULARY) -> np.ndarray:
@@ -87,6 +96,40 @@ def test_probabilities_are_those_of_the_definition(sampling, seed, spread):
     tolerance = 3e-6 + 3e-4 * expected.max()
     np.testing.assert_allclose(actual[settled], expected[settled], atol=tolerance)
     assert actual.sum() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.4, 0.9, 0.999, None])
+@pytest.mark.parametrize("top_k", [1, 300, 2000, None])
+def test_what_equals_the_last_one_kept_is_kept(top_k, top_p):
+    """Of thousands of tokens with few different logits; more than a shortlist holds."""
+    logits = np.round(random_logits(5, 1.5, 6000))
+    logits[logits == logits.max()] -= 1  # so that the likeliest ones are many, too
+    sampling = Sampling(top_k=top_k, top_p=top_p, seed=0)
+    actual = np.asarray(
+        probabilities(logits, Controls.of(sampling, logits.size), jnp.zeros(logits.size, bool))
+    )
+    least = logits[definition(logits, sampling, np.zeros(logits.size, bool)) > 0].min()
+    expected = softmax(np.where(logits >= least, logits, -np.inf).astype(np.float64))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 17, 250, 256, 512])
+def test_running_sums(size):
+    x = np.random.default_rng(size).random(size).astype(np.float32)
+    np.testing.assert_allclose(running_sum(jnp.asarray(x)), np.cumsum(x), rtol=1e-6)
+
+
+def test_only_what_has_weight_is_found():
+    rng = np.random.default_rng(0)
+    w = rng.random(500).astype(np.float32) * (rng.random(500) < 0.1)
+    targets = np.r_[0, np.cumsum(w), w.sum() * rng.random(2000), 2 * w.sum()].astype(np.float32)
+    found, rest = jax.vmap(invert, (None, 0))(jnp.asarray(w), jnp.asarray(targets))
+    assert (w[np.asarray(found)] > 0).all()
+    before = np.cumsum(w) - w
+    np.testing.assert_allclose(before[found] + rest, targets, rtol=1e-5, atol=1e-6)
+    inside = targets < w.sum() * (1 - 1e-6)
+    assert (np.asarray(rest)[inside] > -1e-5).all()
+    assert (np.asarray(rest)[inside] <= w[found][inside] + 1e-5).all()
 
 
 @pytest.mark.parametrize("size", [40, 300, 1000])
