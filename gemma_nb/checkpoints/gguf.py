@@ -20,6 +20,9 @@ from gemma_nb.errors import CheckpointError
 
 _ROWS_AT_ONCE = 8_192  # dequantised together: bounds the temporaries of a large embedding
 
+# So many values fit into a core's own cache, with what is computed on the way to them.
+_VALUES_AT_ONCE = 1 << 17
+
 _NOT_TEXT = ("v.", "mm.")  # what images go through, where a file has that as well
 
 _MAX_LAYERS = 256  # the largest Gemma has 62
@@ -99,8 +102,13 @@ class GGUFFile:
             return np.frombuffer(raw.tobytes(), "<f4").reshape(len(raw), -1)
         if kind == gguf.GGMLQuantizationType.F16:
             return np.frombuffer(raw.tobytes(), "<f2").astype(np.float32).reshape(len(raw), -1)
+        # The library works through sixteen rows at a time: of a narrow matrix that is so little
+        # that most of the time goes into its loop.  Blocks do not know where a row ends.
+        joined = max(1, _VALUES_AT_ONCE // (16 * info.shape[-1]))
+        joined = math.gcd(len(raw), 1 << (joined.bit_length() - 1))
         try:
-            return gguf.quants.dequantize(raw, kind)
+            values = gguf.quants.dequantize(raw.reshape(len(raw) // joined, -1), kind)
+            return values.reshape(len(raw), -1)
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.name}: tensor {info.name!r} is stored as {info.type_name}, which the gguf "
