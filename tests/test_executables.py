@@ -224,7 +224,7 @@ def test_what_cannot_be_written_is_left_to_jaxs_cache(place, monkeypatch):
     def refuse(compiled):
         raise NotImplementedError("no such thing")
 
-    monkeypatch.setattr(executables.serialize_executable, "serialize", refuse)
+    monkeypatch.setattr(executables.files.serialize_executable, "serialize", refuse)
     x = np.zeros(2, np.float32)
     np.testing.assert_array_equal(Kept(jnp.exp, "a")((), x), [1, 1])
     assert [file.suffix for file in programs(place)] == [".refused"]
