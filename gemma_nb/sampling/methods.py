@@ -292,8 +292,11 @@ def running_sum(x: Float[Array, " n"]) -> Float[Array, " n"]:
     """
     size = math.isqrt(max(x.shape[0] - 1, 0)) + 1
     rows = jnp.pad(x, (0, size * size - x.shape[0])).reshape(size, size)
-    within = rows @ np.triu(np.ones((size, size), np.float32))
-    before = within[:, -1] @ np.triu(np.ones((size, size), np.float32), 1)
+    ones = np.ones((size, size), np.float32)
+    # Accelerators would round what they multiply.
+    exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    within = exact(rows, np.triu(ones))
+    before = exact(within[:, -1], np.triu(ones, 1))
     return (within + before[:, None]).reshape(-1)[: x.shape[0]]
 
 
