@@ -20,7 +20,8 @@ from gemma_nb.errors import CheckpointError
 
 _ROWS_AT_ONCE = 8_192  # dequantised together: bounds the temporaries of a large embedding
 
-# So many values fit into a core's own cache, with what is computed on the way to them.
+# So many values at most are given to the `gguf` library's loop at once: fewer take longer, and more
+# leave a core's own cache (a conversion of Gemma 3 270M: 5.2 s with sixteen rows, 4.3 with these).
 _VALUES_AT_ONCE = 1 << 17
 
 _NOT_TEXT = ("v.", "mm.")  # what images go through, where a file has that as well
@@ -102,8 +103,8 @@ class GGUFFile:
             return np.frombuffer(raw.tobytes(), "<f4").reshape(len(raw), -1)
         if kind == gguf.GGMLQuantizationType.F16:
             return np.frombuffer(raw.tobytes(), "<f2").astype(np.float32).reshape(len(raw), -1)
-        # The library works through sixteen rows at a time: of a narrow matrix that is so little
-        # that most of the time goes into its loop.  Blocks do not know where a row ends.
+        # The library takes sixteen rows at a time, of a narrow matrix too few.  Blocks do not know
+        # where a row ends, so several rows may pass for one; a power of two, as most heights are.
         joined = max(1, _VALUES_AT_ONCE // (16 * info.shape[-1]))
         joined = math.gcd(len(raw), 1 << (joined.bit_length() - 1))
         try:

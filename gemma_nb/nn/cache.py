@@ -29,8 +29,8 @@ def extend_cache(
     not fit is dropped: the caller counts.
 
     Args:
-      cache: k and v (B, S, K, H), positions (B, S), end_index (B,).  In place of v it may hold vt
-        (B, K, H, S): a single query's sum of values then reads memory in order.
+      cache: k and v (B, S, K, H), positions (B, S), end_index (B,).  A single stream's may hold vt
+        (1, K, H, S) in place of v: a single query's sum of values then reads memory in order.
       new: k and v (B, T, K, H), positions (B, T).
       ring: whether the cache is a ring.
 
@@ -40,11 +40,8 @@ def extend_cache(
     """
     if new["positions"].shape == (1, 1):
         return _extend_by_one(cache, new, ring)
-    if "vt" in cache and len(new["positions"]) == 1:
-        return _extend_columns(cache, new, ring)
     if "vt" in cache:
-        seen, extended = extend_cache(in_rows(cache), new, ring=ring)
-        return seen, _in_columns(extended)
+        return _extend_columns(cache, new, ring)
 
     end = cache["end_index"]
     batch, length = new["positions"].shape
@@ -60,9 +57,7 @@ def extend_cache(
     slots = jnp.where(real, slots, size)  # `size`: dropped
     rows = jnp.arange(batch)[:, None]
     written = {n: cache[n].at[rows, slots].set(v, mode="drop") for n, v in new.items()}
-    seen = written
-    if ring:
-        seen = {n: jnp.concatenate([cache[n], v], axis=1) for n, v in new.items()}
+    seen = _side_by_side(cache, new) if ring else written
     return seen, {**written, "end_index": end + added}
 
 
@@ -104,14 +99,14 @@ def _extend_columns(
     written = {"vt" if name == "v" else name: x for name, x in new.items()}
     written = {name: write(name, value) for name, value in written.items()}
     extended = {**written, "end_index": cache["end_index"] + added}
-    if not ring:
-        return in_rows(written), extended
+    return _side_by_side(cache, new) if ring else in_rows(written), extended
+
+
+def _side_by_side(cache: LayerCache, new: LayerCache) -> LayerCache:
+    """What a ring holds, and the new tokens behind it."""
     old = in_rows(cache)
-    seen = {
-        name: jnp.concatenate([old[name], value.astype(old[name].dtype)], axis=1)
-        for name, value in new.items()
-    }
-    return seen, extended
+    pairs = ((name, old[name], value.astype(old[name].dtype)) for name, value in new.items())
+    return {name: jnp.concatenate([held, value], axis=1) for name, held, value in pairs}
 
 
 def _extend_by_one(cache: LayerCache, new: LayerCache, ring: bool) -> tuple[LayerCache, LayerCache]:
@@ -140,9 +135,3 @@ def in_rows(cache: LayerCache) -> LayerCache:
         return cache
     rest = {name: value for name, value in cache.items() if name != "vt"}
     return {**rest, "v": jnp.moveaxis(cache["vt"], -1, 1)}
-
-
-def _in_columns(cache: LayerCache) -> LayerCache:
-    """The same cache with its values as vt (B, K, H, S)."""
-    rest = {name: value for name, value in cache.items() if name != "v"}
-    return {**rest, "vt": jnp.moveaxis(cache["v"], 1, -1)}

@@ -39,7 +39,7 @@ class StreamCache:
       ring_positions: (W,) int32, of the rings; None where there are none.
       end_index: () int32, tokens held.
       rings: per layer, whether it is a ring.
-      columns: whether the values are transposed, see `gemma_nb.nn.cache.in_columns`.
+      columns: whether the values are transposed, see `gemma_nb.nn.cache.in_rows`.
     """
 
     k: tuple[jax.Array, ...]

@@ -19,7 +19,6 @@ from gemma_nb.sampling.methods import (
     distribution,
     draw,
     invert,
-    running_sum,
     uniform_at,
 )
 
@@ -141,10 +140,8 @@ class _Exact:
         return jnp.where(jnp.arange(len(logits)) == self.token, self.logit, logits)
 
 
-def _totals(
-    scores: Scores, exact: _Exact | None = None
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Log-sum-exp of the logits, and the entropy of their softmax."""
+def _totals(scores: Scores, exact: _Exact | None) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Log-sum-exp of the logits, and the entropy of their softmax; with the `exact` one, if any."""
     top = scores.values[0]
     # Both sums in one loop, which takes each exponential once; and row by row, since the rounding
     # errors of a sum grow with how much is added to one number.
@@ -203,11 +200,11 @@ def _draw_from(
     scores = values / jnp.where(greedy, 1.0, controls.temperature)
     scores = jnp.where(allowed, scores, -jnp.inf)
     kept = jnp.where(greedy, 1, controls.top_k)
-    within = allowed & (running_sum(allowed.astype(jnp.float32)) <= kept.astype(jnp.float32))
+    within = allowed & (jnp.cumsum(allowed) <= kept)
     first = jnp.argmax(allowed)
     weights = jnp.where(within, jnp.exp(scores - scores[first]), 0.0)
     p = weights / weights.sum()
-    before = running_sum(p) - p
+    before = jnp.cumsum(p) - p
     nucleus = (before < controls.top_p) | (controls.top_p >= 1)
     nucleus = (within & nucleus) | (jnp.arange(len(values)) == first)
     threshold = jnp.min(jnp.where(nucleus, scores, jnp.inf))

@@ -13,7 +13,7 @@ def top_k(x: Float[Array, " V"], k: int) -> tuple[Float[Array, " k"], Int[Array,
     """Values and indices of the k largest entries of x, in descending order.  Exact.
 
     Only the k blocks with the largest maxima can hold one of the k largest entries, so the full
-    sort that `lax.top_k` does runs over k * 64 candidates instead of V.
+    sort that `lax.top_k` does runs over k * 32 candidates instead of V.
     """
     size = x.shape[0]
     if size <= k * _BLOCK or size % _BLOCK:

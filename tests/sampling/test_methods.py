@@ -15,7 +15,6 @@ from gemma_nb.sampling.methods import (
     distribution,
     draw,
     invert,
-    running_sum,
     uniform_at,
 )
 from gemma_nb.sampling.top_k import top_k
@@ -111,12 +110,6 @@ def test_what_equals_the_last_one_kept_is_kept(top_k, top_p):
     least = logits[definition(logits, sampling, np.zeros(logits.size, bool)) > 0].min()
     expected = softmax(np.where(logits >= least, logits, -np.inf).astype(np.float64))
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1, 2, 16, 17, 250, 256, 512])
-def test_running_sums(size):
-    x = np.random.default_rng(size).random(size).astype(np.float32)
-    np.testing.assert_allclose(running_sum(jnp.asarray(x)), np.cumsum(x), rtol=1e-6)
 
 
 def test_only_what_has_weight_is_found():
