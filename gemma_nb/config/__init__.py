@@ -56,6 +56,11 @@ class LayerSpec:
     rope_base: float = 10_000.0
     rope_scale: float = 1.0
 
+    @property
+    def rotation(self) -> tuple[float, float]:
+        """What tells its rotary embedding from other layers'."""
+        return self.rope_base, self.rope_scale
+
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:

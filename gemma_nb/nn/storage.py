@@ -59,7 +59,7 @@ class Stored:
     and the weight lies in (in, out) columns; without such a unit, fastest from float32.
 
     Attributes:
-      rows: (out, in), floating or int8.
+      rows: (out, in), floating or int8; None where it is for several tokens only.
       scale: (out,) float32, of int8 rows: a weight is its int8 times its row's scale, times its
         input's in `inputs`.
       inputs: (in,) float32, of int8 rows.
@@ -71,7 +71,7 @@ class Stored:
         for more than one needs `IN_STREAMS`.
     """
 
-    rows: jax.Array
+    rows: jax.Array | None
     scale: jax.Array | None = None
     inputs: jax.Array | None = None
     columns: jax.Array | None = None
@@ -94,6 +94,7 @@ class Stored:
         else:
             y = x.astype(jnp.float32)
             y = y if self.inputs is None else y * self.inputs
+            assert self.rows is not None
             y = product(y, self.rows, streams=self.streams)
             y = (y if self.scale is None else y * self.scale).astype(x.dtype)
         return y.reshape(*lead, -1)
@@ -103,7 +104,7 @@ def concatenate(parts: list[Stored]) -> Stored:
     """Floating weights of the same inputs as one: one product, one output behind the other."""
     columns = [part.columns for part in parts if part.columns is not None]
     return Stored(
-        rows=jnp.concatenate([part.rows for part in parts]),
+        rows=jnp.concatenate([part.rows for part in parts if part.rows is not None]),
         columns=jnp.concatenate(columns, axis=1) if columns else None,
     )
 
@@ -298,6 +299,7 @@ def pack(prepared: Any, *, int8: bool, rounded: bool, columns: Any, streams: Str
     """
 
     def one(stored: Stored) -> Stored:
+        assert stored.rows is not None
         form = Stored(rows=stored.rows, rounded=rounded, streams=streams.floating)
         if columns == jnp.float32:
             form = form.replace(wide=stored.rows.astype(columns))  # type: ignore[attr-defined]

@@ -153,24 +153,16 @@ class Transformer(nn.Module):
         if positions is None:
             start = 0 if cache is None else cache["layer_0"]["end_index"][:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
-        x = self.embedder.encode(tokens if edit is None else edit("tokens", tokens))
-        x = observe(self, "embed", x, edit)
+        x, rotations = self.enter(tokens, positions, interventions)
         new_cache: KVCache = {}
-        # Once for all layers of a kind: sines take long.
-        rotations: dict[tuple[float, float], Rotation] = {}
-        for spec in self.config.layers:
-            if (key := (spec.rope_base, spec.rope_scale)) not in rotations:
-                rotations[key] = Rotation.of(positions, self.config.head_dim, spec).materialize()
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[f"layer_{i}"]
             edit = None if interventions is None else interventions.at(i, positions)
-            rotation = rotations[block.spec.rope_base, block.spec.rope_scale]
+            rotation = rotations[block.spec.rotation]
             x, layer_cache = block(x, positions, layer_cache, attention_mask, edit, rotation)
             if layer_cache is not None:
                 new_cache[f"layer_{i}"] = layer_cache
-        edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
-        x = observe(self, "final", self.final_norm(x), edit)
+        x = self.leave(x, positions, interventions)
         if last_only:
             real = (tokens != _PADDING_ID) & (positions >= 0)
             index = jnp.max(jnp.where(real, jnp.arange(tokens.shape[1]), 0), axis=-1)
@@ -179,6 +171,31 @@ class Transformer(nn.Module):
         return Output(
             logits=self.unembed(x), cache=None if cache is None else new_cache, hidden_states=x
         )
+
+    def enter(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], interventions: Any = None
+    ) -> tuple[Float[Array, "B T D"], dict[tuple[float, float], Rotation]]:
+        """What the first layer takes: the residual stream, and the rotation of each kind of layer.
+
+        With `leave`, for whoever runs the layers one by one.
+        """
+        edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
+        x = self.embedder.encode(tokens if edit is None else edit("tokens", tokens))
+        x = observe(self, "embed", x, edit)
+        # Once for all layers of a kind: sines take long.
+        rotations: dict[tuple[float, float], Rotation] = {}
+        for spec in self.config.layers:
+            if spec.rotation not in rotations:
+                rotation = Rotation.of(positions, self.config.head_dim, spec)
+                rotations[spec.rotation] = rotation.materialize()
+        return x, rotations
+
+    def leave(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], interventions: Any = None
+    ) -> Float[Array, "B T D"]:
+        """Final-normed states of what the last layer returns."""
+        edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
+        return observe(self, "final", self.final_norm(x), edit)
 
     def unembed(self, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
         """Logits of final-normed hidden states, soft-capped where the model says so."""

@@ -18,10 +18,10 @@ from gemma_nb.sampling.cache import StreamCache
 from gemma_nb.sampling.choose import choose
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
+from gemma_nb.sampling.feed import compiler_options
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import Between
-from gemma_nb.sampling.step import compiler_options
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.typing import EMPTY

@@ -13,8 +13,6 @@ from jax.sharding import Mesh
 
 from gemma_nb import placement
 from gemma_nb.config import Sliding, TransformerConfig
-from gemma_nb.nn.cache import extend_cache, is_ring
-from gemma_nb.sites import SITES
 from gemma_nb.typing import EMPTY, KVCache, LayerCache
 
 # A cache starts small and grows, since a step reads all slots, used or not.  Each size is one
@@ -139,22 +137,6 @@ class StreamCache:
             rings=self.rings,
             columns=self.columns,
         )
-
-    def filled(self, config: TransformerConfig, sown: Any, positions: jax.Array) -> StreamCache:
-        """This cache, which is empty, with the tokens of a pass that was given none.
-
-        Args:
-          config: the model's numbers.
-          sown: the pass's `intermediates`.
-          positions: (1, T) int32; -1 marks padding, which is not stored.
-        """
-        layers = self.to_model(config)
-        for i, spec in enumerate(config.layers):
-            k, v = (SITES[site].value(sown, i) for site in ("k", "v"))
-            new: LayerCache = {"k": k, "v": v, "positions": positions}
-            empty = layers[f"layer_{i}"]
-            _, layers[f"layer_{i}"] = extend_cache(empty, new, ring=is_ring(spec.kind, empty))
-        return self.updated(layers)
 
     def with_rings(self, archive: Archive, length: int) -> StreamCache:
         """The cache with only its first `length` tokens in use, its rings made anew.

@@ -247,7 +247,7 @@ class Decoder:
         self._programs.looking = True
         return look(
             self._programs.look,
-            *(self._programs.one.leaves, self._cache, self._archive, self._interventions),
+            *(self._programs.one.ends.leaves, self._cache, self._archive, self._interventions),
             *(self.ids[position], position),
         )
 

@@ -16,8 +16,8 @@ from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import Archive, StreamCache
+from gemma_nb.sampling.feed import kept, sown_attention
 from gemma_nb.sampling.rows import in_order, together
-from gemma_nb.sampling.step import kept, sown_attention
 from gemma_nb.sampling.weights import DecodingWeights
 from gemma_nb.sites import SITES
 

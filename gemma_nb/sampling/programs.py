@@ -12,13 +12,15 @@ import numpy as np
 from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
+from gemma_nb.nn import Transformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.cache import StreamCache, compile_rewinding
+from gemma_nb.sampling.feed import Captured
 from gemma_nb.sampling.look import can_look, compile_look, compiled_look
 from gemma_nb.sampling.methods import Controls
 from gemma_nb.sampling.prefill import BUCKETS
-from gemma_nb.sampling.step import Captured, Program
-from gemma_nb.sampling.weights import decoding_weights
+from gemma_nb.sampling.step import Program
+from gemma_nb.sampling.weights import Part, decoding_weights
 
 # What compiles something, for `ahead.begin`.
 Jobs = Iterator[Callable[[], object]]
@@ -58,11 +60,17 @@ class Programs:
         captured = Captured(attention_layers, residuals=exact)
         # Held, since other streams of the model take them from here.
         self._weights = decoding_weights(model)
-        of = partial(Program.of, model.transformer, top_k=top_k, captured=captured)
-        self.many = of(self._weights)
-        self.first = of(self._weights, first=True) if self.looks else self.many
+        of = (top_k, captured)
+        if self.looks and jax.default_backend() == "cpu":
+            own = cast(Transformer, model.transformer)
+            ends, layers = self._weights.for_several()
+            parts = Part.of(ends), tuple(map(Part.of, layers))
+            self.many = Program.layerwise(own, parts, *of)
+            self.first = Program.layerwise(own, parts, *of, first=True)
+        else:
+            self.first = self.many = Program.several(model.transformer, self._weights, *of)
         # One token is given less.
-        self.one = of(self._weights.for_one_token(), single=True)
+        self.one = Program.single(model.transformer, self._weights.for_one_token(), *of)
 
     def use_huge_pages(self) -> None:
         """See `DecodingWeights`; a second time it does nothing."""
@@ -77,7 +85,7 @@ class Programs:
     @property
     def look(self) -> Kept:
         """The jitted pass of `gemma_nb.sampling.look.look`, for the leaves of `one`."""
-        return compiled_look(self._transformer, self.one.structure)
+        return compiled_look(self._transformer, self.one.ends.structure)
 
     def steps_at(
         self, size: int | None, controls: Controls, interventions: Interventions | None
@@ -103,7 +111,7 @@ class Programs:
             return
         if self._is_new(self.look, size, interventions):
             cache, _ = self._given(size)
-            yield partial(compile_look, self.look, self.one.leaves, cache, interventions)
+            yield partial(compile_look, self.look, self.one.ends.leaves, cache, interventions)
 
     def _given(self, size: int) -> tuple[StreamCache, jax.ShapeDtypeStruct]:
         """Shapes of the cache and of the tokens seen."""

@@ -206,7 +206,7 @@ class AttentionRows:
         """Keeps a copy of what a step has made, and evicts the oldest if there is no room.
 
         Args:
-          found: see `step.sown_attention`.
+          found: see `feed.sown_attention`.
           ids: all tokens up to the query, which is the last one.  More may be appended later.
           start: position of the first token that the step was given.
           interventions: what the model computed under.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax
@@ -68,13 +69,84 @@ class DecodingWeights:
 
     def for_one_token(self) -> DecodingWeights:
         """The same without what only several tokens at once use."""
+        return self._with_stored(lambda one: dataclasses.replace(one, columns=None, wide=None))
 
-        def one(stored: Any) -> Any:
-            bare = {"columns": None, "wide": None}
-            return dataclasses.replace(stored, **bare) if _is_stored(stored) else stored
+    def for_several(self) -> tuple[DecodingWeights, list[DecodingWeights]]:
+        """What several tokens use: of the ends, and of each layer by itself.
+
+        A layer's have its own module's paths.  Layers whose weights are used in the same way have
+        the same structure, however differently they are stored for single tokens.
+        """
+        several = self._with_stored(_for_several)
+        names = {path[0] for path in self._paths() if path[0].startswith("layer_")}
+        return several._below(None), [several._below(f"layer_{i}") for i in range(len(names))]
+
+    def _paths(self) -> list[tuple[str, ...]]:
+        """Of everything, without the collections."""
+        trees = map(flax.traverse_util.flatten_dict, map(dict, self.given.values()))
+        return [path for paths in (*trees, *self.paths) for path in paths]
+
+    def _below(self, layer: str | None) -> DecodingWeights:
+        """What stands in a layer, with paths from there; None: what stands in none."""
+
+        def rest(path: tuple[str, ...]) -> tuple[str, ...] | None:
+            if layer is None:
+                return None if path[0].startswith("layer_") else path
+            return path[1:] if path[0] == layer else None
+
+        given: dict[str, Any] = {}
+        for collection, tree in self.given.items():
+            flat = flax.traverse_util.flatten_dict(dict(tree))
+            found = {below: leaf for path, leaf in flat.items() if (below := rest(path))}
+            given[collection] = flax.traverse_util.unflatten_dict(found)
+        norms, paths = [], []
+        for stacked, whose in zip(self.norms, self.paths, strict=True):
+            which = [i for i, path in enumerate(whose) if rest(path)]
+            if which:
+                norms.append(jnp.asarray(np.asarray(stacked)[which]))
+                paths.append(tuple(below for path in whose if (below := rest(path))))
+        head = self.head if layer is None else None
+        return DecodingWeights(given, tuple(norms), tuple(paths), head)
+
+    def _with_stored(self, change: Callable[[Stored], Stored]) -> DecodingWeights:
+        def one(leaf: Any) -> Any:
+            return change(leaf) if _is_stored(leaf) else leaf
 
         given = jax.tree.map(one, self.given, is_leaf=_is_stored)
         return dataclasses.replace(self, given=given)
+
+
+def _for_several(stored: Stored) -> Stored:
+    """Without what only single tokens use."""
+    if stored.wide is None and stored.columns is None:
+        return dataclasses.replace(stored, streams=1)
+    bare = dataclasses.replace(stored, rows=None, scale=None, inputs=None, streams=1)
+    if stored.wide is not None:
+        bare = dataclasses.replace(bare, columns=None, rounded=False)
+    return bare
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some weights, as a program takes them.
+
+    Flattening hundreds of arrays anew would take part of a millisecond of every step.
+
+    Attributes:
+      leaves: the arrays.
+      structure: what makes `DecodingWeights` of them.
+      dtypes: theirs: models of one structure may differ in them.
+    """
+
+    leaves: list[jax.Array]
+    structure: Any
+    dtypes: str
+
+    @classmethod
+    def of(cls, weights: DecodingWeights) -> Part:
+        """All of `weights`."""
+        leaves, structure = jax.tree.flatten(weights)
+        return cls(leaves, structure, " ".join(str(leaf.dtype) for leaf in leaves))
 
 
 def _is_stored(leaf: Any) -> bool:

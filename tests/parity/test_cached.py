@@ -18,8 +18,8 @@ import pytest
 from gemma_nb.model import GemmaInputs, GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import StreamCache, grow, rewind
+from gemma_nb.sampling.feed import compiler_options
 from gemma_nb.sampling.prefill import chunks
-from gemma_nb.sampling.step import compiler_options
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
 from tests.parity import recording
 from tests.parity.cases import REAL

@@ -1,0 +1,260 @@
+"""Several tokens fed layer by layer: layers of one kind are compiled once, and used one by one.
+
+In one program a model's layers are all compiled, loaded and, by XLA:CPU's library for products of
+matrices, planned, though they differ in their weights only: for Gemma 3 270M most of what a start
+waits for.  To hand the residual stream from one program to the next takes some microseconds, which
+several tokens do not notice; a single one does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_nb.executables import Kept
+from gemma_nb.interventions import Interventions
+from gemma_nb.nn import Transformer
+from gemma_nb.nn.block import Block
+from gemma_nb.nn.cache import extend_cache, is_ring
+from gemma_nb.nn.rope import Rotation
+from gemma_nb.sampling.cache import StreamCache, smallest_window
+from gemma_nb.sampling.feed import Captured, kept, noted, rows_of
+from gemma_nb.sampling.weights import Part
+from gemma_nb.sites import SITES
+
+
+class Layerwise:
+    """`Program.feed` of several tokens, for our own module on a single CPU.
+
+    Called as a `Kept` is; its weights are those of the ends, and of each layer.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        ends: Any,
+        layers: tuple[Any, ...],
+        captured: Captured,
+        first: bool,
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+          transformer: the module.
+          ends: what makes `DecodingWeights` of the leaves of what is not in a layer.
+          layers: the same of each layer.
+          captured: what comes with the tokens.
+          first: the cache is empty, see `Program.of`.
+        """
+        config = transformer.config
+        self._specs, self._captured = config.layers, captured
+        self._enter = _compiled_enter(transformer, ends)
+        self._layers = [
+            _compiled_layer(
+                Block(config, spec, parent=None),
+                structure,
+                i in captured.attention_layers,
+                first,
+            )
+            for i, (spec, structure) in enumerate(zip(config.layers, layers, strict=True))
+        ]
+        self._leave = _compiled_leave(transformer, ends, first)
+
+    def __call__(
+        self,
+        shapes: Hashable,
+        weights: tuple[Part, Sequence[Part]],
+        *given: Any,
+    ) -> tuple[Any, ...]:
+        """Feeds tokens, see `Program.feed`; `shapes` tells theirs, None with interventions."""
+        ready: dict[Hashable, Any] = {}
+
+        def run(program: Kept, key: Hashable, *args: Any) -> Any:
+            # What a program is found by takes long to look up, and layers of one kind share it.
+            found = ready.get((program, key))
+            if found is None:
+                found = ready[program, key] = program.at(None if shapes is None else key, *args)
+            return found(*args)
+
+        return self._through(run, weights, *given)
+
+    def compile(self, shapes: Hashable, weights: tuple[Part, Sequence[Part]], *given: Any) -> None:
+        """Compiles all of it for these shapes; nothing is allocated or run."""
+        ready: dict[Hashable, Any] = {}
+
+        def run(program: Kept, key: Hashable, *args: Any) -> Any:
+            made = ready.get((program, key))
+            if made is None:
+                program.compile(None if shapes is None else key, *args)
+                made = ready[program, key] = program.jitted.eval_shape(*args)
+            return made
+
+        self._through(run, weights, *given)
+
+    def count(self) -> int:
+        """For how many shapes its programs were compiled."""
+        return sum(program.count() for program in {self._enter, *self._layers, self._leave})
+
+    def _through(
+        self,
+        run: Callable[..., Any],
+        weights: tuple[Part, Sequence[Part]],
+        cache: StreamCache,
+        seen: jax.Array,
+        tokens: Any,
+        positions: Any,
+        last: np.int32,
+        interventions: Interventions | None,
+    ) -> tuple[Any, ...]:
+        """All programs in turn; `run` is given each, what tells its shapes, and its arguments."""
+        ends, layers = weights
+        length = tokens.shape[1]
+        x, rotations, positions = run(
+            self._enter, (length, ends.dtypes), ends.leaves, tokens, positions, interventions
+        )
+        k, v = list(cache.k), list(cache.v)
+        held = {False: cache.positions, True: cache.ring_positions}
+        after, end = dict(held), cache.end_index
+        rows, stream = [], []
+        attention: dict[bool, list[jax.Array]] = {False: [], True: []}
+        for i, (program, part) in enumerate(zip(self._layers, layers, strict=True)):
+            ring = cache.rings[i]
+            slots = cache.replace(  # type: ignore[attr-defined]
+                k=(), v=(), positions=held[ring], ring_positions=None, rings=(ring,)
+            )
+            x, k[i], v[i], after[ring], end, new, weights_of_last = run(
+                program,
+                (ring, k[i].shape[0], length, part.dtypes),
+                *(part.leaves, k[i], v[i], slots, x, positions),
+                *(rotations[self._specs[i].rotation], last),
+                *(None if interventions is None else np.int32(i), interventions),
+            )
+            stream.append(x)
+            if ring:
+                rows.append(new)
+            if weights_of_last is not None:
+                attention[ring].append(weights_of_last)
+        seen, state, stacked, shown = run(
+            self._leave,
+            (length, ends.dtypes, cache.size, len(attention[True]), len(attention[False])),
+            *(ends.leaves, x, seen, tokens, positions, last),
+            *(rows, attention[True], attention[False], interventions),
+        )
+        filled = cache.replace(  # type: ignore[attr-defined]
+            k=tuple(k),
+            v=tuple(v),
+            positions=after[False],
+            ring_positions=after[True],
+            end_index=end,
+        )
+        residuals = tuple(stream) if self._captured.residuals else None
+        if not self._captured.attention_layers:
+            shown = None
+        return filled, seen, state, stacked, shown, residuals
+
+
+@functools.cache
+def compiled_layerwise(
+    transformer: Transformer, ends: Any, layers: tuple[Any, ...], captured: Captured, first: bool
+) -> Layerwise:
+    """One for all streams of such a model, see `Layerwise`."""
+    return Layerwise(transformer, ends, layers, captured, first)
+
+
+# Static is what tells the parts of one model from those of others; all else is traced.
+
+
+@functools.cache
+def _compiled_enter(transformer: Transformer, weights: Any) -> Kept:
+    """(T, D) the embedded tokens, rotations, and the positions on the device."""
+
+    def enter(
+        leaves: Sequence[jax.Array], tokens: jax.Array, positions: jax.Array, interventions: Any
+    ) -> Any:
+        variables = jax.tree.unflatten(weights, leaves).variables
+        given = (tokens, positions, interventions)
+        x, rotations = cast(Any, transformer.apply(variables, *given, method="enter"))
+        return x[0], {kind: (r.cos, r.sin) for kind, r in rotations.items()}, positions
+
+    return kept(enter, transformer, weights)
+
+
+@functools.cache
+def _compiled_layer(block: Block, weights: Any, shown: bool, first: bool) -> Kept:
+    """One layer: the stream (T, D) after it, its cache, and what it shows."""
+
+    def layer(
+        leaves: Sequence[jax.Array],
+        k: jax.Array,
+        v: jax.Array,
+        slots: StreamCache,
+        x: jax.Array,
+        positions: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        last: jax.Array,
+        number: jax.Array | None,
+        interventions: Interventions | None,
+    ) -> Any:
+        (ring,) = slots.rings
+        held = slots.positions if ring else None
+        alone = slots.replace(k=(k,), v=(v,), ring_positions=held)  # type: ignore[attr-defined]
+        cache = alone.to_model(block.config)["layer_0"]
+        edit = None if interventions is None else interventions.at(number, positions)
+        (x, after), state = block.apply(
+            jax.tree.unflatten(weights, leaves).variables,
+            *(x[None], positions, None if first else cache, None, edit, Rotation(*rotation)),
+            mutable=["intermediates"],
+        )
+        sown: Any = state["intermediates"]
+        if first:
+            new = {site: SITES[site].value(sown) for site in ("k", "v")}
+            new["positions"] = positions
+            _, after = extend_cache(cache, new, ring=is_ring(block.spec.kind, cache))
+        filled = alone.updated({"layer_0": after})
+        weights_of_last = SITES["attention"].value(sown)[0, last].astype(jnp.float16)
+        return (
+            x[0],
+            *(filled.k[0], filled.v[0]),
+            filled.ring_positions if ring else filled.positions,
+            filled.end_index,
+            rows_of(sown) if ring else None,
+            weights_of_last if shown else None,
+        )
+
+    return kept(layer, block, weights, shown, first, donate_argnums=(1, 2))
+
+
+@functools.cache
+def _compiled_leave(transformer: Transformer, weights: Any, first: bool) -> Kept:
+    """The tokens seen, the last one's final-normed state, and what the layers show as one."""
+    window = smallest_window(transformer.config)
+
+    def leave(
+        leaves: Sequence[jax.Array],
+        x: jax.Array,
+        seen: jax.Array,
+        tokens: jax.Array,
+        positions: jax.Array,
+        last: jax.Array,
+        rows: list[jax.Array],
+        near: list[jax.Array],
+        far: list[jax.Array],
+        interventions: Interventions | None,
+    ) -> Any:
+        variables = jax.tree.unflatten(weights, leaves).variables
+        given = (x[None], positions, interventions)
+        final = cast(jax.Array, transformer.apply(variables, *given, method="leave"))
+        seen = noted(seen, tokens, positions)
+        # As over an empty ring, and then these.  Up to a window, `rows.in_order` takes them in the
+        # order of positions as they are.
+        if first and near and near[0].shape[-1] > window:
+            near = [jnp.pad(weights, ((0, 0), (window, 0))) for weights in near]
+        stacked = [jnp.stack(arrays) if arrays else None for arrays in (rows, near, far)]
+        return seen, (final[0, last], positions[0, last]), stacked[0], tuple(stacked[1:])
+
+    return kept(leave, transformer, weights, first, donate_argnums=(2,))
