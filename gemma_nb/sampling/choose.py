@@ -12,10 +12,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.head import Scores
+from gemma_nb.sampling.head import SHORTLIST, Scores
 from gemma_nb.sampling.methods import (
     Controls,
     Distribution,
+    Sampling,
     distribution,
     draw,
     invert,
@@ -33,6 +34,8 @@ def choose(
     position: Int[Array, ""],
     k: int,
     forced_logit: Float[Array, ""] | None = None,
+    *,
+    short: bool = False,
 ) -> Evidence:
     """Chooses the token that follows, with its evidence.
 
@@ -47,11 +50,12 @@ def choose(
       k: number of alternatives; at most as many as there are tokens on the shortlist.
       forced_logit: exact logit of `controls.forced`, where `scores` knows those of the shortlist
         only; None where all are exact.
+      short: take it that the shortlist holds all that may be drawn, see `suffices`: half as much
+        is compiled.
     """
     forced, uniform = controls.forced, uniform_at(controls, position)
     exact = None if forced_logit is None else _Exact.of(scores, forced, forced_logit)
     allowed = ~controls.banned[scores.ids]
-    number = allowed.sum()
 
     def among_shortlist() -> tuple[jax.Array, jax.Array, jax.Array]:
         chosen, p = _draw_from(scores.values, allowed, controls, uniform)
@@ -64,12 +68,13 @@ def choose(
         token = jnp.where(forced >= 0, forced, draw(dist, controls, uniform))
         return token, dist.probability(token), dist.probability(scores.ids)
 
-    enough = jnp.where(
-        controls.temperature == 0, number > 0, (controls.top_k > 0) & (controls.top_k <= number)
-    )
-    short = enough & (controls.repetition_penalty == 1)
     # Conditionals, not selects: only the branch that is needed is computed.
-    token, *probabilities = lax.cond(short, among_shortlist, among_all)
+    found = (
+        among_shortlist()
+        if short
+        else lax.cond(suffices(scores, controls), among_shortlist, among_all)
+    )
+    token, probabilities = found[0], found[1:]
     value = scores.logits[token]
     if exact is not None:
         value = jnp.where(exact.token >= 0, exact.logit, value)
@@ -80,6 +85,21 @@ def choose(
         lambda: jnp.sum((scores.logits > value) & (jnp.arange(len(scores.logits)) != token)),
     )
     return _evidence(scores, exact, (token, value, rank), tuple(probabilities), k)
+
+
+def suffices(scores: Scores, controls: Controls) -> Bool[Array, ""]:
+    """Whether the shortlist holds all that may be drawn."""
+    number = (~controls.banned[scores.ids]).sum()
+    enough = jnp.where(
+        controls.temperature == 0, number > 0, (controls.top_k > 0) & (controls.top_k <= number)
+    )
+    return enough & (controls.repetition_penalty == 1)
+
+
+def may_suffice(sampling: Sampling) -> bool:
+    """Whether a shortlist may hold all that may be drawn: as far as the settings tell."""
+    kept = 1 if sampling.temperature == 0 else int(sampling.top_k or 0)
+    return sampling.repetition_penalty in (None, 1) and 0 < kept <= SHORTLIST
 
 
 def observe(scores: Scores, dist: Distribution, token: Int[Array, ""], k: int) -> Evidence:

@@ -15,6 +15,7 @@ from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewind, size_for
+from gemma_nb.sampling.choose import may_suffice
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.look import Look, look
 from gemma_nb.sampling.methods import Controls, Sampling
@@ -75,6 +76,7 @@ class Decoder:
         self._residuals = Residuals(model.config)
         self._seen: Any = None
         self._controls: Controls | None = None
+        self._short = False  # whether they may draw from the shortlist alone
         self._next: int | None = None  # the token chosen last, not yet fed
         self._ahead: Made | None = None  # what the step that feeds it makes
 
@@ -152,7 +154,7 @@ class Decoder:
             # Rings of a spread cache would have to be gathered; somebody else's module knows none.
             self._cache = StreamCache.empty(config, size, self._mesh, own=self.looks)
         self._make_room(len(ids) + 1)
-        self._controls = Controls.of(sampling, config.num_embed)
+        self._controls, self._short = Controls.of(sampling, config.num_embed), may_suffice(sampling)
         seen = np.zeros(config.num_embed, bool)
         seen[self.ids] = True
         where = placement.vocabulary_sharding(config, self._mesh)
@@ -278,7 +280,9 @@ class Decoder:
         self.reset()
         sizes = (*BUCKETS[:2], 1)
         for i, size in enumerate(sizes):
-            rest = self.begin([0] * min(size, self.limit - 1), Sampling(seed=0))
+            # One for each of both choices.
+            sampling = Sampling(temperature=i % 2, seed=0)
+            rest = self.begin([0] * min(size, self.limit - 1), sampling)
             self.prefill(rest)
             self.reset()
             if progress is not None:
@@ -313,7 +317,9 @@ class Decoder:
         """Begins, on another thread, what makes later steps faster and the next prompt shorter."""
         if self._alone and self._cache is not None:
             self._alone = False
-            ahead.begin(self._programs.pieces_at(self._cache.size, *self._given))
+            controls, _ = given = self._given
+            pieces = self._programs.pieces_at(self._cache.size, *given)
+            ahead.begin([*pieces, *self._programs.choice(controls)])
         self.settle()
 
     @property
@@ -353,7 +359,9 @@ class Decoder:
         program = self._programs.feeding(tokens.shape[1], first=first)
         fed = (tokens, positions, last, controls, self._interventions)
         with self._undone():
-            self._cache, self._seen, made = program.run(cache, self._seen, *fed, wanted=wanted)
+            self._cache, self._seen, made = program.run(
+                cache, self._seen, *fed, wanted=wanted, short=self._short
+            )
         return made
 
     def _take(self, fed: Sequence[int], made: Made) -> Evidence | None:

@@ -49,7 +49,7 @@ class Layerwise:
           ends: what makes `DecodingWeights` of the leaves of what is not in a layer.
           layers: the same of each layer.
           captured: what comes with the tokens.
-          first: the cache is empty, see `Program.of`.
+          first: the cache is empty, see `Program.layerwise`.
         """
         config = transformer.config
         self._specs, self._captured = config.layers, captured

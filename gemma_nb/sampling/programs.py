@@ -105,6 +105,21 @@ class Programs:
         for length in BUCKETS[:2]:
             yield partial(self.many.compile, *self._given(size), length, controls, interventions)
 
+    def choice(self, controls: Controls) -> Jobs:
+        """What compiles the choice after a prompt for all settings, unless that was begun.
+
+        Most need the short one, which is compiled in half the time.
+        """
+        begun = ahead.begun(self.many.choose)
+        if not self.looks or begun:
+            return
+        begun.add(True)
+        config, dtype = self._transformer.config, cast(Transformer, self._transformer).dtype
+        hidden = jax.ShapeDtypeStruct((config.embed_dim,), dtype)
+        state = hidden, jax.ShapeDtypeStruct((), np.dtype(np.int32))
+        seen = jax.ShapeDtypeStruct((config.num_embed,), np.dtype(bool))
+        yield partial(self.many.compile_choice, seen, state, controls)
+
     def looks_at(self, size: int | None, interventions: Interventions | None) -> Jobs:
         """What compiles the looks at a cache size, where they may be wanted."""
         if size is None or not (self.looking and self.looks):

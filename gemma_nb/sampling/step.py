@@ -15,7 +15,7 @@ from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import StreamCache
-from gemma_nb.sampling.choose import choose, exact_logit
+from gemma_nb.sampling.choose import choose, exact_logit, suffices
 from gemma_nb.sampling.feed import Captured, feed, kept
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.layerwise import Layerwise, compiled_layerwise
@@ -59,12 +59,14 @@ class Program:
         what that does in place of the state.
       choose: takes the leaves of `ends`, the tokens seen, that state and position, and `Controls`;
         returns `token` and `words` of `Made`.
+      short: `choose` from the shortlist alone, and whether that was right.
       ends: the weights; where layers are apart, those that are in none.
       layers: of each layer, where they are apart.
     """
 
     feed: Kept | Layerwise
     choose: Kept | None
+    short: Kept | None
     ends: Part
     layers: tuple[Part, ...] = ()
 
@@ -81,7 +83,7 @@ class Program:
           captured: what comes with the tokens.
         """
         part = Part.of(weights)
-        return cls(_compiled_step(transformer, part.structure, top_k, captured), None, part)
+        return cls(_compiled_step(transformer, part.structure, top_k, captured), None, None, part)
 
     @classmethod
     def several(
@@ -90,7 +92,7 @@ class Program:
         """The step of several tokens, of any module anywhere; arguments as of `single`."""
         part = Part.of(weights)
         feed = _compiled_feed(transformer, part.structure, captured)
-        return cls(feed, _compiled_choice(transformer, part.structure, top_k), part)
+        return cls(feed, *_choices(transformer, part.structure, top_k), part)
 
     @classmethod
     def layerwise(
@@ -115,8 +117,7 @@ class Program:
         ends, layers = parts
         structures = tuple(part.structure for part in layers)
         feed = compiled_layerwise(transformer, ends.structure, structures, captured, first)
-        choose = _compiled_choice(transformer, ends.structure, top_k)
-        return cls(feed, choose, ends, layers)
+        return cls(feed, *_choices(transformer, ends.structure, top_k), ends, layers)
 
     def run(
         self,
@@ -129,8 +130,11 @@ class Program:
         interventions: Interventions | None,
         *,
         wanted: bool = True,
+        short: bool = False,
     ) -> tuple[StreamCache, jax.Array, Made]:
         """Feeds tokens (1, T), and chooses the one after index `last` where it is `wanted`.
+
+        `short`: the settings may need no more than the shortlist, see `choose.may_suffice`.
 
         Returns:
           The cache and the tokens seen, in place of those that were given away, and what is made.
@@ -143,8 +147,7 @@ class Program:
             cache, seen, state, *kept = self.feed(shapes, self._weights, *given)
             token, words = None, None
             if wanted:
-                chosen = self.choose(self.ends.dtypes, self.ends.leaves, seen, state, controls)
-                token, words = chosen
+                token, words = self._choice((self.ends.leaves, seen, state, controls), short)
         return cache, seen, Made(token, words, *kept)
 
     def compile(
@@ -161,6 +164,26 @@ class Program:
         more = (controls,) if self.choose is None else ()
         shapes = self._shapes(cache, length, interventions)
         self.feed.compile(shapes, self._weights, *given, *more)
+
+    def _choice(self, given: tuple[Any, ...], short: bool) -> tuple[jax.Array, jax.Array]:
+        assert self.choose is not None
+        assert self.short is not None
+        if short:
+            token, words, enough = self.short(self.ends.dtypes, *given)
+            # Whoever feeds several tokens waits for the choice anyway.
+            if enough:
+                return token, words
+        return cast(tuple[jax.Array, jax.Array], self.choose(self.ends.dtypes, *given))
+
+    def compile_choice(
+        self,
+        seen: jax.ShapeDtypeStruct,
+        state: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+        controls: Controls,
+    ) -> None:
+        """Compiles `choose`, from shapes."""
+        assert self.choose is not None
+        self.choose.compile(self.ends.dtypes, self.ends.leaves, seen, state, controls)
 
     @property
     def _weights(self) -> Any:
@@ -189,13 +212,17 @@ def _compiled_feed(transformer: Transformer, weights: Any, captured: Captured) -
 
 
 @functools.cache
-def _compiled_choice(transformer: Transformer, weights: Any, top_k: int) -> Kept:
-    """`Program.choose`; compiled once."""
+def _choices(transformer: Transformer, weights: Any, top_k: int) -> tuple[Kept, Kept]:
+    """`Program.choose` and `Program.short`; each is compiled once."""
 
-    def choice(leaves: Sequence[jax.Array], *args: Any) -> Any:
-        return _choose(transformer, jax.tree.unflatten(weights, leaves), *args, top_k=top_k)
+    def made(short: bool) -> Kept:
+        def choice(leaves: Sequence[jax.Array], *args: Any) -> Any:
+            own = jax.tree.unflatten(weights, leaves)
+            return _choose(transformer, own, *args, top_k=top_k, short=short)
 
-    return kept(choice, transformer, weights, top_k)
+        return kept(choice, transformer, weights, top_k, short)
+
+    return made(False), made(True)
 
 
 @functools.cache
@@ -220,7 +247,8 @@ def _choose(
     controls: Controls,
     *,
     top_k: int,
-) -> tuple[jax.Array, jax.Array]:
+    short: bool = False,
+) -> tuple[jax.Array, ...]:
     """Chooses the token after a final-normed state (D,) at a position; see `Program.choose`."""
     hidden, position = state
     forced_logit = None
@@ -231,5 +259,6 @@ def _choose(
     else:
         logits = transformer.apply(weights.variables, hidden, method="unembed")
         scores = Scores.of(cast(jax.Array, logits))
-    evidence = choose(scores, controls, seen, position, top_k, forced_logit)
-    return evidence.token.reshape(1, 1), evidence.pack()
+    evidence = choose(scores, controls, seen, position, top_k, forced_logit, short=short)
+    made = evidence.token.reshape(1, 1), evidence.pack()
+    return (*made, suffices(scores, controls)) if short else made

@@ -160,7 +160,8 @@ _made: weakref.WeakValueDictionary[Any, DecodingWeights] = weakref.WeakValueDict
 def decoding_weights(model: GemmaTransformer) -> DecodingWeights:
     """The weights that decoding `model` runs on; made anew only where nobody holds them."""
     # They hold the parameters, whose identities therefore stay theirs.
-    key = (model.transformer, model.storage, *map(id, jax.tree.leaves(model.params)))
+    # Not the module itself: flax cannot hash one while Python ends, when the key is taken out.
+    key = (hash(model.transformer), model.storage, *map(id, jax.tree.leaves(model.params)))
     made = _made.get(key)
     if made is None:
         made = _made[key] = _make(model)

@@ -1,5 +1,6 @@
 """The compiled step: cache reuse, buckets and evidence, against passes without a cache."""
 
+import dataclasses
 import logging
 import threading
 
@@ -8,14 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_nb import processor
 from gemma_nb.sampling import ahead, prefill
 from gemma_nb.sampling.ahead import COMPILING
 from gemma_nb.sampling.cache import StreamCache, grow, next_size, rewind, size_for
+from gemma_nb.sampling.choose import may_suffice
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Capture
+from gemma_nb.sampling.feed import Captured
+from gemma_nb.sampling.head import SHORTLIST
+from gemma_nb.sampling.layerwise import Layerwise
 from gemma_nb.sampling.methods import Sampling
 from gemma_nb.sampling.rows import AttentionRows
 from gemma_nb.sampling.step import Program
+from gemma_nb.sampling.weights import decoding_weights
 
 GREEDY = Sampling(temperature=0, seed=0)
 
@@ -138,9 +145,76 @@ def sizes(decoder):
     """For how many shapes each program was compiled."""
     programs = decoder._programs
     parts = [
-        part for p in (programs.one, programs.first, programs.many) for part in (p.feed, p.choose)
+        part
+        for p in (programs.one, programs.first, programs.many)
+        for part in (p.feed, p.choose, p.short)
     ]
     return [part.count() for part in parts if part is not None]
+
+
+def test_a_shortlist_without_allowed_tokens_is_not_chosen_from(decoder, score):
+    """Only when it is computed does it show how many of the shortlist are forbidden."""
+    ids = random_ids(20, seed=4)
+    expected = score(ids)[-1]
+    order = np.argsort(-expected, kind="stable")
+    assert len(order) > SHORTLIST + 2
+    allowed = [int(i) for i in order[[SHORTLIST, -1]]]
+    sampling = Sampling(temperature=0, forbidden=tuple(set(order.tolist()) - set(allowed)), seed=0)
+    assert may_suffice(sampling)
+    evidence = decoder.prefill(decoder.begin(ids, sampling))
+    assert int(evidence.token) == allowed[0]
+    assert float(evidence.probability) == 1
+    assert_evidence(evidence, expected)
+
+
+# What several tokens are computed from, see `Stored`: rows, wide rows, or columns.
+@pytest.mark.parametrize(
+    ("storage", "dtype", "matrix_unit"),
+    [
+        ("exact", "float32", False),
+        ("exact", "bfloat16", False),
+        ("exact", "bfloat16", True),
+        ("int8", "float32", False),
+        ("int8", "bfloat16", True),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 7, 40])
+def test_layer_by_layer_is_what_one_program_computes(
+    tiny_model, before, storage, dtype, matrix_unit, monkeypatch
+):
+    """Choice, cache, attention, and what is kept of keys, values and residuals; windows of 8."""
+    monkeypatch.setattr(processor, "has_matrix_unit", lambda: matrix_unit)
+    model, tokenizer = tiny_model
+    params = jax.tree.map(lambda x: x.astype(dtype), model.params)
+    model = dataclasses.replace(model, params=params, storage=storage)
+    ids = random_ids(before + 30, seed=before)
+    found = []
+    for apart in (True, False):
+        rows = AttentionRows(Capture(attention_layers="all"), model, tokenizer, shown=True)
+        decoder = Decoder(model, limit=200, top_k=5, rows=rows)
+        programs = decoder._programs
+        assert isinstance(programs.many.feed, Layerwise)
+        if not apart:
+            captured = Captured(rows.layers, residuals=storage == "exact")
+            weights = decoding_weights(model)
+            whole = Program.several(model.transformer, weights, 5, captured)
+            programs.first = programs.many = whole
+        if before:
+            decoder.prefill(decoder.begin(ids[:before], GREEDY))
+        evidence = decoder.prefill(decoder.begin(ids, GREEDY))
+        kept = decoder.residuals(ids)
+        shown = [kept.before(i) for i in range(1, model.config.num_layers)]
+        archive = decoder._archive.ring(len(ids), len(ids))
+        found.append((evidence, decoder.cache, archive, shown))
+    (evidence, *others), (evidence_, *others_) = found
+    assert int(evidence.token) == int(evidence_.token)
+    np.testing.assert_allclose(evidence.logprobs, evidence_.logprobs, atol=1e-5)
+    np.testing.assert_allclose(
+        evidence.attention.weights(), evidence_.attention.weights(), atol=1e-3
+    )
+    assert jax.tree.structure(others) == jax.tree.structure(others_)
+    for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(others_), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [5, 16, 40, 64, 130])
@@ -175,9 +249,17 @@ def test_a_first_prompt_is_computed_as_one_behind_others(tiny_model, length):
 
 def test_settings_do_not_recompile(decoder):
     ids = random_ids(9)
-    decoder.prefill(decoder.begin(ids, GREEDY))
+    # The second of them may draw any token, for which there is another program.
+    for sampling in (GREEDY, Sampling(seed=0)):
+        decoder.prefill(decoder.begin(ids, sampling))
+        decoder.step()
+        decoder.reset()
     compiled = sizes(decoder)
-    for sampling in (Sampling(seed=5), Sampling(temperature=2, top_k=3, forbidden=(8,), seed=6)):
+    for sampling in (
+        Sampling(top_p=0.5, seed=5),
+        Sampling(temperature=2, top_k=3, forbidden=(8,), seed=6),
+        Sampling(repetition_penalty=2, min_p=0.1, seed=7),
+    ):
         decoder.prefill(decoder.begin(random_ids(9, seed=sampling.seed), sampling))
     assert sizes(decoder) == compiled
 
