@@ -120,21 +120,21 @@ class Layerwise:
         k, v = list(cache.k), list(cache.v)
         held = {False: cache.positions, True: cache.ring_positions}
         after, end = dict(held), cache.end_index
-        rows, stream = [], []
+        rows, residuals = [], []
         attention: dict[bool, list[jax.Array]] = {False: [], True: []}
         for i, (program, part) in enumerate(zip(self._layers, layers, strict=True)):
             ring = cache.rings[i]
             slots = cache.replace(  # type: ignore[attr-defined]
                 k=(), v=(), positions=held[ring], ring_positions=None, rings=(ring,)
             )
-            x, k[i], v[i], after[ring], end, new, weights_of_last = run(
+            x, residual, k[i], v[i], after[ring], end, new, weights_of_last = run(
                 program,
                 (ring, k[i].shape[0], length, part.dtypes),
                 *(part.leaves, k[i], v[i], slots, x, positions),
                 *(rotations[self._specs[i].rotation], last),
                 *(None if interventions is None else np.int32(i), interventions),
             )
-            stream.append(x)
+            residuals.append(x if residual is None else residual)
             if ring:
                 rows.append(new)
             if weights_of_last is not None:
@@ -152,10 +152,10 @@ class Layerwise:
             ring_positions=after[True],
             end_index=end,
         )
-        residuals = tuple(stream) if self._captured.residuals else None
         if not self._captured.attention_layers:
             shown = None
-        return filled, seen, state, stacked, shown, residuals
+        kept = tuple(residuals) if self._captured.residuals else None
+        return filled, seen, state, stacked, shown, kept
 
 
 @functools.cache
@@ -219,6 +219,8 @@ def _compiled_layer(block: Block, weights: Any, shown: bool, first: bool) -> Kep
         weights_of_last = SITES["attention"].value(sown)[0, last].astype(jnp.float16)
         return (
             x[0],
+            # In float32; an array of its own only where it must be.
+            None if x.dtype == jnp.float32 else x[0].astype(jnp.float32),
             *(filled.k[0], filled.v[0]),
             filled.ring_positions if ring else filled.positions,
             filled.end_index,
