@@ -168,6 +168,12 @@ def test_a_shortlist_without_allowed_tokens_is_not_chosen_from(decoder, score):
     assert_evidence(evidence, expected)
 
 
+def alike(actual, expected, share):
+    """What differs is a small share of the whole."""
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert np.linalg.norm(actual - expected) <= share * np.linalg.norm(expected)
+
+
 # What several tokens are computed from, see `Stored`: rows, wide rows, or columns.
 @pytest.mark.parametrize(
     ("storage", "dtype", "matrix_unit"),
@@ -193,8 +199,8 @@ def test_layer_by_layer_is_what_one_program_computes(
     if storage == "bfloat16 activations":
         transformer = model.transformer.clone(dtype=jnp.bfloat16)
         model = dataclasses.replace(model, transformer=transformer)
-        # Eight bits, to which one program does not round everything in between.
-        close = partial(np.testing.assert_allclose, rtol=2**-6, atol=2**-6)
+        # Eight bits, to which one program does not round everything in between, over six layers.
+        close = partial(alike, share=2**-5)
     else:
         model = dataclasses.replace(model, storage=storage)
     ids = random_ids(before + 30, seed=before)
@@ -220,7 +226,7 @@ def test_layer_by_layer_is_what_one_program_computes(
     assert int(evidence.token) == int(evidence_.token)
     close(evidence.logprobs, evidence_.logprobs)
     weights, weights_ = (e.attention.weights() for e in (evidence, evidence_))
-    close(weights, weights_, atol=max(close.keywords["atol"], 1e-3))  # kept as float16
+    close(weights, weights_, **({} if close.func is alike else {"atol": 1e-3}))  # in float16
     assert jax.tree.structure(others) == jax.tree.structure(others_)
     for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(others_), strict=True):
         assert a.dtype == b.dtype
