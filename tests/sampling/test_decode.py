@@ -199,7 +199,7 @@ def test_layer_by_layer_is_what_one_program_computes(
     if storage == "bfloat16 activations":
         transformer = model.transformer.clone(dtype=jnp.bfloat16)
         model = dataclasses.replace(model, transformer=transformer)
-        # Eight bits, to which one program does not round everything in between, over six layers.
+        # Eight bits, to which one program does not round everything in between, over three layers.
         close = partial(alike, share=2**-5)
     else:
         model = dataclasses.replace(model, storage=storage)
