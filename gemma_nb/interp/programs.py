@@ -16,7 +16,7 @@ from gemma_nb.nn.block import Block
 from gemma_nb.nn.masks import visible
 from gemma_nb.nn.rope import Rotation
 from gemma_nb.nn.storage import Stored
-from gemma_nb.sites import EVERYWHERE, Site
+from gemma_nb.sites import Site
 from gemma_nb.typing import EMPTY, LayerCache, Params
 
 
@@ -25,16 +25,6 @@ from gemma_nb.typing import EMPTY, LayerCache, Params
 def unembed(transformer: Any, params: Params, hidden: jax.Array, dtype: str) -> jax.Array:
     """Logits of final-normed states."""
     return transformer.apply({"params": params}, hidden, method="unembed").astype(dtype)
-
-
-def _encode(module: Any, tokens: jax.Array, edit: Any) -> jax.Array:
-    x = module.embedder.encode(tokens if edit is None else edit("tokens", tokens))
-    return x if edit is None else edit("embed", x)
-
-
-def _normalise(module: Any, x: jax.Array, edit: Any) -> jax.Array:
-    x = module.final_norm(x)
-    return x if edit is None else edit("final", x)
 
 
 # Static: the module.
@@ -47,8 +37,9 @@ def embed(
     interventions: Any,
 ) -> jax.Array:
     """The first residual (1, T, D)."""
-    edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
-    return cast(jax.Array, transformer.apply({"params": params}, tokens, edit, method=_encode))
+    given = (tokens, positions, interventions)
+    x, _ = cast(Any, transformer.apply({"params": params}, *given, method="enter"))
+    return cast(jax.Array, x)
 
 
 # Static: the module.
@@ -61,9 +52,9 @@ def finish(
     interventions: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Final-normed states (1, T, D) and what they were divided by (1, T)."""
-    edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
+    given = (x, positions, interventions)
     final, state = transformer.apply(
-        {"params": params}, x, edit, method=_normalise, mutable=["intermediates"]
+        {"params": params}, *given, method="leave", mutable=["intermediates"]
     )
     return final, state["intermediates"]["final_norm"]["rms"][0]
 

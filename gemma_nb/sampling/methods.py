@@ -103,7 +103,7 @@ class Sampling:
 
 @flax.struct.dataclass
 class Controls:
-    """`Sampling` as scalars on the device: a changed setting never recompiles.
+    """`Sampling` as scalars on the device: a changed setting compiles no step anew.
 
     Attributes:
       temperature: float32, 0 for greedy.

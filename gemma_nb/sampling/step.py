@@ -198,7 +198,8 @@ class Program:
 
 
 # Static is the module (its configuration), the tree structure of the weights and what is captured.
-# All else is traced, so no setting adds a compilation.
+# All else is traced, so no setting adds a compilation but the first that the shortlist does not
+# suffice for, see `Program.short`.
 
 
 @functools.cache
