@@ -29,6 +29,11 @@ from gemma_nb.text.prefix import shared_prefix
 # So many steps have the processor for themselves: a reply's first words wait for them.
 _ALONE = 4
 
+# A context of up to so many tokens gets its slots at once.  In a longer one each piece would read
+# all of them, most still empty (of 8,192 tokens, a fifth of the time), so they come as it does: to
+# compile a layer for one size more takes a second or two, once for each machine.
+_AT_ONCE = 2048
+
 
 class Decoder:
     """One stream of tokens: what is in the cache, and the next choice.
@@ -148,12 +153,12 @@ class Decoder:
         if not 0 < len(ids) <= self.limit:
             raise ValueError(f"a context must hold 1 to {self.limit} tokens, got {len(ids)}")
         self.keep(ids[:-1])
-        config = self._config
+        config, room = self._config, min(len(ids) + 1, _AT_ONCE)
         if self._cache is None:
-            size = size_for(len(ids) + 1, self.limit)
+            size = size_for(room, self.limit)
             # Rings of a spread cache would have to be gathered; somebody else's module knows none.
             self._cache = StreamCache.empty(config, size, self._mesh, own=self.looks)
-        self._make_room(len(ids) + 1)
+        self._make_room(room)
         self._controls, self._short = Controls.of(sampling, config.num_embed), may_suffice(sampling)
         seen = np.zeros(config.num_embed, bool)
         seen[self.ids] = True
@@ -190,6 +195,8 @@ class Decoder:
         for i, (tokens, positions, last) in enumerate(pieces):
             fed = [int(token) for token in tokens[0, : last + 1]]
             wanted = i == len(pieces) - 1
+            if wanted:
+                self._make_room(len(self.ids) + len(fed) + 1)  # with what is chosen after it
             made = self._feed(tokens, positions, last, controls, first=first, wanted=wanted)
             result = self._take(fed, made)
             done += len(fed)
@@ -383,7 +390,8 @@ class Decoder:
             kept = self._rows.keep(attention, self.ids, start, self._interventions)
             evidence = evidence.replace(attention=kept)  # type: ignore[attr-defined]
         assert self._cache is not None
-        alone = self._steps <= _ALONE and len(self.ids) <= BUCKETS[-1]
+        # Nor is anything compiled between a prompt's pieces, which it would slow down.
+        alone = evidence is None or (self._steps <= _ALONE and len(self.ids) <= BUCKETS[-1])
         if 2 * len(self.ids) >= self._cache.size and not alone:
             following = next_size(self._cache.size, self.limit)
             steps = self._programs.steps_at(following, *self._given)

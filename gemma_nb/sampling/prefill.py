@@ -18,7 +18,7 @@ _SMALL = 64
 
 # From here on small pieces: each of a piece's tokens has a score for every slot of the cache, in
 # every head, and these are held several times over.
-_FAR = 4096
+_FAR = 16_384
 
 
 def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:

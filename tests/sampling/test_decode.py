@@ -390,6 +390,30 @@ def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, 
     assert decoder._cache.size == 96
 
 
+def test_a_long_prompt_finds_no_more_slots_than_its_pieces_need(tiny_model, score, monkeypatch):
+    monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96, 148, 290, 580))
+    monkeypatch.setattr("gemma_nb.sampling.decode._AT_ONCE", 48)
+    monkeypatch.setattr("gemma_nb.sampling.decode._ALONE", -1)
+    monkeypatch.setattr(ahead, "begin", lambda jobs: begun.append(list(jobs)))
+    begun: list = []
+    decoder, ids = Decoder(tiny_model[0], limit=580, top_k=5), random_ids(148)
+    sizes = []
+
+    def between(done, count):
+        sizes.append((done, decoder.cache.size))
+        assert not any(begun) or done == count  # what runs beside a prompt slows it down
+        return done <= count
+
+    rest = decoder.begin(ids, GREEDY)
+    assert decoder.cache.size == 48
+    evidence = decoder.prefill(rest, between)
+    # The last piece has room for what is chosen after it as well.
+    assert sizes == [(64, 96), (128, 148), (148, 290)]
+    assert any(begun)
+    assert_evidence(evidence, score(ids)[-1])
+    assert_evidence(decoder.step(), score(decoder.ids)[-1])
+
+
 def test_a_token_that_is_put_there_has_its_own_evidence(decoder, score):
     """Drawn or not, likely or not; what follows is chosen after it."""
     ids = random_ids(20)
