@@ -20,7 +20,7 @@ from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.feed import compiler_options
 from gemma_nb.sampling.head import Scores
-from gemma_nb.sampling.methods import Controls, Sampling
+from gemma_nb.sampling.methods import Controls, Sampling, seeded
 from gemma_nb.sampling.prefill import Between
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
 from gemma_nb.text.prefix import shared_prefix
@@ -117,7 +117,7 @@ class Batch:
         vocabulary = self._transformer.config.num_embed
         self._controls = Controls.of(samplings[0], vocabulary)
         padded = [*samplings, *[samplings[0]] * (width - len(samplings))]
-        self._keys = jnp.stack([jax.random.key(cast(int, s.seed)) for s in padded])
+        self._keys = jnp.stack([seeded(cast(int, s.seed)) for s in padded])
         seen = np.zeros((width, vocabulary), bool)
         for row, ids in enumerate(prompts):
             seen[row, list(ids)] = True

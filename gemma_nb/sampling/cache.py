@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from gemma_nb import placement
 from gemma_nb.config import Sliding, TransformerConfig
+from gemma_nb.executables import Kept
 from gemma_nb.typing import EMPTY, KVCache, LayerCache
 
 # A cache starts small and grows, since a step reads all slots, used or not.  Each size is one
@@ -72,7 +74,7 @@ class StreamCache:
         ring = min(size, smallest_window(config))
 
         slots = tuple(ring if is_ring else size for is_ring in rings)
-        made = _empty(slots, width, size, ring if any(rings) else None, own)
+        made = _compiled_empty(slots, width, size, ring if any(rings) else None, own)(())
         if mesh is not None:
             k, v, *counts = jax.device_get(made)
             # Copies, since a donated buffer must not be passed twice.
@@ -156,18 +158,22 @@ class StreamCache:
         return self.replace(k=tuple(k), v=tuple(v))  # type: ignore[attr-defined]
 
 
-# Compiled, since arrays that come from the host take longer.  Static: everything.
-@jax.jit(static_argnums=(0, 1, 2, 3, 4))
-def _empty(
+# Compiled, since arrays that come from the host take longer.
+@functools.cache
+def _compiled_empty(
     slots: tuple[int, ...], width: int, size: int, ring: int | None, columns: bool
-) -> tuple[Any, ...]:
-    """k, v, positions, ring_positions and end_index of an empty cache."""
-    k = tuple(jnp.zeros((count, width), jnp.float32) for count in slots)
-    v = tuple(
-        jnp.zeros((width, count) if columns else (count, width), jnp.float32) for count in slots
-    )
-    rolled = None if ring is None else jnp.full(ring, EMPTY, jnp.int32)
-    return k, v, jnp.full(size, EMPTY, jnp.int32), rolled, jnp.int32(0)
+) -> Kept:
+    """What makes k, v, positions, ring_positions and end_index of an empty cache."""
+
+    def empty() -> tuple[Any, ...]:
+        k = tuple(jnp.zeros((count, width), jnp.float32) for count in slots)
+        v = tuple(
+            jnp.zeros((width, count) if columns else (count, width), jnp.float32) for count in slots
+        )
+        rolled = None if ring is None else jnp.full(ring, EMPTY, jnp.int32)
+        return k, v, jnp.full(size, EMPTY, jnp.int32), rolled, jnp.int32(0)
+
+    return Kept(empty, slots, width, size, ring, columns)
 
 
 @jax.jit(donate_argnums=0)

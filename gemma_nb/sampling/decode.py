@@ -163,7 +163,7 @@ class Decoder:
         seen = np.zeros(config.num_embed, bool)
         seen[self.ids] = True
         where = placement.vocabulary_sharding(config, self._mesh)
-        self._seen = placement.put(jnp.asarray(seen), where)
+        self._seen = placement.put(seen, where)
         return list(ids[len(self.ids) :])
 
     def prefill(

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from gemma_nb.executables import Kept
 from gemma_nb.sampling.top_k import top_k
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Controls:
             min_p=float(sampling.min_p or 0),
             repetition_penalty=float(sampling.repetition_penalty or 1),
         )
-        return cls(**settings, key=jax.random.key(sampling.seed))
+        return cls(**settings, key=seeded(sampling.seed))
 
     def forcing(self, token: int) -> Controls:
         """The same settings, under which `token` is chosen whatever is drawn.
@@ -154,6 +155,16 @@ class Controls:
         if not 0 <= token < len(self.banned):
             raise ValueError(f"token ids must lie in 0 to {len(self.banned) - 1}, got {token}")
         return cast(Controls, self.replace(forced=np.int32(token)))  # type: ignore[attr-defined]
+
+
+def seeded(seed: int) -> jax.Array:
+    """What `jax.random.key` makes of a seed of 32 bits, without being lowered in every process."""
+    return jax.random.wrap_key_data(_key_data((), np.uint32(seed)))
+
+
+@Kept
+def _key_data(seed: jax.Array) -> jax.Array:
+    return jax.random.key_data(jax.random.key(seed))
 
 
 # Kept, since most replies of a chat have the settings of the one before, and differ in their seed.
