@@ -80,6 +80,37 @@ def test_a_second_process_computes_the_same_without_tracing(place):
     assert json.loads(next(place.glob("*/start-*")).read_text()) == [file.name]
 
 
+# A chat's first token: how often anything was lowered on the way.
+FIRST_TOKEN = """
+import json
+import jax
+import gemma_nb as gnb
+import tests.tiny
+from gemma_nb.checkpoints.load import use_compilation_cache
+
+use_compilation_cache()
+tokenizer = tests.tiny.tokenizer()
+model = tests.tiny.model(tokenizer.vocab_size)
+lowered = []
+
+def note(event, seconds, **about):
+    if event.endswith("jaxpr_to_mlir_module_duration"):
+        lowered.append(event)
+
+jax.monitoring.register_event_duration_secs_listener(note)
+events = gnb.ChatSession(model, tokenizer, sampling=gnb.Sampling(seed=1)).stream("Hello!")
+next(events)
+print(json.dumps(len(lowered)))
+events.close()
+"""
+
+
+def test_a_second_start_lowers_nothing(place):
+    """Not even the small things: the first that is lowered takes a third of a second."""
+    assert run(place, code=FIRST_TOKEN) > 0
+    assert run(place, code=FIRST_TOKEN) == 0
+
+
 @pytest.mark.parametrize(
     "extra",
     [

@@ -69,12 +69,8 @@ class StreamCache:
           own: in the form that our own module reads fastest, with rings and transposed values;
             else in one that any model knows.
         """
-        width = config.num_kv_heads * config.head_dim
-        rings = ring_layers(config) if own else (False,) * config.num_layers
-        ring = min(size, smallest_window(config))
-
-        slots = tuple(ring if is_ring else size for is_ring in rings)
-        made = _compiled_empty(slots, width, size, ring if any(rings) else None, own)(())
+        make, rings = _empty(config, size, own)
+        made = make(())
         if mesh is not None:
             k, v, *counts = jax.device_get(made)
             # Copies, since a donated buffer must not be passed twice.
@@ -83,6 +79,13 @@ class StreamCache:
             counts = jax.device_put(counts, placement.everywhere(mesh), may_alias=False)
             made = (k, v, *counts)
         k, v, positions, rolled, end = made
+        return cls(k, v, positions, rolled, end, rings, own)
+
+    @classmethod
+    def shapes(cls, config: TransformerConfig, size: int, *, own: bool = False) -> StreamCache:
+        """What `empty` makes for one device, as shapes: nothing is allocated."""
+        make, rings = _empty(config, size, own)
+        k, v, positions, rolled, end = jax.eval_shape(make.jitted)
         return cls(k, v, positions, rolled, end, rings, own)
 
     @property
@@ -156,6 +159,15 @@ class StreamCache:
         for i, (keys, values) in zip(rings, rows, strict=True):
             k[i], v[i] = keys, values.T if self.columns else values
         return self.replace(k=tuple(k), v=tuple(v))  # type: ignore[attr-defined]
+
+
+def _empty(config: TransformerConfig, size: int, own: bool) -> tuple[Kept, tuple[bool, ...]]:
+    """What makes the arrays of an empty cache, and which layers have rings."""
+    rings = ring_layers(config) if own else (False,) * config.num_layers
+    ring = min(size, smallest_window(config))
+    slots = tuple(ring if is_ring else size for is_ring in rings)
+    width = config.num_kv_heads * config.head_dim
+    return _compiled_empty(slots, width, size, ring if any(rings) else None, own), rings
 
 
 # Compiled, since arrays that come from the host take longer.

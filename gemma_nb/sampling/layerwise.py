@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.config import LayerSpec
 from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.block import Block
 from gemma_nb.nn.cache import extend_cache, is_ring
 from gemma_nb.nn.rope import Rotation
-from gemma_nb.sampling.cache import StreamCache, smallest_window
+from gemma_nb.sampling.cache import StreamCache, ring_layers, smallest_window
 from gemma_nb.sampling.feed import Captured, kept, noted, rows_of
 from gemma_nb.sampling.weights import Part
 from gemma_nb.sites import SITES
@@ -54,15 +55,24 @@ class Layerwise:
         config = transformer.config
         self._specs, self._captured = config.layers, captured
         self._enter = _compiled_enter(transformer, ends)
-        self._layers = [
-            _compiled_layer(
-                Block(config, spec, parent=None),
-                structure,
-                i in captured.attention_layers,
-                first,
-            )
-            for i, (spec, structure) in enumerate(zip(config.layers, layers, strict=True))
-        ]
+        self._window = smallest_window(config)
+        windowed = (i for i, ring in enumerate(ring_layers(config)) if ring)
+        within = config.layers[next(windowed, 0)]
+
+        def compiled(specs: Sequence[LayerSpec]) -> list[Kept]:
+            return [
+                _compiled_layer(
+                    Block(config, spec, parent=None),
+                    structure,
+                    i in captured.attention_layers,
+                    first,
+                )
+                for i, (spec, structure) in enumerate(zip(specs, layers, strict=True))
+            ]
+
+        self._layers = compiled(config.layers)
+        # Within a window a layer that looks further does the same: one kind less is compiled.
+        self._near = compiled([within] * len(layers))
         self._leave = _compiled_leave(transformer, ends, first)
 
     def __call__(
@@ -98,7 +108,8 @@ class Layerwise:
 
     def count(self) -> int:
         """For how many shapes its programs were compiled."""
-        return sum(program.count() for program in {self._enter, *self._layers, self._leave})
+        programs = {self._enter, *self._layers, *self._near, self._leave}
+        return sum(program.count() for program in programs)
 
     def _through(
         self,
@@ -122,14 +133,16 @@ class Layerwise:
         after, end = dict(held), cache.end_index
         rows, residuals = [], []
         attention: dict[bool, list[jax.Array]] = {False: [], True: []}
-        for i, (program, part) in enumerate(zip(self._layers, layers, strict=True)):
+        near = any(cache.rings) and cache.size < self._window
+        programs = self._near if near else self._layers
+        for i, (program, part) in enumerate(zip(programs, layers, strict=True)):
             ring = cache.rings[i]
             slots = cache.replace(  # type: ignore[attr-defined]
-                k=(), v=(), positions=held[ring], ring_positions=None, rings=(ring,)
+                k=(), v=(), positions=held[ring], ring_positions=None, rings=(ring or near,)
             )
             x, residual, k[i], v[i], after[ring], end, new, weights_of_last = run(
                 program,
-                (ring, k[i].shape[0], length, part.dtypes),
+                (ring or near, k[i].shape[0], length, part.dtypes),
                 *(part.leaves, k[i], v[i], slots, x, positions),
                 *(rotations[self._specs[i].rotation], last),
                 *(None if interventions is None else np.int32(i), interventions),

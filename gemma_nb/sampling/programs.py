@@ -131,9 +131,8 @@ class Programs:
     def _given(self, size: int) -> tuple[StreamCache, jax.ShapeDtypeStruct]:
         """Shapes of the cache and of the tokens seen."""
         config = self._transformer.config
-        cache = jax.eval_shape(partial(StreamCache.empty, config, size, own=self.looks))
         seen = jax.ShapeDtypeStruct((config.num_embed,), np.dtype(bool))
-        return cast(StreamCache, cache), seen
+        return StreamCache.shapes(config, size, own=self.looks), seen
 
     def _is_new(
         self, program: Any, size: int, interventions: Interventions | None, *, several: bool = False

@@ -1,5 +1,6 @@
 """The compiled step: cache reuse, buckets and evidence, against passes without a cache."""
 
+import copy
 import dataclasses
 import logging
 import threading
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from gemma_nb import processor
+from gemma_nb.config import Global, Sliding
 from gemma_nb.sampling import ahead, prefill
 from gemma_nb.sampling.ahead import COMPILING
 from gemma_nb.sampling.cache import StreamCache, grow, next_size, rewind, size_for
@@ -174,6 +176,42 @@ def alike(actual, expected, share):
     assert np.linalg.norm(actual - expected) <= share * np.linalg.norm(expected)
 
 
+def windowed(model, window):
+    """The same with another window."""
+    config = model.config
+    layers = tuple(
+        dataclasses.replace(spec, kind=Sliding(window)) if isinstance(spec.kind, Sliding) else spec
+        for spec in config.layers
+    )
+    config = dataclasses.replace(config, layers=layers)
+    return dataclasses.replace(model, transformer=model.transformer.clone(config=config))
+
+
+def test_within_a_window_one_kind_of_layer_is_compiled(tiny_model):
+    """Which computes what a layer of the other kind does; until the window may be left."""
+    model = windowed(tiny_model[0], 300)
+    assert {type(spec.kind) for spec in model.config.layers} == {Global, Sliding}
+    decoder, ids, found = Decoder(model, limit=400, top_k=5), random_ids(40, seed=3), []
+    feed = decoder._programs.many.feed
+    assert set(feed._near) < set(feed._layers)
+    for apart in (False, True):
+        if apart:
+            feed = copy.copy(feed)
+            feed._window = 0
+            programs = decoder._programs
+            programs.first = programs.many = dataclasses.replace(programs.many, feed=feed)
+        decoder.reset()
+        decoder.prefill(decoder.begin(ids[:7], GREEDY))
+        evidence = decoder.prefill(decoder.begin(ids, GREEDY))
+        assert decoder.cache.size == 256
+        archive = decoder._archive.ring(len(ids), len(ids))
+        found.append(jax.device_get((evidence, decoder.cache, archive)))
+    a, b = map(jax.tree.leaves, found)
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
 # What several tokens are computed from, see `Stored`: rows, wide rows, or columns.
 @pytest.mark.parametrize(
     ("storage", "dtype", "matrix_unit"),
@@ -186,13 +224,14 @@ def alike(actual, expected, share):
         ("int8", "bfloat16", True),
     ],
 )
-@pytest.mark.parametrize("before", [0, 7, 40])
+# The cache holds 200: a window of 300 is never left, and all layers are computed as one kind.
+@pytest.mark.parametrize(("before", "window"), [(0, 8), (7, 8), (40, 8), (0, 300), (40, 300)])
 def test_layer_by_layer_is_what_one_program_computes(
-    tiny_model, before, storage, dtype, matrix_unit, monkeypatch
+    tiny_model, before, window, storage, dtype, matrix_unit, monkeypatch
 ):
-    """Choice, cache, attention, and what is kept of keys, values and residuals; windows of 8."""
+    """Choice, cache, attention, and what is kept of keys, values and residuals."""
     monkeypatch.setattr(processor, "has_matrix_unit", lambda: matrix_unit)
-    model, tokenizer = tiny_model
+    model, tokenizer = windowed(tiny_model[0], window), tiny_model[1]
     params = jax.tree.map(lambda x: x.astype(dtype), model.params)
     model = dataclasses.replace(model, params=params)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)

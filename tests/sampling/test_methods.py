@@ -15,6 +15,7 @@ from gemma_nb.sampling.methods import (
     distribution,
     draw,
     invert,
+    seeded,
     uniform_at,
 )
 from gemma_nb.sampling.top_k import top_k
@@ -245,3 +246,12 @@ def test_what_a_caller_takes_of_the_largest_does_not_make_it_sort_all_candidates
     sorts = [line for line in compiled.as_text().splitlines() if " sort(" in line]
     assert not [line for line in sorts if "[4096]" in line]  # 64 blocks of 64
     np.testing.assert_array_equal(compiled(x)[1], np.sort(x)[::-1][:5])
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_a_seed_makes_the_key_that_jax_makes_of_it(implementation):
+    with jax.default_prng_impl(implementation):
+        for seed in (0, 7, 2**31, 2**32 - 1):
+            made, expected = seeded(seed), jax.random.key(seed)
+            assert made.dtype == expected.dtype
+            assert jax.random.key_data(made).tolist() == jax.random.key_data(expected).tolist()
