@@ -70,7 +70,7 @@ say "Installing gemma_nb[$extras]"
 "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
     ${CONSTRAINTS:+-c "$CONSTRAINTS"} -e ".[$extras]"
 # As pip does with what it copies: where Python is told to write no bytecode, each start would
-# compile the source anew, which takes a third of a second.
+# compile the source anew, which takes some tenths of a second.
 "$venv/bin/python" -m compileall -q gemma_nb
 for extra in "$@"; do
     echo "$key" >"$venv/.installed-$extra"

@@ -83,7 +83,7 @@ class StreamCache:
 
     @classmethod
     def shapes(cls, config: TransformerConfig, size: int, *, own: bool = False) -> StreamCache:
-        """What `empty` makes for one device, as shapes: nothing is allocated."""
+        """What `empty` makes of the same arguments for one device, as shapes: allocates nothing."""
         make, rings = _empty(config, size, own)
         k, v, positions, rolled, end = jax.eval_shape(make.jitted)
         return cls(k, v, positions, rolled, end, rings, own)

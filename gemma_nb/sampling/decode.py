@@ -30,8 +30,8 @@ from gemma_nb.text.prefix import shared_prefix
 _ALONE = 4
 
 # A context of up to so many tokens gets its slots at once.  In a longer one each piece would read
-# all of them, most still empty (of 8,192 tokens, a fifth of the time), so they come as it does: to
-# compile a layer for one size more takes a second or two, once for each machine.
+# all of them, most still empty, so they come as it does: to compile a layer for one size more takes
+# a second or two, once for each machine.
 _AT_ONCE = 2048
 
 

@@ -158,7 +158,11 @@ class Controls:
 
 
 def seeded(seed: int) -> jax.Array:
-    """What `jax.random.key` makes of a seed of 32 bits, without being lowered in every process."""
+    """The key () that `jax.random.key` makes of a seed, without lowering it in every process.
+
+    Args:
+      seed: 0 to 2**32 - 1.
+    """
     return jax.random.wrap_key_data(_key_data((), np.uint32(seed)))
 
 

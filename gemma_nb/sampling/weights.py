@@ -103,7 +103,7 @@ class DecodingWeights:
         for stacked, whose in zip(self.norms, self.paths, strict=True):
             which = [i for i, path in enumerate(whose) if rest(path)]
             if which:
-                norms.append(_given(np.asarray(stacked)[which]))
+                norms.append(jax.device_put(np.asarray(stacked)[which]))
                 paths.append(tuple(below for path in whose if (below := rest(path))))
         head = self.head if layer is None else None
         return DecodingWeights(given, tuple(norms), tuple(paths), head)
@@ -223,16 +223,9 @@ def _split_norms(params: Params) -> tuple[Params, dict[int, dict[tuple[str, ...]
 
 def _stacked(scales: list[jax.Array]) -> jax.Array:
     """Norms' scales as they are computed with, which also saves XLA a loop for each of them."""
-    return _given(np.stack([np.asarray(scale, np.float32) for scale in scales]))
-
-
-def _given(array: np.ndarray) -> jax.Array:
-    """An array on the device.
-
-    `jnp.asarray` is a program, and the first one that JAX lowers takes a third of a second: a
-    second start lowers none.
-    """
-    return jax.device_put(array)
+    # Not `jnp.asarray`, which is a program: the first that JAX lowers in a process takes a third of
+    # a second, and a second start lowers none.
+    return jax.device_put(np.stack([np.asarray(scale, np.float32) for scale in scales]))
 
 
 def _without(params: Params, prepared: Params) -> Params:
