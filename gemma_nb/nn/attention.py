@@ -202,7 +202,7 @@ class Attention(nn.Module):
             return q, k, v
         q, kv = self.q_einsum(x), self.kv_einsum(x)
         if preparing(self):
-            parts = [self.q_einsum.stored(), self.kv_einsum.stored()]
+            parts = [self.q_einsum.stored(x), self.kv_einsum.stored(x)]
             self.put_variable("prepared", "qkv", concatenate(parts))
         return q, kv[..., 0, :, :], kv[..., 1, :, :]
 

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gemma_nb.nn.storage import Stored, preparing, product
+from gemma_nb.nn.storage import Stored, preparing, product, typical
 
 # Parameters that nobody loads are only ever tested against themselves; a small normal keeps
 # random models finite at any depth.
@@ -41,15 +41,17 @@ class Einsum(nn.Module):
             [i for i, axis in enumerate(weight) if axis not in out],
         )
 
-    def stored(self) -> Stored:
-        """The weight that the module was given in both layouts of `Stored`, in its own dtype."""
+    def stored(self, x: jax.Array) -> Stored:
+        """The weight that the module was given, for `pack`, and how large its inputs x were."""
         w: jax.Array = self.get_variable("params", self.weight_name)
         out, inner = self._axes()
         size = math.prod(self.shape[axis] for axis in out)
         rows = w.transpose(*out, *inner).reshape(size, -1)
         if inner + out == list(range(len(self.shape))):
-            return Stored(rows=rows, columns=w)  # the same array, not a copy of it
-        return Stored(rows=rows, columns=w.transpose(*inner, *out).reshape(-1, size))
+            columns = w  # the same array, not a copy of it
+        else:
+            columns = w.transpose(*inner, *out).reshape(-1, size)
+        return Stored(rows=rows, inputs=typical(x.reshape(-1, rows.shape[1])), columns=columns)
 
     def wide(self, count: int) -> jax.Array | None:
         """(out, in) float32, where so many vectors are multiplied as columns to its right."""
@@ -68,7 +70,7 @@ class Einsum(nn.Module):
             return y.reshape(*y.shape[:-1], *(self.shape[axis] for axis in out))
         w = self.param(self.weight_name, _INIT, self.shape)
         if preparing(self) and not self.joined:
-            self.put_variable("prepared", self.weight_name, self.stored())
+            self.put_variable("prepared", self.weight_name, self.stored(x))
         return jnp.einsum(self.eqn, x, w.astype(x.dtype))
 
 

@@ -20,6 +20,7 @@ from gemma_nb.nn.block import Block
 from gemma_nb.nn.layers import Embedder, RMSNorm
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import Rotation
+from gemma_nb.nn.sample import SAMPLE
 from gemma_nb.nn.storage import exact_layers, pack
 from gemma_nb.processor import ONE_PLACE, Streams
 from gemma_nb.sites import EVERYWHERE
@@ -234,7 +235,8 @@ class Transformer(nn.Module):
         Args:
           params: the official tree.
           int8: store the rows, which single tokens use, in int8 with a scale per row, and round
-            what is multiplied with bfloat16 columns to bfloat16.
+            what is multiplied with bfloat16 columns to bfloat16.  The layers are run on a sample of
+            text for it, see `gemma_nb.nn.sample`.
           columns: dtype of a second copy for several tokens at once, see `pack`; None computes
             these from the rows.
           streams: from how many places rows are read at once, see `Stored`.
@@ -242,26 +244,56 @@ class Transformer(nn.Module):
         # All layers alike, so that one trace does for all of them: their kinds make no difference.
         block = Block(self.config, self.config.layers[0], parent=None)
         exact = exact_layers(self.config.num_layers) if int8 else range(self.config.num_layers)
-
-        def prepared(i: int) -> Params:
+        x, positions, rotations = None, None, {}
+        if int8:
+            ends = {"embedder": params["embedder"]}
+            x, positions, rotations = _compiled_sample(self)(shapes_of(ends), ends)
+        prepared = {}
+        for i, spec in enumerate(self.config.layers):
             own = params[f"layer_{i}"]
+            # Nothing that is quantised comes after the exact ones.
+            given = (own, None, None, None)
+            if i not in exact:
+                given = (own, x, positions, rotations[spec.rotation])
             compiled = _compiled_prepare(block, i not in exact, int8, columns, streams)
-            return cast(Params, compiled(shapes_of(own), own))
+            prepared[f"layer_{i}"], x = compiled(shapes_of(given), *given)
+        return prepared
 
-        return {f"layer_{i}": prepared(i) for i in range(self.config.num_layers)}
+
+@functools.cache
+def _compiled_sample(transformer: Transformer) -> Kept:
+    """What the first layer takes of the sample, its positions, and rotations by kind of layer."""
+
+    def sample(params: Params) -> Any:
+        tokens = jnp.array([SAMPLE], jnp.int32) % transformer.config.num_embed
+        positions = jnp.arange(tokens.size, dtype=jnp.int32)[None]
+        x, rotations = transformer.apply({"params": params}, tokens, positions, method="enter")
+        return x, positions, {kind: (r.cos, r.sin) for kind, r in rotations.items()}
+
+    return Kept(sample, transformer)
 
 
 @functools.cache
 def _compiled_prepare(
     block: Block, int8: bool, rounded: bool, columns: Any, streams: Streams
 ) -> Kept:
-    """`Transformer.prepare` of one layer's params, see `pack`."""
+    """`Transformer.prepare` of one layer's params, see `pack`.
 
-    def prepare(params: Params) -> Params:
-        probe, where = jnp.zeros((1, 1, block.config.embed_dim)), jnp.zeros((1, 1), jnp.int32)
-        _, state = block.apply({"params": params}, probe, where, None, None, mutable=["prepared"])
+    With what the layer makes of the sample's residual stream x, where that is given.
+    """
+
+    def prepare(
+        params: Params,
+        x: jax.Array | None,
+        positions: jax.Array | None,
+        rotation: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[Params, jax.Array | None]:
+        stream = jnp.zeros((1, 1, block.config.embed_dim)) if x is None else x
+        where = jnp.zeros((1, 1), jnp.int32) if positions is None else positions
+        given = (stream, where, None, None, None, rotation and Rotation(*rotation))
+        (after, _), state = block.apply({"params": params}, *given, mutable=["prepared"])
         found = cast(Params, state)["prepared"]
         packed = pack(found, int8=int8, rounded=rounded, columns=columns, streams=streams)
-        return cast(Params, packed)
+        return cast(Params, packed), None if x is None else after
 
     return Kept(prepare, block, int8, rounded, columns, streams)

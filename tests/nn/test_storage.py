@@ -7,6 +7,7 @@ import pytest
 
 from gemma_nb.config import Global, LayerSpec, TransformerConfig
 from gemma_nb.nn import Transformer
+from gemma_nb.nn.sample import SAMPLE
 from gemma_nb.nn.storage import (
     IN_STREAMS,
     Stored,
@@ -15,6 +16,7 @@ from gemma_nb.nn.storage import (
     product,
     quantise,
     split_bfloat16,
+    typical,
 )
 
 OUT, INNER = 96, 160
@@ -91,10 +93,8 @@ def test_bfloat16_terms_add_up():
         assert (np.abs(rest) <= most * np.abs(x)).all()
 
 
-@pytest.mark.parametrize(("layers", "exact_ones"), [(3, {2}), (8, {1, 7})])
-def test_what_is_prepared_of_a_model(layers, exact_ones):
-    """The joined product instead of its parts; int8 but for every sixth layer from the last."""
-    config = TransformerConfig(
+def config_of(layers):
+    return TransformerConfig(
         num_embed=32,
         embed_dim=16,
         hidden_dim=24,
@@ -104,7 +104,12 @@ def test_what_is_prepared_of_a_model(layers, exact_ones):
         query_pre_attn_scalar=8.0,
         layers=(LayerSpec(Global()),) * layers,
     )
-    transformer = Transformer(config)
+
+
+@pytest.mark.parametrize(("layers", "exact_ones"), [(3, {2}), (8, {7})])
+def test_what_is_prepared_of_a_model(layers, exact_ones):
+    """The joined product instead of its parts; int8 but for the last layer."""
+    transformer = Transformer(config_of(layers))
     params = transformer.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     prepared = transformer.prepare(params, int8=True)
     for i in range(layers):
@@ -150,6 +155,39 @@ def test_int8_rows(weight, power):
     x = tokens(1)
     y = jax.jit(lambda s, x: s(x))(Stored(rows, scale, inputs), x)
     assert error(y, exact(x, restored)) < 1e-6
+
+
+def test_what_meets_large_activations_is_rounded_finely():
+    """Of two inputs with the same weights, the one whose activations are 10,000 times larger."""
+    row = jax.random.normal(jax.random.key(1), (64, 1))
+    weight = jnp.concatenate([row, row], axis=1)
+    _, _, inputs = quantise(weight, 0.5, jnp.array([1e-2, 1e2]))
+    assert float(inputs[0] / inputs[1]) == pytest.approx(10)
+    plain = quantise(weight, 0.5)
+    for same in (quantise(weight, 0.5, jnp.ones(2)), quantise(weight, 0.5, jnp.zeros(2))):
+        # Activations that are all the same, or all zero, tell nothing.
+        np.testing.assert_array_equal(same[0], plain[0])
+
+
+def test_the_first_vector_says_nothing_about_what_is_typical():
+    x = jnp.array([[1e4, 1e4], [3.0, 0.0], [4.0, 1.0]], jnp.bfloat16)
+    np.testing.assert_allclose(typical(x), [12.5**0.5, 0.5**0.5], rtol=1e-6)
+
+
+def test_int8_is_chosen_by_what_the_layers_compute():
+    """Activations on the sample of text, each layer's after the ones below; over a plain pass."""
+    config = config_of(3)
+    transformer = Transformer(config)
+    tokens = jnp.array([SAMPLE], jnp.int32) % config.num_embed
+    params = transformer.init(jax.random.key(0), tokens)["params"]
+    prepared = transformer.prepare(params, int8=True)
+    _, state = transformer.apply({"params": params}, tokens, mutable=["intermediates"])
+    for i in range(config.num_layers - 1):
+        (x,) = state["intermediates"][f"layer_{i}"]["mlp_in"]
+        gating = params[f"layer_{i}"]["mlp"]["gating_einsum"].reshape(-1, config.embed_dim)
+        expected = quantise(gating, 0.25, typical(x[0]))
+        found = prepared[f"layer_{i}"]["mlp"]["gating_einsum"]
+        np.testing.assert_allclose(found.inputs, expected[2], rtol=1e-4)
 
 
 def test_rows_and_columns_of_zeros_stay_zeros():
