@@ -17,6 +17,7 @@ from flax import linen as nn
 from gemma_nb import executables
 from gemma_nb.executables import Kept, shapes_of
 from gemma_nb.nn import storage
+from gemma_nb.sampling.ahead import COMPILING
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -29,6 +30,7 @@ import numpy as np
 from gemma_nb import executables
 from gemma_nb.checkpoints.load import use_compilation_cache
 from gemma_nb.nn import storage
+from gemma_nb.sampling.ahead import COMPILING
 
 use_compilation_cache()
 exec(sys.argv[1])
@@ -50,6 +52,10 @@ print(json.dumps([y["y"].tolist(), after.tolist(), len(traced), x.is_deleted()])
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty cache folder, which is in use."""
+    # What other tests have begun to compile on another thread would be kept there.
+    for thread in threading.enumerate():
+        if thread.name == COMPILING:
+            thread.join()
     monkeypatch.setenv("GEMMA_NB_CACHE", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
