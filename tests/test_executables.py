@@ -30,7 +30,6 @@ import numpy as np
 from gemma_nb import executables
 from gemma_nb.checkpoints.load import use_compilation_cache
 from gemma_nb.nn import storage
-from gemma_nb.sampling.ahead import COMPILING
 
 use_compilation_cache()
 exec(sys.argv[1])

@@ -42,7 +42,10 @@ class Einsum(nn.Module):
         )
 
     def stored(self, x: jax.Array) -> Stored:
-        """The weight that the module was given, for `pack`, and how large its inputs x were."""
+        """The weight that the module was given, for `gemma_nb.nn.storage.pack`.
+
+        In both layouts of `Stored`, in its own dtype; and how large its inputs `x` were.
+        """
         w: jax.Array = self.get_variable("params", self.weight_name)
         out, inner = self._axes()
         size = math.prod(self.shape[axis] for axis in out)

@@ -7,7 +7,7 @@
 
 By that weights are stored in int8, see `gemma_nb.nn.storage.quantise`.  What the text says hardly
 matters: other texts, in other languages too, give the same within what they differ by anyway; but
-it is a text (over 1,040 tokens of English with Gemma 3 270M, a mean KL of 2.2e-3, and 2.5e-3 by
+it is a text (over 1,040 tokens of English with Gemma 3 270M, a mean KL of 2.2e-3, and 2.4e-3 by
 tokens that were drawn at random).
 """
 

@@ -138,7 +138,7 @@ def quantise(
 def typical(x: Float[Array, "T inner"]) -> Float[Array, " inner"]:
     """Root mean square of the vectors but the first, as float32; of a text's activations.
 
-    Those of its first token are many times larger than, and unlike, all that follow
+    Of a single vector it is NaN: who prepares int8 weights gives more.  Those of its first token are many times larger than, and unlike, all that follow
     (arXiv:2309.17453: attention sinks).
     """
     rest = x[1:].astype(jnp.float32)

@@ -290,7 +290,8 @@ def _compiled_prepare(
     ) -> tuple[Params, jax.Array | None]:
         stream = jnp.zeros((1, 1, block.config.embed_dim)) if x is None else x
         where = jnp.zeros((1, 1), jnp.int32) if positions is None else positions
-        given = (stream, where, None, None, None, rotation and Rotation(*rotation))
+        turned = None if rotation is None else Rotation(*rotation)
+        given = (stream, where, None, None, None, turned)
         (after, _), state = block.apply({"params": params}, *given, mutable=["prepared"])
         found = cast(Params, state)["prepared"]
         packed = pack(found, int8=int8, rounded=rounded, columns=columns, streams=streams)
