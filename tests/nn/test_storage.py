@@ -185,7 +185,7 @@ def test_int8_is_chosen_by_what_the_layers_compute():
     for i in range(config.num_layers - 1):
         (x,) = state["intermediates"][f"layer_{i}"]["mlp_in"]
         gating = params[f"layer_{i}"]["mlp"]["gating_einsum"].reshape(-1, config.embed_dim)
-        expected = quantise(gating, 0.25, typical(x[0]))
+        expected = quantise(gating, 0.5, typical(x[0]))
         found = prepared[f"layer_{i}"]["mlp"]["gating_einsum"]
         np.testing.assert_allclose(found.inputs, expected[2], rtol=1e-4)
 
