@@ -34,12 +34,19 @@ class DecodingWeights:
       norms: the scales of all norms, one float32 array (n, width) per width; empty where they are
         in `given`.
       paths: whose they are, in order.
+      scales: those of int8 rows, one float32 array (n, width) per width; empty where they are in
+        the `Stored` weights themselves.
+      owners: whose they are, in order: the path of a `Stored` weight, and which of its fields.
       head: the vocabulary head of a single token; None for the plain one.
     """
 
     given: Params
     norms: tuple[jax.Array, ...] = ()
     paths: tuple[tuple[tuple[str, ...], ...], ...] = flax.struct.field(
+        pytree_node=False, default=()
+    )
+    scales: tuple[jax.Array, ...] = ()
+    owners: tuple[tuple[tuple[tuple[str, ...], str], ...], ...] = flax.struct.field(
         pytree_node=False, default=()
     )
     head: Int8Head | None = None
@@ -50,7 +57,14 @@ class DecodingWeights:
         flat = flax.traverse_util.flatten_dict(dict(self.given["params"]))
         for stacked, paths in zip(self.norms, self.paths, strict=True):
             flat.update({path: stacked[i] for i, path in enumerate(paths)})
-        return {**self.given, "params": flax.traverse_util.unflatten_dict(flat)}
+        variables = {**self.given, "params": flax.traverse_util.unflatten_dict(flat)}
+        if self.scales:
+            weights = flax.traverse_util.flatten_dict(dict(self.given["prepared"]))
+            for stacked, owners in zip(self.scales, self.owners, strict=True):
+                for i, (path, field) in enumerate(owners):
+                    weights[path] = dataclasses.replace(weights[path], **{field: stacked[i]})
+            variables["prepared"] = flax.traverse_util.unflatten_dict(weights)
+        return variables
 
     @property
     def table(self) -> jax.Array:
@@ -68,8 +82,19 @@ class DecodingWeights:
         use_huge_pages(rows if self.head is None else [*rows, self.head.rows])
 
     def for_one_token(self) -> DecodingWeights:
-        """The same without what only several tokens at once use."""
-        return self._with_stored(lambda one: dataclasses.replace(one, columns=None, wide=None))
+        """The same without what only several tokens at once use, and the scales stacked."""
+        bare = self._with_stored(lambda one: dataclasses.replace(one, columns=None, wide=None))
+        weights = flax.traverse_util.flatten_dict(dict(bare.given.get("prepared", {})))
+        found: dict[int, dict[tuple[tuple[str, ...], str], jax.Array]] = {}
+        for path, stored in weights.items():
+            for field in ("scale", "inputs"):
+                if (scale := getattr(stored, field)) is not None:
+                    found.setdefault(len(scale), {})[path, field] = scale
+        return dataclasses.replace(
+            bare._with_stored(lambda one: dataclasses.replace(one, scale=None, inputs=None)),
+            scales=tuple(_stacked(list(scales.values())) for scales in found.values()),
+            owners=tuple(tuple(scales) for scales in found.values()),
+        )
 
     def for_several(self) -> tuple[DecodingWeights, list[DecodingWeights]]:
         """What several tokens use: of the ends, and of each layer by itself.
@@ -106,7 +131,7 @@ class DecodingWeights:
                 norms.append(jax.device_put(np.asarray(stacked)[which]))
                 paths.append(tuple(below for path in whose if (below := rest(path))))
         head = self.head if layer is None else None
-        return DecodingWeights(given, tuple(norms), tuple(paths), head)
+        return DecodingWeights(given, tuple(norms), tuple(paths), head=head)
 
     def _with_stored(self, change: Callable[[Stored], Stored]) -> DecodingWeights:
         def one(leaf: Any) -> Any:
@@ -222,7 +247,7 @@ def _split_norms(params: Params) -> tuple[Params, dict[int, dict[tuple[str, ...]
 
 
 def _stacked(scales: list[jax.Array]) -> jax.Array:
-    """Norms' scales as they are computed with, which also saves XLA a loop for each of them."""
+    """Scales as they are computed with, which for norms' also saves XLA a loop for each."""
     # Not `jnp.asarray`, which is a program: the first that JAX lowers in a process takes a third of
     # a second, and a second start lowers none.
     return jax.device_put(np.stack([np.asarray(scale, np.float32) for scale in scales]))
