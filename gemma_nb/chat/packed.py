@@ -27,15 +27,29 @@ class Packed:
         """
         self._slot = slot
         self._kind = kind
+        # What was packed or unpacked last, and the same as it is kept: a token's record becomes
+        # another, and then an event, before the next token's does.
+        self._last: tuple[Any, Any] = (None, None)
 
     def __get__(self, record: Any, owner: Any = None) -> Any:
         if record is None:
             return self
         kept = self._slot.__get__(record)
-        return kept if not kept or type(kept[0]) is not bytes else self._unpacked(*kept)
+        if not kept or type(kept[0]) is not bytes:
+            return kept
+        alternatives, last = self._last
+        if kept is not last:
+            alternatives = self._unpacked(*kept)
+            self._last = alternatives, kept
+        return alternatives
 
     def __set__(self, record: Any, alternatives: Any) -> None:
-        self._slot.__set__(record, self._packed(alternatives))
+        last, kept = self._last
+        # What can change is packed anew.
+        if alternatives is not last or type(alternatives) is not tuple:
+            kept = self._packed(alternatives)
+            self._last = alternatives, kept
+        self._slot.__set__(record, kept)
 
     def _packed(self, given: Any) -> Any:
         """(bytes, text, text, ...), or what was given where that would not be the same."""
