@@ -297,6 +297,9 @@ class Conversation:
         stream = self._generate(make)
         # Weak, so that a stream that its reader drops is closed at once.
         self._stream = weakref.ref(stream)
+        # One that is still open when Python ends is closed while that still works, and before the
+        # autosave is: what was made last is finalized first.
+        weakref.finalize(stream, _close, self._stream)
         return stream
 
     def _generate(self, make: Callable[[], Plan]) -> Generator[TokenEvent, None, None]:
@@ -386,3 +389,12 @@ class Conversation:
         if warning:
             self._told_evicted = True
             warnings.warn(warning, ConversationWarning, stacklevel=4)
+
+
+def _close(stream: Callable[[], Generator[TokenEvent, None, None] | None]) -> None:
+    """Ends a reply that nobody reads on, if it is still there."""
+    open_stream = stream()
+    if open_stream is not None:
+        # It may be running on another thread.
+        with suppress(ValueError):
+            open_stream.close()
