@@ -256,11 +256,8 @@ class Conversation:
         Called on the thread that was reading `stream`, it ends a reply that nobody reads on, too.
         """
         self._generation.stop.set()
-        stream = self._stream() if self._stream is not None else None
-        if stream is not None and self._reader == threading.get_ident():
-            # Closing fails while the generator runs; then it looks at the flag itself.
-            with suppress(ValueError):
-                stream.close()
+        if self._stream is not None and self._reader == threading.get_ident():
+            _close(self._stream)
 
     def warmup(self, progress: Callable[[float, str], None] | None = None) -> None:
         """Compiles what a conversation needs and computes the template's own beginning.
@@ -391,10 +388,10 @@ class Conversation:
             warnings.warn(warning, ConversationWarning, stacklevel=4)
 
 
-def _close(stream: Callable[[], Generator[TokenEvent, None, None] | None]) -> None:
+def _close(stream: weakref.ref[Generator[TokenEvent, None, None]]) -> None:
     """Ends a reply that nobody reads on, if it is still there."""
     open_stream = stream()
     if open_stream is not None:
-        # It may be running on another thread.
+        # Closing fails while the generator runs; then it looks at its flag itself.
         with suppress(ValueError):
             open_stream.close()

@@ -45,8 +45,7 @@ class Packed:
 
     def __set__(self, record: Any, alternatives: Any) -> None:
         last, kept = self._last
-        # What can change is packed anew.
-        if alternatives is not last or type(alternatives) is not tuple:
+        if alternatives is not last:
             kept = self._packed(alternatives)
             self._last = alternatives, kept
         self._slot.__set__(record, kept)

@@ -375,7 +375,7 @@ class Decoder:
         """Waits for what a step has made of `fed`, and keeps it; None where nothing was chosen."""
         start = len(self.ids)
         with self._undone():
-            # `jax.device_get` of everything takes twice as long, part of which the next step does.
+            # Not `jax.device_get`, which takes longer, and every token has these two.
             words, rows = (None if x is None else np.asarray(x) for x in (made.words, made.rows))
             attention, residuals = jax.device_get((made.attention, made.residuals))
             evidence = None if words is None else Evidence.unpack(words)

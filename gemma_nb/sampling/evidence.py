@@ -100,12 +100,11 @@ class Evidence:
     @classmethod
     def unpack(cls, words: np.ndarray) -> Evidence:
         """The inverse of `pack`, on the host."""
-        # Once as each kind, and then parts: a view of every part would take three times as long.
-        kinds: set[type[np.number]] = {np.int32, np.float32}
+        # Once as each kind, and then parts: a view of every part would take longer.
+        kinds: tuple[type[np.number], ...] = (np.int32, np.float32)
         views = {kind: words.view(kind) for kind in kinds}
-        values: dict[str, Any] = {}
-        for i, (name, kind) in enumerate(_ONES.items()):
-            values[name] = views[kind][i]
+        ones = enumerate(_ONES.items())
+        values: dict[str, Any] = {name: views[kind][i] for i, (name, kind) in ones}
         start, length = len(_ONES), (len(words) - len(_ONES)) // len(_LISTS)
         for name, kind in _LISTS.items():
             values[name] = views[kind][start : start + length]
