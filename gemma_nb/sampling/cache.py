@@ -150,7 +150,14 @@ class StreamCache:
           archive: holds the keys and values of these tokens.
           length: at most the tokens held.
         """
-        return _refilled(self, *archive.ring(self.ring_size, length), np.int32(length))
+        wanted, cache = newest(self.ring_size, length), self
+        lost = (wanted != EMPTY) & (wanted != np.asarray(self.ring_positions))
+        # One block when little was overwritten, since copying 16 MB of rings takes half a step.
+        for block in _blocks(self.ring_size):
+            if lost[block].any():
+                rows = archive.rows(wanted[block])
+                cache = _refilled(cache, rows, np.int32(block.start))
+        return _rewound(cache, np.int32(length), wanted)
 
     def with_ring_rows(self, rows: Iterable[Iterable[jax.Array]]) -> StreamCache:
         """The cache with other keys and values in its rings, one pair of (W, K*H) per ring."""
@@ -188,6 +195,16 @@ def _compiled_empty(
     return Kept(empty, slots, width, size, ring, columns)
 
 
+# Slots of the rings that are filled anew at once.
+_REFILLED = 128
+
+
+def _blocks(ring: int) -> list[slice]:
+    """All slots of a ring in blocks of one size; the last may overlap the one before."""
+    size = min(_REFILLED, ring)
+    return [slice(min(i, ring - size), min(i + size, ring)) for i in range(0, ring, size)]
+
+
 @jax.jit(donate_argnums=0)
 def rewind(cache: StreamCache, length: jax.Array) -> StreamCache:
     """`cache` with only its first `length` tokens in use, of those that it still holds."""
@@ -202,14 +219,23 @@ def rewind(cache: StreamCache, length: jax.Array) -> StreamCache:
     )
 
 
+@jax.jit(donate_argnums=0)
+def _rewound(cache: StreamCache, length: jax.Array, ring_positions: jax.Array) -> StreamCache:
+    """`cache` with only its first `length` tokens in use, and rings that hold these positions."""
+    return rewind(cache, length).replace(ring_positions=ring_positions)  # type: ignore[attr-defined]
+
+
 # One program, as each of its thirty small ones would take a third of a millisecond to start.
 @jax.jit(donate_argnums=0)
-def _refilled(
-    cache: StreamCache, rows: jax.Array, ring_positions: jax.Array, length: jax.Array
-) -> StreamCache:
-    """`cache` with other rings (ring layers, 2, W, K*H), and `length` tokens in use."""
-    cache = rewind(cache.with_ring_rows(rows), length)
-    return cache.replace(ring_positions=ring_positions)  # type: ignore[attr-defined]
+def _refilled(cache: StreamCache, rows: jax.Array, slot: jax.Array) -> StreamCache:
+    """`cache` with other keys and values (ring layers, 2, n, K*H) from a slot of its rings on."""
+    k, v = list(cache.k), list(cache.v)
+    rings = (i for i, ring in enumerate(cache.rings) if ring)
+    for i, (keys, values) in zip(rings, rows, strict=True):
+        k[i] = jax.lax.dynamic_update_slice_in_dim(k[i], keys, slot, 0)
+        values, axis = (values.T, 1) if cache.columns else (values, 0)
+        v[i] = jax.lax.dynamic_update_slice_in_dim(v[i], values, slot, axis)
+    return cache.replace(k=tuple(k), v=tuple(v))  # type: ignore[attr-defined]
 
 
 def compile_rewinding(cache: StreamCache) -> None:
@@ -218,8 +244,9 @@ def compile_rewinding(cache: StreamCache) -> None:
     ring = cache.ring_size
     if ring:
         width = next(k.shape[1] for k, is_ring in zip(cache.k, cache.rings, strict=True) if is_ring)
-        rows = np.zeros((sum(cache.rings), 2, ring, width), np.float32)
-        _refilled.lower(cache, rows, np.zeros(ring, np.int32), np.int32(0)).compile()
+        rows = np.zeros((sum(cache.rings), 2, min(_REFILLED, ring), width), np.float32)
+        _refilled.lower(cache, rows, np.int32(0)).compile()
+        _rewound.lower(cache, np.int32(0), np.zeros(ring, np.int32)).compile()
 
 
 # Static: the sizes.  Not donated: the arrays change shape.
@@ -299,23 +326,25 @@ class Archive:
             self._blocks[index][:, :, offset : offset + piece.shape[2]] = piece
             done += piece.shape[2]
 
-    def ring(self, size: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """A ring of `size` slots as it was when the token before position `stop` had been fed.
-
-        Returns:
-          (ring layers, 2, size, K*H) keys and values by slot, and (size,) int32 their positions,
-          EMPTY where there is none.
-        """
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """Keys and values (ring layers, 2, n, K*H) of n positions; zeros where one is EMPTY."""
         layers, pair, _, width = self._blocks[0].shape
-        rows = np.zeros((layers, pair, size, width), self._blocks[0].dtype)
-        positions = np.full(size, EMPTY, np.int32)
-        start = max(0, stop - size)
-        while start < stop:
-            index, offset = divmod(start, self._BLOCK)
-            slot = start % size
-            # Up to the end of the block, of the ring or of what is asked for: copied in one go.
-            count = min(self._BLOCK - offset, size - slot, stop - start)
-            rows[:, :, slot : slot + count] = self._blocks[index][:, :, offset : offset + count]
-            positions[slot : slot + count] = np.arange(start, start + count)
-            start += count
-        return rows, positions
+        rows = np.zeros((layers, pair, len(positions), width), self._blocks[0].dtype)
+        # What follows one another in a block is copied in one go.
+        follows = (np.diff(positions, prepend=EMPTY) == 1) & (positions % self._BLOCK != 0)
+        starts = np.flatnonzero(~follows | (np.arange(len(positions)) == 0))
+        for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
+            if positions[start] != EMPTY:
+                index, offset = divmod(int(positions[start]), self._BLOCK)
+                rows[:, :, start:stop] = self._blocks[index][:, :, offset : offset + stop - start]
+        return rows
+
+
+def newest(size: int, stop: int) -> np.ndarray:
+    """The positions by slot (size,), int32, of a ring when the token before `stop` had been fed.
+
+    EMPTY where there is none: position p is in slot p mod `size`, and the latest one stays.
+    """
+    slots = np.arange(size, dtype=np.int32)
+    positions = slots + (stop - 1 - slots) // size * size
+    return np.where(positions < 0, EMPTY, positions).astype(np.int32)

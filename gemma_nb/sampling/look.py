@@ -15,7 +15,7 @@ from gemma_nb.executables import Kept, shapes_of
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
-from gemma_nb.sampling.cache import Archive, StreamCache
+from gemma_nb.sampling.cache import Archive, StreamCache, newest
 from gemma_nb.sampling.feed import kept, sown_attention
 from gemma_nb.sampling.rows import in_order, together
 from gemma_nb.sampling.weights import DecodingWeights
@@ -151,7 +151,8 @@ def look(
     size = cache.ring_size
     rows, ring_positions = None, None
     if size:
-        rows, ring_positions = archive.ring(size, position)
+        ring_positions = newest(size, position)
+        rows = archive.rows(ring_positions)
     given = (rows, ring_positions, np.int32(token), np.int32(position), interventions)
     shapes = _shapes(leaves, cache, interventions)
     near, far, residual, final = jax.device_get(compiled(shapes, leaves, cache, *given))

@@ -226,9 +226,11 @@ def test_rewinding_and_growing_keep_the_model_form(tiny_model, own):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), wide, again))
 
 
+@pytest.mark.parametrize("block", [128, 3])
 @pytest.mark.parametrize("back", [60, 59, 52, 51, 31, 7, 1])
-def test_a_stream_that_is_taken_back_goes_on_exactly(decoder, score, back):
+def test_a_stream_that_is_taken_back_goes_on_exactly(decoder, score, back, block, monkeypatch):
     """What the rings have overwritten comes back; the window is 8, the reply 60 tokens."""
+    monkeypatch.setattr("gemma_nb.sampling.cache._REFILLED", block)
     ids = random_ids(7)
     evidences = [decoder.prefill(decoder.begin(ids, GREEDY))]
     evidences += [decoder.step() for _ in range(60)]

@@ -61,7 +61,7 @@ def test_within_a_window_one_kind_of_layer_is_compiled(tiny_model):
         decoder.prefill(decoder.begin(ids[:7], GREEDY))
         evidence = decoder.prefill(decoder.begin(ids, GREEDY))
         assert decoder.cache.size == 256
-        archive = decoder._archive.ring(len(ids), len(ids))
+        archive = decoder._archive.rows(np.arange(len(ids)))
         found.append(jax.device_get((evidence, decoder.cache, archive)))
     a, b = map(jax.tree.leaves, found)
     assert len(a) == len(b)
@@ -116,7 +116,7 @@ def test_layer_by_layer_is_what_one_program_computes(
         evidence = decoder.prefill(decoder.begin(ids, GREEDY))
         kept = decoder.residuals(ids)
         shown = [kept.before(i) for i in range(1, model.config.num_layers)]
-        archive = decoder._archive.ring(len(ids), len(ids))
+        archive = decoder._archive.rows(np.arange(len(ids)))
         found.append((evidence, decoder.cache, archive, shown))
     (evidence, *others), (evidence_, *others_) = found
     assert int(evidence.token) == int(evidence_.token)
@@ -143,7 +143,7 @@ def test_a_first_prompt_is_computed_as_one_behind_others(tiny_model, length):
             decoder._programs.first = decoder._programs.many
         first = decoder.prefill(decoder.begin(ids, GREEDY))
         found.append(
-            (first, decoder.step(), decoder.cache, decoder._archive.ring(length, length)[0])
+            (first, decoder.step(), decoder.cache, decoder._archive.rows(np.arange(length)))
         )
     (first, second, cache, archive), (first_, second_, cache_, archive_) = found
     for own, other in ((first, first_), (second, second_)):
