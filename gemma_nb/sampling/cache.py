@@ -222,7 +222,7 @@ def rewind(cache: StreamCache, length: jax.Array) -> StreamCache:
 @jax.jit(donate_argnums=0)
 def _rewound(cache: StreamCache, length: jax.Array, ring_positions: jax.Array) -> StreamCache:
     """`cache` with only its first `length` tokens in use, and rings that hold these positions."""
-    return rewind(cache, length).replace(ring_positions=ring_positions)  # type: ignore[attr-defined]
+    return rewind(cache, length).replace(ring_positions=ring_positions)
 
 
 # One program, as each of its thirty small ones would take a third of a millisecond to start.
