@@ -18,6 +18,7 @@ from gemma_nb.chat.events import Context, PrefillEvent, TokenEvent, TokenRecord,
 from gemma_nb.chat.generation import STOPPED, Generation
 from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.keeping import Keeper
+from gemma_nb.chat.places import turn_of
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning
@@ -150,17 +151,16 @@ class Conversation:
         """Positions of context in use, on the active branch."""
         if self._making is not None:
             return len(self._decoder.ids)
-        last = next((turn for turn in reversed(self.turns) if turn.context), None)
-        if last is not None and last.context is not None:
-            return last.context.used
+        last = self.tree.context
+        if last is not None:
+            return last.used
         return shared_prefix(self._decoder.ids, self._planner.contexts.opening(self.system))
 
     @property
     def context(self) -> Context:
         """How full the context is: `fraction`, `nearly_full`, and a `warning` to show."""
-        last = next((turn.context for turn in reversed(self.turns) if turn.context), None)
         making = self._making
-        last = making[1].context if making is not None else last
+        last = self.tree.context if making is None else making[1].context
         dropped = last.dropped if last is not None else 0
         return Context(self.system, dropped, self.cache_used, self.cache_length)
 
@@ -306,7 +306,7 @@ class Conversation:
             plan = make()
             reply = self._new_reply(plan)
             self.tree.select(plan.parent)
-            plan.parent.active = None  # until the reply is there
+            self.tree.show_after(plan.parent, None)  # until the reply is there
             self._making = (plan.parent.id, reply)
             try:
                 for records in generation.run(plan, reply):
@@ -379,7 +379,7 @@ class Conversation:
         for _ in events:
             pass
         self._tell_evicted()
-        return self.turns[-1]
+        return turn_of(self.tree.tip)
 
     def _tell_evicted(self) -> None:
         warning = "" if self._told_evicted else self.attention_kept.warning

@@ -199,6 +199,7 @@ def _tree(nodes: dict[str, Any], turns: dict[int, Turn], tables: Tables) -> Conv
         for name, value in values.items():
             setattr(node, name, value)
         _check_indices(node)
+    tree.show_after(tree.root, tree.root.active)  # and what was active after that
     return tree
 
 
@@ -246,7 +247,7 @@ def _answer(tree: ConversationTree) -> bool:
             turn = Turn(tree.last_id + 1, "model", "", ids=(), finish_reason="interrupted")
             tree.attach(node, dataclasses.replace(turn, finish_detail=detail))
         if node.active is None:
-            node.active = len(node.children) - 1
+            tree.show_after(node, len(node.children) - 1)
     return found
 
 

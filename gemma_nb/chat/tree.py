@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from gemma_nb.chat.altered import Unread
-from gemma_nb.chat.events import Role, Turn
+from gemma_nb.chat.events import Context, Role, Turn
 from gemma_nb.interventions import Interventions
 
 _OUTLINED = 100  # turns that an outline has at most
@@ -22,6 +22,9 @@ class Node:
       children: the turns that were tried after this one, in the order in which they were made.
       active: index into `children` of the branch that is shown; None shows none of them.
       undone: index of the child that `undo` hid and `redo` shows again; None where there is none.
+      depth: turns up to and including this one; 0 for the root.
+
+    What changes `active` and `undone` is the tree, which knows the active path.
     """
 
     turn: Turn | None = None
@@ -29,6 +32,10 @@ class Node:
     children: list[Node] = dataclasses.field(default_factory=list)
     active: int | None = None
     undone: int | None = None
+
+    def __post_init__(self) -> None:
+        # No field, since it is not saved.
+        self.depth: int = 0 if self.parent is None else self.parent.depth + 1
 
     @property
     def id(self) -> int:
@@ -91,6 +98,9 @@ class ConversationTree:
         self.root = Node()
         self.under: dict[int, Interventions | Unread] = {}
         self._by_id: dict[int, Node] = {}
+        # The active path.  Never changed, only replaced: other threads may be reading it; and kept,
+        # since each turn looks at it several times, and in a long conversation it is long.
+        self._path: list[Node] = []
 
     def __repr__(self) -> str:
         """An outline, deeper where branches part; what is shown has a star."""
@@ -111,21 +121,24 @@ class ConversationTree:
 
     def path(self) -> list[Node]:
         """The active nodes from the first turn to the last."""
-        nodes, node = [], self.root
-        while node.active is not None:
-            node = node.children[node.active]
-            nodes.append(node)
-        return nodes
+        return list(self._path)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         """The active path."""
-        return tuple(node.turn for node in self.path() if node.turn is not None)
+        return tuple([node.turn for node in self._path if node.turn is not None])
 
     @property
     def tip(self) -> Node:
         """The last active node (the root in an empty conversation)."""
-        return (self.path() or [self.root])[-1]
+        path = self._path
+        return path[-1] if path else self.root
+
+    @property
+    def context(self) -> Context | None:
+        """Of the last reply on the active path; None where none has one."""
+        turns = (node.turn for node in reversed(self._path))
+        return next((turn.context for turn in turns if turn is not None and turn.context), None)
 
     def find(self, turn: Turn | int) -> Node:
         """The node of a turn, or of its id, on whichever branch it is.
@@ -209,15 +222,38 @@ class ConversationTree:
 
     def select(self, node: Node) -> None:
         """Shows `node`, and what was last shown after it."""
-        while node.parent is not None:
-            parent = node.parent
-            parent.active, parent.undone = node.index, None
-            node = parent
+        last = node
+        while not self._is_shown(node):
+            assert node.parent is not None
+            node.parent.active, node.parent.undone = node.index, None
+            node = node.parent
+        if node is not last:
+            self._follow(node)
+
+    def show_after(self, node: Node, index: int | None) -> None:
+        """Shows another child after `node`, or none, wherever that is."""
+        node.active = index
+        if self._is_shown(node):
+            self._follow(node)
 
     def hide_after(self, node: Node) -> None:
         """Shows nothing after `node`; `redo` takes that back."""
         if node.active is not None:
-            node.active, node.undone = None, node.active
+            node.undone = node.active
+            self.show_after(node, None)
+
+    def _is_shown(self, node: Node) -> bool:
+        """Whether a node is on the active path; the root is before it."""
+        path, depth = self._path, node.depth
+        return depth == 0 or (depth <= len(path) and path[depth - 1] is node)
+
+    def _follow(self, node: Node) -> None:
+        """Finds out what is shown after a node that is."""
+        path = self._path[: node.depth]
+        while (shown := node.shown) is not None:
+            path.append(shown)
+            node = shown
+        self._path = path
 
     def undo(self) -> tuple[Turn, ...]:
         """Hides the last message and what was replied; returns the turns that were hidden.
@@ -243,6 +279,5 @@ class ConversationTree:
         tip = self.tip
         if tip.undone is None:
             raise ValueError("there is nothing to redo: use select() to show another branch")
-        before = len(self.path())
         self.select(tip.children[tip.undone])
-        return self.turns[before:]
+        return self.turns[tip.depth :]

@@ -31,7 +31,7 @@ def test_a_turn_is_found_on_any_branch():
 def test_starting_over_hides_everything():
     tree = ConversationTree()
     tree.add(tree.root, Turn(1, "user", "Hi"))
-    tree.root.active = None
+    tree.show_after(tree.root, None)
     assert tree.turns == ()
     assert tree.tip is tree.root
     tree.add(tree.root, Turn(2, "user", "Hello"))
