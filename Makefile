@@ -8,9 +8,10 @@
 
 PORT ?= 8888
 TESTS ?= tests
-# Files are dealt out to two processes; each loads the default model once.  Browser tests come after
-# the others, alone: they hold the app to how soon it answers.  (5: TESTS holds none of a kind.)
-PARALLEL ?= -n 2 --dist loadfile
+# Files are dealt out to three processes, which keep two cores busy; each loads the default model
+# once.  Browser tests come after the others, alone: they hold the app to how soon it answers.
+# (5: TESTS holds none of a kind.)
+PARALLEL ?= -n 3 --dist loadfile
 VENV = .venv
 BIN = $(VENV)/bin
 INSTALL = PYTHON='$(PYTHON)' VENV='$(VENV)' sh .ci/venv.sh

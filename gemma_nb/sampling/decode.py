@@ -390,9 +390,10 @@ class Decoder:
             kept = self._rows.keep(attention, self.ids, start, self._interventions)
             evidence = evidence.replace(attention=kept)  # type: ignore[attr-defined]
         assert self._cache is not None
-        # Nor is anything compiled between a prompt's pieces, which it would slow down.
-        alone = evidence is None or (self._steps <= _ALONE and len(self.ids) <= BUCKETS[-1])
-        if 2 * len(self.ids) >= self._cache.size and not alone:
+        # Nor is anything compiled between a prompt's pieces, which it would slow down, nor beside
+        # the first step after it: compiling a step takes half a gigabyte, and both cores.
+        first = len(fed) > 1 or (self._steps <= _ALONE and len(self.ids) <= BUCKETS[-1])
+        if 2 * len(self.ids) >= self._cache.size and not first:
             following = next_size(self._cache.size, self.limit)
             steps = self._programs.steps_at(following, *self._given)
             looks = self._programs.looks_at(following, self._interventions)

@@ -300,7 +300,7 @@ def test_a_long_prompt_finds_no_more_slots_than_its_pieces_need(tiny_model, scor
 
     def between(done, count):
         sizes.append((done, decoder.cache.size))
-        assert not any(begun) or done == count  # what runs beside a prompt slows it down
+        assert not any(begun)  # what runs beside a prompt slows it down
         return done <= count
 
     rest = decoder.begin(ids, GREEDY)
@@ -308,9 +308,10 @@ def test_a_long_prompt_finds_no_more_slots_than_its_pieces_need(tiny_model, scor
     evidence = decoder.prefill(rest, between)
     # The last piece has room for what is chosen after it as well.
     assert sizes == [(64, 96), (128, 148), (148, 290)]
-    assert any(begun)
+    assert not any(begun)  # nor beside the first step, which may have to be compiled itself
     assert_evidence(evidence, score(ids)[-1])
     assert_evidence(decoder.step(), score(decoder.ids)[-1])
+    assert any(begun)
 
 
 def test_a_token_that_is_put_there_has_its_own_evidence(decoder, score):
