@@ -157,7 +157,7 @@ class StreamCache:
             if lost[block].any():
                 rows = archive.rows(wanted[block])
                 cache = _refilled(cache, rows, np.int32(block.start))
-        return _rewound(cache, np.int32(length), wanted)
+        return rewind(cache, np.int32(length), wanted)
 
     def with_ring_rows(self, rows: Iterable[Iterable[jax.Array]]) -> StreamCache:
         """The cache with other keys and values in its rings, one pair of (W, K*H) per ring."""
@@ -206,23 +206,25 @@ def _blocks(ring: int) -> list[slice]:
 
 
 @jax.jit(donate_argnums=0)
-def rewind(cache: StreamCache, length: jax.Array) -> StreamCache:
-    """`cache` with only its first `length` tokens in use, of those that it still holds."""
+def rewind(
+    cache: StreamCache, length: jax.Array, ring_positions: jax.Array | None = None
+) -> StreamCache:
+    """`cache` with only its first `length` tokens in use.
+
+    Args:
+      cache: what is held.
+      length: () int32.
+      ring_positions: (W,) int32, what its rings hold now; None: what they held, as far as it stays.
+    """
 
     def cut(positions: jax.Array | None) -> jax.Array | None:
         return None if positions is None else jnp.where(positions < length, positions, EMPTY)
 
     return cache.replace(  # type: ignore[attr-defined]
         positions=cut(cache.positions),
-        ring_positions=cut(cache.ring_positions),
+        ring_positions=cut(cache.ring_positions) if ring_positions is None else ring_positions,
         end_index=jnp.minimum(cache.end_index, length),
     )
-
-
-@jax.jit(donate_argnums=0)
-def _rewound(cache: StreamCache, length: jax.Array, ring_positions: jax.Array) -> StreamCache:
-    """`cache` with only its first `length` tokens in use, and rings that hold these positions."""
-    return rewind(cache, length).replace(ring_positions=ring_positions)
 
 
 # One program, as each of its thirty small ones would take a third of a millisecond to start.
@@ -246,7 +248,7 @@ def compile_rewinding(cache: StreamCache) -> None:
         width = next(k.shape[1] for k, is_ring in zip(cache.k, cache.rings, strict=True) if is_ring)
         rows = np.zeros((sum(cache.rings), 2, min(_REFILLED, ring), width), np.float32)
         _refilled.lower(cache, rows, np.int32(0)).compile()
-        _rewound.lower(cache, np.int32(0), np.zeros(ring, np.int32)).compile()
+        rewind.lower(cache, np.int32(0), np.zeros(ring, np.int32)).compile()
 
 
 # Static: the sizes.  Not donated: the arrays change shape.
@@ -332,7 +334,7 @@ class Archive:
         rows = np.zeros((layers, pair, len(positions), width), self._blocks[0].dtype)
         # What follows one another in a block is copied in one go.
         follows = (np.diff(positions, prepend=EMPTY) == 1) & (positions % self._BLOCK != 0)
-        starts = np.flatnonzero(~follows | (np.arange(len(positions)) == 0))
+        starts = np.flatnonzero(~follows)
         for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
             if positions[start] != EMPTY:
                 index, offset = divmod(int(positions[start]), self._BLOCK)
