@@ -5,6 +5,7 @@
 #   NO_BROWSER=1             print the URL, open nothing
 #   TESTS=tests/chat         what `make test` hands to pytest, instead of everything
 #   PARALLEL=                run the tests in one process
+#   PART=2/3                 of parity and contract, the second of three parts
 
 PORT ?= 8888
 TESTS ?= tests
@@ -15,8 +16,9 @@ PARALLEL ?= -n 3 --dist loadfile
 VENV = .venv
 BIN = $(VENV)/bin
 INSTALL = PYTHON='$(PYTHON)' VENV='$(VENV)' sh .ci/venv.sh
-# The recorded references and the benchmark's rivals were made with these versions.
-INSTALL_REFERENCES = CONSTRAINTS=tests/parity/constraints.txt $(INSTALL)
+# The recorded references and the benchmark's rivals were made with these versions.  Only pip looks
+# where PIP_EXTRA_INDEX_URL says that PyTorch for CPUs is.
+INSTALL_REFERENCES = INSTALLER=pip CONSTRAINTS=tests/parity/constraints.txt $(INSTALL)
 
 .PHONY: help run test parity contract bench lint clean chromium
 
@@ -50,12 +52,12 @@ chromium:
 parity:
 	@$(INSTALL) app model dev
 	@$(INSTALL_REFERENCES) parity
-	$(BIN)/python -m pytest tests/parity tests/checkpoints -m live
+	$(BIN)/python -m pytest tests/parity tests/checkpoints -m live $(if $(PART),--part $(PART))
 
 # google-deepmind/gemma holds back libraries and needs Python 3.12: an environment of its own.
 contract:
 	@PYTHON='$(PYTHON)' sh .ci/contract.sh
-	.venv-contract/bin/python -m pytest tests/contract
+	.venv-contract/bin/python -m pytest tests/contract $(if $(PART),--part $(PART))
 
 # llama.cpp 0.3.36 built for AMX crashes in its first token on virtual machines.
 NO_AMX = -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8

@@ -26,12 +26,13 @@ find_python() {
 python=$(find_python)
 PYTHON=$python VENV=$venv CONSTRAINTS=$constraints sh .ci/venv.sh model dev
 
-# gm leads to several of Google's cloud clients.  pip searches their versions for a quarter of an
-# hour; uv for some seconds.
 installed=$venv/.installed-gm
 key=$(cksum <$constraints)
 [ "$(cat "$installed" 2>/dev/null)" = "$key" ] || {
+    # gm leads to several of Google's cloud clients.  pip searches their versions for a quarter of
+    # an hour; uv for some seconds.
     $venv/bin/python -m pip install --disable-pip-version-check --no-input uv
-    $venv/bin/python -m uv pip install --python $venv/bin/python -c $constraints gemma
+    $venv/bin/python -m uv pip install --python $venv/bin/python --compile-bytecode \
+        -c $constraints gemma
     echo "$key" >"$installed"
 }

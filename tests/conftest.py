@@ -53,6 +53,31 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gemma_nb")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="K/N", help="run the K-th of N parts of the tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deals out files, and where a fixture of a module has several values, each of these."""
+    if part := config.getoption("--part"):
+        number, of = map(int, part.split("/"))
+        if not 1 <= number <= of:
+            raise pytest.UsageError(f"expected --part K/N with K from 1 to N, got {part}")
+        groups = {group: i for i, group in enumerate(dict.fromkeys(map(_group, items)))}
+        mine = [item for item in items if groups[_group(item)] % of == number - 1]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
+        items[:] = mine
+
+
+def _group(item: pytest.Item) -> tuple[str, ...]:
+    """Tests of one group share what takes long to make."""
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return (str(item.path),)
+    values, fixtures = item.callspec.params, item._fixtureinfo.name2fixturedefs
+    wide = [name for name in values if name in fixtures and fixtures[name][-1].scope == "module"]
+    return str(item.path), *(str(values[name]) for name in wide)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
     """Lets go of compiled programs before there are too many.
