@@ -43,6 +43,8 @@ jaxtyping.install_import_hook(
 # run, compile most programs once.
 use_compilation_cache()
 
+PARITY = Path(__file__).parent / "parity"
+
 # A float32 array never meets a bfloat16 one by accident.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -76,6 +78,18 @@ def _group(item: pytest.Item) -> tuple[str, ...]:
     values, fixtures = item.callspec.params, item._fixtureinfo.name2fixturedefs
     wide = [name for name in values if name in fixtures and fixtures[name][-1].scope == "module"]
     return str(item.path), *(str(values[name]) for name in wide)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Leaves out most of XLA's optimisations where small models are computed with.
+
+    To compile takes most of the tests' time, and a third less without.  What is held to numbers of
+    other implementations, or runs on the default model, is compiled as it is for users.
+    """
+    optimized = item.get_closest_marker("real") or PARITY in item.path.parents
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    return (yield)
 
 
 @pytest.fixture(scope="module", autouse=True)
