@@ -5,6 +5,7 @@ The header is parsed in `gguf_header`; quantised blocks go through the `gguf` li
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,6 +92,7 @@ class GGUFFile:
         for piece in self.pieces(name):
             rows[start : start + len(piece)] = piece
             start += len(piece)
+            del piece  # before the next one is made
         return out
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
@@ -305,39 +307,64 @@ def official_params(
       CheckpointError: a tensor is missing, or its shape is not the one `config` asks for.
     """
     leaves = list(layout.leaves(config))
+    places = _places(leaves, file.tensors)
+    embedding = leaves[0].gguf[0]
     origin = gguf_fields.origin(file.metadata)
-    known = {name for leaf in leaves for name in leaf.gguf} | {_HEAD}
+    known = {_HEAD} | {place.tensor for place in places.values()}
     foreign = [
         name for name in file.tensors if name not in known and not name.startswith(_NOT_TEXT)
     ]
-    for leaf in leaves:
-        for name, shape in zip(leaf.gguf, leaf.shapes, strict=True):
-            info = file.tensors.get(name)
-            if info is None:
-                there = f", {foreign[0]!r} is there" if foreign else ""
-                raise CheckpointError(
-                    f"{file.name}: tensor {name!r} is missing{there}; {REDOWNLOAD}{origin}"
-                )
-            if info.shape != shape and not (name == leaves[0].gguf[0] and _padded(info, shape)):
-                raise CheckpointError(
-                    f"{file.name}: tensor {name!r}: expected shape {shape} from the metadata, got "
-                    f"{info.shape}; {REDOWNLOAD}{origin}"
-                )
+    for name, place in places.items():
+        info = file.tensors.get(place.tensor)
+        if info is None:
+            there = f", {foreign[0]!r} is there" if foreign else ""
+            raise CheckpointError(
+                f"{file.name}: tensor {name!r} is missing{there}; {REDOWNLOAD}{origin}"
+            )
+        if info.shape != place.shape and not (name == embedding and _padded(info, place.shape)):
+            raise CheckpointError(
+                f"{file.name}: tensor {info.name!r}: expected shape {place.shape} from the "
+                f"metadata, got {info.shape}; {REDOWNLOAD}{origin}"
+            )
     if foreign:
         raise CheckpointError(
             f"{file.name}: tensor {foreign[0]!r} belongs to no Gemma 1, 2 or 3 text model of "
             f"{config.num_layers} layers; use a file of the model as released (adapters have "
             f"to be merged first){origin}"
         )
-    _check_head(file, leaves[0].gguf[0])
+    _check_head(file, embedding)
     for leaf in leaves:
         if leaf.is_norm:  # llama.cpp stores 1 + scale; subtract before rounding to `dtype`
             yield leaf.path, (file.read(leaf.gguf[0]) - np.float32(1)).astype(dtype)
         else:
-            arrays = [file.read(name, dtype) for name in leaf.gguf]
-            if leaf is leaves[0]:
-                arrays = [arrays[0][: config.num_embed]]
-            yield leaf.path, leaf.join(arrays)
+            matrices = [file.read(places[n].tensor, dtype)[places[n].rows] for n in leaf.gguf]
+            yield leaf.path, leaf.join(matrices)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a matrix is: the tensor, the shape that it is to have, and the matrix's rows of it."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    rows: slice
+
+
+def _places(leaves: Sequence[layout.Leaf], tensors: Mapping[str, Any]) -> dict[str, _Place]:
+    """Every matrix by its own name; llama.cpp also reads queries, keys and values as one tensor."""
+    shapes = {n: s for leaf in leaves for n, s in zip(leaf.gguf, leaf.shapes, strict=True)}
+    places = {name: _Place(name, shape, slice(0, shape[0])) for name, shape in shapes.items()}
+    for name in shapes:
+        fused = name.replace(".attn_q.", ".attn_qkv.")
+        if fused == name or fused not in tensors or name in tensors:
+            continue
+        parts = [name.replace(".attn_q.", f".attn_{part}.") for part in "qkv"]
+        height, start = sum(shapes[part][0] for part in parts), 0
+        for part in parts:
+            stop = start + shapes[part][0]
+            places[part] = _Place(fused, (height, *shapes[part][1:]), slice(start, stop))
+            start = stop
+    return places
 
 
 def _padded(info: TensorInfo, shape: tuple[int, ...]) -> bool:

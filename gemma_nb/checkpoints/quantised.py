@@ -54,7 +54,7 @@ def by_config(config: Mapping[str, Any]) -> str | None:
     places = [config, text if isinstance(text, Mapping) else {}]
     for name in ("quantization_config", "quantization"):
         for place in places:
-            if (given := place.get(name)) is not None:
+            if (given := place.get(name)) not in (None, {}):
                 return _said(given if isinstance(given, Mapping) else {})
     return None
 

@@ -269,3 +269,20 @@ def test_rows_that_pad_the_embedding_are_dropped(tmp_path):
     arrays["token_embd.weight"] = np.concatenate([expected, padding])
     file = GGUFFile(tiny.write(tmp_path / "x.gguf", arrays=arrays))
     assert np.array_equal(next(official_params(file, tiny.CONFIG))[1], expected)
+
+
+def test_queries_keys_and_values_in_one_tensor_are_told_apart(tmp_path):
+    """As llama.cpp's `create_tensor_qkv` reads them: one above the other."""
+    separate = tiny.tensors()
+    arrays = dict(separate)
+    parts = [arrays.pop(f"blk.1.attn_{part}.weight") for part in "qkv"]
+    arrays["blk.1.attn_qkv.weight"] = np.concatenate(parts)
+    whole = GGUFFile(tiny.write(tmp_path / "whole.gguf", arrays=separate))
+    fused = GGUFFile(tiny.write(tmp_path / "fused.gguf", arrays=arrays))
+    read = dict(official_params(fused, tiny.CONFIG))
+    for path, array in official_params(whole, tiny.CONFIG):
+        assert np.array_equal(read[path], array)
+    arrays["blk.1.attn_qkv.weight"] = np.ones((3, 32), np.float32)
+    short = GGUFFile(tiny.write(tmp_path / "short.gguf", arrays=arrays))
+    with pytest.raises(CheckpointError, match=r"attn_qkv.weight': expected shape \(128, 32\)"):
+        list(official_params(short, tiny.CONFIG))

@@ -23,7 +23,7 @@ LAYER = "model.layers.1.mlp.down_proj"
     ("config", "said"),
     [
         ({}, None),
-        ({"quantization_config": None}, None),
+        ({"quantization_config": None, "quantization": {}}, None),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, " (by gptq, in 4 bits)"),
         ({"quantization_config": {"quant_method": "awq"}}, " (by awq)"),
         ({"quantization_config": {"load_in_4bit": True}}, " (by bitsandbytes, in 4 bits)"),
