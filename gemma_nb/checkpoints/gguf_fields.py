@@ -42,7 +42,7 @@ _ROLES = {
     "unknown_token_id": "<unk>",
 }
 _END_OF_TURN = "<end_of_turn>"
-_NO_ID = (None, -1, (1 << 32) - 1)
+_NO_ID = (-1, (1 << 32) - 1)
 # Types of pieces by their names; of Gemma 3's 262,144 these are the types in the released files.
 _BYTES = re.compile(r"<0x[0-9A-F]{2}>")
 _CONTROL = re.compile(r"<unused\d+>|<(?:pad|eos|bos|unk|mask|start_of_turn|end_of_turn)>")
@@ -103,10 +103,11 @@ def _by_ollama(metadata: Mapping[str, Any]) -> bool:
 
 def _correct_ollama(fields: dict[str, Any]) -> None:
     """What Ollama's engine corrects in files that its converter has left wrong."""
-    layers = fields.get("gemma3.block_count")
-    window = fields.get("gemma3.attention.sliding_window")
-    context = fields.get("gemma3.context_length")
-    if not isinstance(window, int) or not isinstance(context, int) or window >= context:
+    names = ("block_count", "attention.sliding_window", "context_length")
+    layers, window, context = (fields.get(f"gemma3.{name}") for name in names)
+    if not (isinstance(layers, int) and isinstance(window, int) and isinstance(context, int)):
+        return
+    if window >= context:
         return
     if layers == _OLLAMA_CAPPED:
         fields.pop("gemma3.final_logit_softcapping", None)
@@ -162,8 +163,9 @@ def _complete_vocabulary(fields: dict[str, Any]) -> None:
     if not isinstance(tokens, list):
         return
     fields.setdefault("tokenizer.ggml.model", "llama")
-    for key, piece in _ROLES.items():
-        if fields.get(key := f"tokenizer.ggml.{key}") in _NO_ID and piece in tokens:
+    for role, piece in _ROLES.items():
+        id_ = fields.get(key := f"tokenizer.ggml.{role}")
+        if (id_ is None or (isinstance(id_, int) and id_ in _NO_ID)) and piece in tokens:
             fields[key] = tokens.index(piece)
     eos = fields.get("tokenizer.ggml.eos_token_id")
     if isinstance(eos, int) and 0 <= eos < len(tokens) and tokens[eos] == _END_OF_TURN:

@@ -26,7 +26,7 @@ _MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("quanto", ("weight._data", "weight._scale")),
     ("torchao", ("_weight_qdata", "weight_qdata", "_weight_scale", "weight:qdata", "weight:scale")),
     ("ModelOpt", ("weight_scale_2",)),
-    ("float8", ("weight_scale_inv", "weight_scale", "input_scale", "scale_weight")),
+    ("a float8 library", ("weight_scale_inv", "weight_scale", "input_scale", "scale_weight")),
     ("EETQ", ("weight_scales",)),
     ("MLX", ("biases", "scales")),
 )
@@ -88,7 +88,9 @@ def by_tensors(tensors: Mapping[str, _Stored]) -> tuple[str, str] | None:
 
 def _told_apart(library: str, tensors: Mapping[str, _Stored]) -> str:
     """What names alone do not tell: GPTQ packs eight rows into one, AWQ eight columns."""
-    if library == "float8" and not any(t.dtype.startswith("F8") for t in tensors.values()):
+    if library == "a float8 library" and not any(
+        t.dtype.startswith("F8") for t in tensors.values()
+    ):
         return "compressed-tensors"  # whose int8 has scales of these names
     if library != "GPTQ or AWQ":
         return library

@@ -135,6 +135,16 @@ def test_vocabularies_are_completed_by_name_and_order(keys):
     assert completed.control.keys() >= whole.control.keys() - {"<unused0>"}
 
 
+def test_ids_that_stand_for_none_are_found_by_name_and_others_are_kept():
+    none = {"tokenizer.ggml.padding_token_id": (1 << 32) - 1, "tokenizer.ggml.eos_token_id": -1}
+    completed = without(**none, **{"tokenizer.ggml.unknown_token_id": 6})
+    ids = [completed[f"tokenizer.ggml.{key}_token_id"] for key in ("padding", "eos", "unknown")]
+    assert ids == [0, 1, 6]
+    odd = np.zeros(3)
+    kept = without(**{"tokenizer.ggml.bos_token_id": odd, "gemma3.vision.block_count": odd})
+    assert kept["tokenizer.ggml.bos_token_id"] is odd
+
+
 def test_types_by_name_are_those_of_the_released_vocabulary():
     from gemma_nb.checkpoints import gguf_split, sources
     from gemma_nb.errors import ModelNotInstalledError

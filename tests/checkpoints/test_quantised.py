@@ -55,7 +55,10 @@ def test_config_json_says_by_what(config, said):
         ("GPTQ or AWQ", {"qzeros": ("I32", (64, 4))}),
         ("compressed-tensors", {"weight_packed": ("I32", (32, 8)), "weight_scale": ("F16", (1,))}),
         ("compressed-tensors", {"weight": ("I8", (32, 64)), "weight_scale": ("BF16", (32, 1))}),
-        ("float8", {"weight": ("F8_E4M3", (32, 64)), "weight_scale_inv": ("F32", (1, 1))}),
+        (
+            "a float8 library",
+            {"weight": ("F8_E4M3", (32, 64)), "weight_scale_inv": ("F32", (1, 1))},
+        ),
         ("torchao", {"_weight_qdata": ("I8", (32, 64)), "_weight_scale": ("F32", (32, 1))}),
         (
             "MLX",
