@@ -135,7 +135,8 @@ class HuggingFaceFolder:
         expected: dict[str, tuple[int, ...]] = {}
         for leaf in layout.leaves(self.config):
             expected.update(zip(leaf.hf, leaf.shapes, strict=True))
-        foreign = [t for name, t in self._tensors.items() if name not in (*expected, names.HEAD)]
+        known = {*expected, names.HEAD}
+        foreign = [tensor for name, tensor in self._tensors.items() if name not in known]
         if foreign or not all(t.dtype in _FLOATS for t in self._tensors.values()):
             self._refuse_quantised()
         missing = [name for name in expected if name not in self._tensors]
