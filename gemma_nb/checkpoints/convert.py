@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_nb.checkpoints import arrays, converted, gguf_split
+from gemma_nb.checkpoints import arrays, converted, gguf_fields, gguf_split
 from gemma_nb.checkpoints.gguf import config_from_gguf, official_params
 from gemma_nb.checkpoints.sources import Source
 from gemma_nb.config import TransformerConfig
@@ -61,6 +62,8 @@ def read(
         ready = converted.read(path)
     if ready is None:
         raise CheckpointError(f"{path} vanished while it was in use; load the model again")
+    # Also of files that an older version converted, as they came.
+    ready = dataclasses.replace(ready, metadata=gguf_fields.complete(ready.metadata))
     config = config_from_gguf(ready.metadata, source.name)
     check(config)
     return config, ready
@@ -73,7 +76,8 @@ def _sha256(source: Source, check: Callable[[TransformerConfig], None]) -> str:
     """
     if any(converted.remembered_sha256(file) is None for file in source.files):
         with gguf_split.open_files(source.files, source.name) as file:
-            check(config_from_gguf(file.metadata, source.name))
+            metadata = gguf_fields.complete(file.metadata, file.tensors)
+            check(config_from_gguf(metadata, source.name))
     digests = [converted.file_sha256(file) for file in source.files]
     if len(digests) == 1:
         return digests[0]
@@ -99,13 +103,14 @@ def _convert(
             )
     report(0.05, "Reading the vocabulary")
     with gguf_split.open_files(source.files, source.name) as file:
-        config = config_from_gguf(file.metadata, source.name)
+        metadata = gguf_fields.complete(file.metadata, file.tensors)
+        config = config_from_gguf(metadata, source.name)
         check(config)
-        proto, vocab_size = vocabulary(file.metadata)
+        proto, vocab_size = vocabulary(metadata)
         params = official_params(file, config, converted.DTYPES[dtype])  # type: ignore[arg-type]
         counted = _counted(params, config.num_params(), source.name, report)
         # The token list is in the tokenizer; its length is all that the configuration needs.
-        metadata = {**file.metadata, "tokenizer.ggml.tokens": vocab_size}
+        metadata["tokenizer.ggml.tokens"] = vocab_size
         with np.errstate(over="ignore", invalid="ignore"):  # refused by name, not warned of
             converted.write(path, counted, proto, metadata)
     report(1.0, "Weights are ready")

@@ -60,7 +60,7 @@ class Converted:
     Attributes:
       params: (path in the official tree, read-only array) pairs, memory-mapped.
       tokenizer: a SentencePiece model.
-      metadata: scalar metadata of the source.
+      metadata: scalar metadata of the source, and its lists of numbers.
     """
 
     params: dict[tuple[str, ...], np.ndarray]
@@ -168,7 +168,8 @@ def write(
       path: from `path_for`.
       params: (path in the official tree, array) pairs, float32 or bfloat16; consumed one by one.
       tokenizer: a SentencePiece model.
-      metadata: of the source; its scalars are kept, its arrays are not.
+      metadata: of the source; its scalars and lists of numbers are kept, its arrays and texts
+        are not.
 
     Raises:
       CheckpointError: the file cannot be written, for example for lack of space.
@@ -208,10 +209,10 @@ def _write_file(
     append(_TOKENIZER, np.frombuffer(tokenizer, np.uint8))
     file.flush()
     sums = _checksums(file.name)
-    scalars = {k: v for k, v in metadata.items() if isinstance(v, str | int | float | bool)}
+    kept = {k: v for k, v in metadata.items() if isinstance(v, str) or _is_numeric(v)}
     blank = "0" * 8 * (1 + len(sums))
     # The checksums stand before anything that a source can choose, so the first match is theirs.
-    extra = {"format": "np", "crc32": blank, "source": json.dumps(scalars)}
+    extra = {"format": "np", "crc32": blank, "source": json.dumps(kept)}
     raw = json.dumps({"__metadata__": extra, **header}).encode().ljust(_HEADER_SIZE - 8)
     if len(raw) > _HEADER_SIZE - 8:
         raise CheckpointError(
@@ -223,7 +224,9 @@ def _write_file(
     file.write(struct.pack("<Q", len(raw)) + raw.replace(blank.encode(), digits.encode(), 1))
 
 
-# --- files ----------------------------------------------------------------------------------------
+def _is_numeric(value: Any) -> bool:
+    """Whether it is a number or a list of numbers."""
+    return all(isinstance(v, int | float) for v in (value if isinstance(value, list) else [value]))
 
 
 # --- content hashes -------------------------------------------------------------------------------

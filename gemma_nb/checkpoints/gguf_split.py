@@ -9,7 +9,7 @@ Format: https://github.com/ggml-org/llama.cpp/tree/master/tools/gguf-split
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,10 @@ class SplitGGUF:
     def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
         """A tensor; like `GGUFFile.read`."""
         return self._home.get(name, self._files[0]).read(name, dtype)
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """A tensor, some rows at a time; like `GGUFFile.pieces`."""
+        return self._home.get(name, self._files[0]).pieces(name)
 
 
 def open_files(files: Sequence[Path], name: str) -> GGUFFile | SplitGGUF:

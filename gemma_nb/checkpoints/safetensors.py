@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_nb.checkpoints import arrays, folders, layout
+from gemma_nb.checkpoints import arrays, folders, layout, names, quantised
 from gemma_nb.checkpoints.safetensors_header import odd_tensor
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
@@ -28,12 +28,19 @@ _MAX_TENSORS = 1 << 14  # the largest Gemma with its vision encoder has some 1,3
 _PIECE = 1 << 26  # bytes read under one mapping
 _REMEDY = "the file is incomplete or damaged: download it again"
 
-# The text model inside a Gemma3ForConditionalGeneration, by old and new names, and what stands
-# beside it.
-_INSIDE = re.compile(r"^(?:language_model\.|model\.language_model\.(?!model\.))")
-_NOT_TEXT = re.compile(r"^(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
-_BUFFERS = re.compile(r"\.(?:inv_freq|position_ids|masked_bias)$")  # computed, not learned
-_HEAD = "lm_head.weight"
+# Weights of other programs, by the end of their file's name.
+_OTHER_WEIGHTS = {
+    ".msgpack": "for Flax",
+    ".h5": "for Keras or TensorFlow",
+    ".npz": "of numpy arrays",
+    ".onnx": "for ONNX",
+    ".tflite": "for TensorFlow Lite",
+    ".task": "for MediaPipe",
+    ".litertlm": "for LiteRT-LM",
+    ".incomplete": "a download that did not end",
+    ".part": "a download that did not end",
+    ".crdownload": "a download that did not end",
+}
 
 # Hugging Face rounds the vocabulary of the multimodal models up, from 262,144 to 262,208 rows.
 _MAX_PADDING_ROWS = 256
@@ -55,8 +62,10 @@ class Tensor:
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether a folder looks like a Hugging Face checkpoint."""
-    return (folder / CONFIG).exists() or any(folder.glob("*.safetensors"))
+    """Whether a folder looks like a Hugging Face checkpoint, also one without its weights."""
+    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+        return True
+    return (folder / CONFIG).exists() and not any(folder.glob("*.gguf"))
 
 
 class HuggingFaceFolder:
@@ -87,9 +96,11 @@ class HuggingFaceFolder:
           config: read from config.json where it is not given.
         """
         self.name = str(folder)
+        self._untied = False
         if config is None:
-            config = _config(folder)
-        self._tensors = _text_tensors(_listed(folder))
+            config, self._untied = _config(folder)
+        self._stored = _listed(folder)
+        self._tensors = _text_tensors(self._stored, config)
         self.config = self._without_padding(config, vocab_size)
         self._check()
         self.tuning: Tuning = "instruction" if _has_chat_template(folder) else "base"
@@ -124,46 +135,72 @@ class HuggingFaceFolder:
         expected: dict[str, tuple[int, ...]] = {}
         for leaf in layout.leaves(self.config):
             expected.update(zip(leaf.hf, leaf.shapes, strict=True))
-        embedding = next(iter(expected))
+        known = {*expected, names.HEAD}
+        foreign = [tensor for name, tensor in self._tensors.items() if name not in known]
+        if foreign or not all(t.dtype in _FLOATS for t in self._tensors.values()):
+            self._refuse_quantised()
+        missing = [name for name in expected if name not in self._tensors]
+        if foreign:
+            lacks = f", and {missing[0]!r} is missing" if missing else ""
+            raise CheckpointError(
+                f"{foreign[0].what} belongs to no Gemma 1, 2 or 3 text model of "
+                f"{self.config.num_layers} layers{lacks}; adapters have to be merged and quantised "
+                "weights dequantised first"
+            )
+        if missing:
+            raise CheckpointError(
+                f"{self.name}: tensor {missing[0]!r} is missing; the checkpoint is incomplete: "
+                "download it again"
+            )
         for name, shape in expected.items():
-            tensor = self._tensors.get(name)
-            if tensor is None:
-                raise CheckpointError(
-                    f"{self.name}: tensor {name!r} is missing; the checkpoint is incomplete: "
-                    "download it again"
-                )
-            fits = tensor.shape == shape
-            if name == embedding and len(tensor.shape) == 2:  # padding rows were allowed for
-                surplus = tensor.shape[0] - shape[0]
-                fits = tensor.shape[1:] == shape[1:] and 0 <= surplus <= _MAX_PADDING_ROWS
-            if not fits:
-                raise CheckpointError(
-                    f"{tensor.what}: expected shape {shape} from {CONFIG}, got {tensor.shape}; "
-                    "the two are of different models: download both from one place"
-                )
-            if tensor.dtype not in _FLOATS:
-                raise CheckpointError(
-                    f"{tensor.what}: expected one of {', '.join(sorted(_FLOATS))}, got "
-                    f"{tensor.dtype}; use a checkpoint that is not quantised"
-                )
-        for name, tensor in self._tensors.items():
-            if name not in expected and name != _HEAD:
-                raise CheckpointError(
-                    f"{tensor.what} belongs to no Gemma 1, 2 or 3 text model; adapters have to be "
-                    "merged and quantised weights dequantised first"
-                )
+            self._check_tensor(self._tensors[name], shape, padded=name == next(iter(expected)))
+        if self._untied and names.HEAD not in self._tensors:
+            raise CheckpointError(
+                f"{self.name}: {CONFIG} promises a head of its own (tie_word_embeddings is false) "
+                f"and tensor {names.HEAD!r} is missing; download the whole checkpoint again, or "
+                "put true there if the head is the embedding, as in every Gemma"
+            )
+
+    def _check_tensor(self, tensor: Tensor, shape: tuple[int, ...], *, padded: bool) -> None:
+        """One tensor against what the configuration asks for; padding rows are allowed for."""
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{tensor.what}: expected one of {', '.join(sorted(_FLOATS))}, got {tensor.dtype}; "
+                "a library has packed it, so use a checkpoint that is not quantised"
+            )
+        fits = tensor.shape == shape
+        if padded and len(tensor.shape) == 2:
+            surplus = tensor.shape[0] - shape[0]
+            fits = tensor.shape[1:] == shape[1:] and 0 <= surplus <= _MAX_PADDING_ROWS
+        if not fits:
+            raise CheckpointError(
+                f"{tensor.what}: expected shape {shape} from {CONFIG}, got {tensor.shape}; "
+                "the two are of different models: download both from one place"
+            )
+
+    def _refuse_quantised(self) -> None:
+        """Names the library that has packed the weights, where they show it."""
+        if (found := quantised.by_tensors(self._stored)) is not None:
+            library, name = found
+            raise CheckpointError(
+                f"{self._stored[name].what}: quantised weights, which are not read (by {library}); "
+                f"{quantised.REMEDY}"
+            )
 
     def _check_head(self) -> None:
-        """A stored vocabulary head has to be the embedding, which is the head of every Gemma."""
-        head = self._tensors.get(_HEAD)
+        """A stored vocabulary head has to be the embedding, which is the head of every Gemma.
+
+        What counts are the values of the rows that are read, whatever they are stored as.
+        """
+        head = self._tensors.get(names.HEAD)
         if head is None:
             return
         embedding = self._tensors[next(layout.leaves(self.config)).hf[0]]
-        same = head.shape == embedding.shape and head.dtype == embedding.dtype
-        if same:
-            for rows in _pieces(head, head.shape[0]):
-                one, other = _slice(head, rows), _slice(embedding, rows)
-                same = same and one.tobytes() == other.tobytes()
+        rows = self.config.num_embed
+        same = head.shape[1:] == embedding.shape[1:] and rows <= head.shape[0]
+        same = same and head.dtype in _FLOATS
+        for piece in _pieces(head, rows) if same else ():
+            same = same and np.array_equal(_slice(head, piece), _slice(embedding, piece))
         if not same:
             raise CheckpointError(
                 f"{head.what} differs from the embedding: a head of its own, which no Gemma has; "
@@ -171,15 +208,22 @@ class HuggingFaceFolder:
             )
 
 
-def _config(folder: Path) -> TransformerConfig:
+def _config(folder: Path) -> tuple[TransformerConfig, bool]:
+    """The model's numbers, and whether the file says that its head is not the embedding."""
     fields = folders.read_json(folder, CONFIG)
-    if "quantization_config" in fields:
+    if (how := quantised.by_config(fields)) is not None:
         raise CheckpointError(
-            f"{folder / CONFIG}: quantised weights, which are not read; use the checkpoint that "
-            "they were made from, or a GGUF file"
+            f"{folder / CONFIG}: quantised weights, which are not read{how}; {quantised.REMEDY}"
         )
+    # Whether it is the embedding all the same is seen in the weights.
+    tied = {"tie_word_embeddings": None}
+    untied = fields.get("tie_word_embeddings") is False
+    fields |= tied
+    if isinstance(text := fields.get("text_config"), dict):
+        untied |= text.get("tie_word_embeddings") is False
+        fields["text_config"] = text | tied
     try:
-        return TransformerConfig.from_hf(fields)
+        return TransformerConfig.from_hf(fields), untied
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError) as error:
@@ -195,19 +239,28 @@ def _listed(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the folder, by its stored name."""
     if (folder / INDEX).exists():
         return _indexed(folder)
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
         folders.refuse_pickles(folder)
         raise CheckpointError(
-            f"{folder} has no *.safetensors file; download the weights beside its {CONFIG}"
+            f"{folder} has no *.safetensors file{_instead(folder)}; download the weights beside "
+            f"its {CONFIG}"
         )
-    if SINGLE in names:
-        names = [SINGLE]
-    elif len(names) > 1:
+    if SINGLE in files:
+        files = [SINGLE]
+    elif len(files) > 1:
         raise CheckpointError(
-            f"{folder} has {len(names)} *.safetensors files and no {INDEX}; download the index"
+            f"{folder} has {len(files)} *.safetensors files and no {INDEX}; download the index"
         )
-    return _header(folder, names[0])
+    return _header(folder, files[0])
+
+
+def _instead(folder: Path) -> str:
+    """Which weights a folder has that are not read, for a message."""
+    for suffix, what in _OTHER_WEIGHTS.items():
+        for path in sorted(folder.glob(f"*{suffix}")):
+            return f", only {path.name} ({what}, which gemma_nb does not read)"
+    return ""
 
 
 def _indexed(folder: Path) -> dict[str, Tensor]:
@@ -227,7 +280,14 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
                 f"{folder / INDEX}: {file!r} is no file of this folder; the index has been "
                 "tampered with or damaged: download it again"
             )
-    headers = {file: _header(folder, file) for file in sorted(set(where.values()))}
+    files = sorted(set(where.values()))
+    absent = [f for f in files if "\0" not in f and not os.path.lexists(folder / f)]
+    if absent:
+        raise CheckpointError(
+            f"{folder / absent[0]} is missing; {len(absent)} of the {len(files)} files that "
+            f"{INDEX} names are not in the folder: download them"
+        )
+    headers = {file: _header(folder, file) for file in files}
     for file, tensors in headers.items():
         for name in tensors:
             if where.get(name) != file:
@@ -263,21 +323,16 @@ def _header(folder: Path, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _text_tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _text_tensors(stored: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """By the names of a text-only checkpoint, without what belongs to images."""
     text: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        if _NOT_TEXT.match(name) or _BUFFERS.search(name):
-            continue
-        plain = name
-        if match := _INSIDE.match(name):
-            rest = name[match.end() :]
-            plain = rest if rest.startswith("model.") or rest == _HEAD else f"model.{rest}"
+    for name, plain in names.text_names(stored, config):
         if plain in text:
             raise CheckpointError(
-                f"{tensor.what} and {text[plain].stored_name!r} are the same parameter; {_REMEDY}"
+                f"{stored[name].what} and {text[plain].stored_name!r} are the same parameter; pass "
+                "a folder with one model"
             )
-        text[plain] = tensor
+        text[plain] = stored[name]
     return text
 
 

@@ -16,7 +16,9 @@ from gemma_nb.config import AttentionKind, Global, LayerSpec, Sliding, Transform
 _MOST = 1 << 31
 _MOST_LAYERS = 256  # the largest Gemma has 62
 
-_SHARED: dict[str, Any] = {"head_dim": 256, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+_SHARED: dict[str, Any] = {"head_dim": 256, "rms_norm_eps": 1e-6}
 # What each model_type has where its file says nothing.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {**_SHARED, "vocab_size": 256_000, "max_position_embeddings": 8192},
@@ -39,8 +41,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
         "sliding_window_pattern": 6,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
     },
 }
 # Fields that would change what is computed in a way that no released text model does.
@@ -128,33 +128,70 @@ class _Fields:
             every = self._count(name if name in self._fields else name[1:], most=_MOST_LAYERS)
             names = ["sliding_attention"] * (every - 1) + ["full_attention"]
             return [names[i % every] for i in range(count)]
-        known = ("full_attention", "sliding_attention")
-        if not isinstance(types, list) or len(types) != count or not all(t in known for t in types):
-            self._fail("layer_types", f"expected {count} of {known}, got {types!r:.80}")
+        fits = isinstance(types, list) and len(types) == count
+        if not fits or not all(name in _LAYER_TYPES for name in types):
+            self._fail("layer_types", f"expected {count} of {_LAYER_TYPES}, got {types!r:.80}")
         return types
 
     def _rope(self, layer_type: str) -> tuple[float, float]:
-        """Base and scale of the rotary frequencies in layers of one type."""
-        given = self._fields.get("rope_parameters")
-        if given is not None:  # transformers 5
-            given = given.get(layer_type, given) if isinstance(given, Mapping) else given
-            return self._rope_entry("rope_parameters", given, self._positive("rope_theta"))
-        if self._kind == "gemma3_text" and layer_type == "sliding_attention":
-            return self._positive("rope_local_base_freq"), 1.0
-        scaling = self._fields.get("rope_scaling", {})
-        return self._rope_entry("rope_scaling", scaling, self._positive("rope_theta"))
+        """Base and scale of the rotary frequencies in layers of one type.
 
-    def _rope_entry(self, name: str, entry: Any, base: float) -> tuple[float, float]:
-        if not isinstance(entry, Mapping):
-            self._fail(name, f"expected an object, got {entry!r:.60}")
-        fields = _Fields({"rope_theta": base, **entry}, self._kind)
-        base = fields._positive("rope_theta")
-        kind = entry.get("rope_type", entry.get("type", "default"))
-        if kind == "default":
-            return base, 1.0
-        if kind != "linear":
-            self._fail(name, f"expected 'default' or 'linear', got {kind!r:.60}")
-        return base, fields._positive("factor")
+        Sliding layers of Gemma 3 have a base of their own, and no scale but what an entry of their
+        own says: whatever is said without a layer type is said of the others.
+        """
+        newer = self._rope_entry("rope_parameters", layer_type)  # transformers 5
+        older = self._rope_entry("rope_scaling", layer_type)
+        if self._kind != "gemma3_text":  # one embedding for all layers; either field describes it
+            return self._rotation(
+                {"rope_theta": self._base("rope_theta", 10_000.0)} | (older or newer)
+            )
+        if layer_type == "sliding_attention":
+            base = self._base("rope_local_base_freq", 10_000.0)
+        else:
+            base = self._base("rope_theta", 1_000_000.0)
+            if "rope_theta" in self._fields and not self._per_layer_type("rope_parameters"):
+                newer.pop("rope_theta", None)
+        return self._rotation({"rope_theta": base} | newer | older)
+
+    def _base(self, name: str, default: float) -> float:
+        return self._positive(name) if name in self._fields else default
+
+    def _rope_entry(self, name: str, layer_type: str) -> dict[str, Any]:
+        """What a field says of layers of one type, without nulls; `type` is spelled `rope_type`."""
+        given = self._fields.get(name)
+        if given is not None and self._per_layer_type(name):
+            given = given.get(layer_type)
+        elif self._kind == "gemma3_text" and layer_type == "sliding_attention":
+            given = None
+        if given is None:
+            return {}
+        if not isinstance(given, Mapping):
+            self._fail(name, f"expected an object, got {given!r:.60}")
+        entry = {key: value for key, value in given.items() if value is not None}
+        if "type" in entry:
+            entry.setdefault("rope_type", entry.pop("type"))
+        return entry
+
+    def _per_layer_type(self, name: str) -> bool:
+        """Whether a field has an entry for each type of layers, rather than one for all."""
+        given = self._fields.get(name, {})
+        if not isinstance(given, Mapping):
+            self._fail(name, f"expected an object, got {given!r:.60}")
+        entries = [key for key, value in given.items() if isinstance(value, Mapping)]
+        if unknown := [key for key in entries if key not in _LAYER_TYPES]:
+            self._fail(name, f"expected entries of {_LAYER_TYPES}, got {unknown[0]!r:.60}")
+        return any(key in given for key in _LAYER_TYPES)
+
+    def _rotation(self, entry: Mapping[str, Any]) -> tuple[float, float]:
+        """Base and scale that an entry stands for."""
+        kind, part = entry.get("rope_type", "default"), entry.get("partial_rotary_factor", 1)
+        if kind not in ("default", "linear"):
+            self._fail("rope_type", f"expected 'default' or 'linear', got {kind!r:.60}")
+        if part != 1:
+            self._fail("partial_rotary_factor", f"expected 1, got {part!r:.60}")
+        fields = _Fields(entry, self._kind)
+        scale = fields._positive("factor") if kind == "linear" else 1.0
+        return fields._positive("rope_theta"), scale
 
     def _cap(self, name: str) -> float | None:
         return None if self._fields.get(name) is None else self._positive(name)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gemma_nb.checkpoints import layout, safetensors
+from gemma_nb.checkpoints import layout, safetensors, sources
 from gemma_nb.checkpoints.safetensors import HuggingFaceFolder
 from gemma_nb.errors import CheckpointError
 from tests.checkpoints import tiny, written
 
 VOCABULARY = tiny.CONFIG.num_embed
+HEAD = "lm_head.weight"
 
 
 @pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
@@ -88,3 +89,56 @@ def test_config_json_may_be_of_any_gemma(tmp_path):
     (folder / "config.json").write_text(json.dumps({**fields, "sliding_window": 8}))
     config = HuggingFaceFolder(folder, VOCABULARY).config
     assert {layer.kind.window for layer in config.layers} == {8}
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+def untied(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": False} | fields)
+    )
+    return folder
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float64])
+def test_a_head_of_the_same_values_is_the_embedding_whatever_config_json_says(tmp_path, stored):
+    folder = untied(written.hugging_face(tmp_path, written.params(), shards=1))
+    edit(folder, lambda t: t.update({HEAD: t["model.embed_tokens.weight"].astype(stored)}))
+    params = dict(HuggingFaceFolder(folder, VOCABULARY).params(np.float32))
+    assert set(params) == set(layout.flatten(written.params()))
+
+
+def test_a_head_of_its_own_is_refused_and_a_promised_one_asked_for(tmp_path):
+    folder = untied(written.hugging_face(tmp_path, written.params(), shards=1))
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings is false.*'lm_head.weight' is"):
+        HuggingFaceFolder(folder, VOCABULARY)
+    edit(folder, lambda t: t.update({HEAD: t["model.embed_tokens.weight"] * np.float32(1.001)}))
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs from the embedding"):
+        list(HuggingFaceFolder(folder, VOCABULARY).params(np.float32))
+
+
+# --- weights that are missing ---------------------------------------------------------------------
+
+
+def test_weights_of_another_program_are_named(tmp_path):
+    folder = written.hugging_face(tmp_path, written.params(), shards=1)
+    (folder / "model.safetensors").rename(folder / "flax_model.msgpack")
+    with pytest.raises(CheckpointError, match=r"no \*.safetensors file, only flax_model.msgpack"):
+        HuggingFaceFolder(folder)
+
+
+def test_shards_that_an_index_names_are_counted(tmp_path):
+    folder = written.hugging_face(tmp_path, written.params(), shards=3)
+    for number in (1, 3):
+        (folder / f"model-{number:05}-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"-00001-of-.* is missing; 2 of the 3 files"):
+        HuggingFaceFolder(folder)
+
+
+def test_a_config_beside_a_gguf_file_is_no_folder_of_hugging_face(tmp_path, tiny_gguf):
+    (tmp_path / "config.json").write_text("{}")
+    assert safetensors.is_folder(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(tiny_gguf.read_bytes())
+    assert sources.resolve(tmp_path).format == "GGUF"

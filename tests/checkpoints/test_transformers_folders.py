@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import numpy as np
 import pytest
 
 from gemma_nb.checkpoints import layout
 from gemma_nb.checkpoints import load as front_door
+from tests import test_rope_spellings as spellings
 from tests.checkpoints import tiny, written
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("cache", "no_compilation_cache")]
@@ -68,3 +71,19 @@ def test_what_save_pretrained_writes_is_read(family, tmp_path):
         expected = leaf.join([tensors.pop(name) for name in leaf.hf])
         assert np.array_equal(flat[leaf.path], expected)
     assert not tensors
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spelling", sorted(spellings.GEMMA3.keys() - spellings.NOT_COMPUTED))
+def test_every_spelling_of_rope_rotates_as_there(spelling):
+    from transformers import Gemma3TextConfig
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    fields, *rotations = spellings.GEMMA3[spelling]
+    rotary = Gemma3RotaryEmbedding(Gemma3TextConfig(**spellings.SIZES, **copy.deepcopy(fields)))
+    for layers, rotation in zip(("full_attention", "sliding_attention"), rotations, strict=True):
+        if rotation is not None:
+            base, scale = rotation
+            expected = base ** -(np.arange(8) / 8) / scale
+            actual = getattr(rotary, f"{layers}_inv_freq").numpy()
+            np.testing.assert_allclose(actual, expected, rtol=1e-6)

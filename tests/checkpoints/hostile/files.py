@@ -138,7 +138,7 @@ CASES: dict[str, Case] = {
         "tensor 'blk.7.attn_q.weight' belongs to no Gemma 1, 2 or 3 text model of 2 layers",
     ),
     "GGUF with a head": (
-        gguf_case(lambda a: a.update({"output.weight": a["token_embd.weight"]})),
+        gguf_case(lambda a: a.update({"output.weight": a["token_embd.weight"] + 1})),
         "tensor 'output.weight': a head of its own",
     ),
     "GGUF of another shape": (
