@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gemma_nb import presets
-from gemma_nb.cache import cache_dir
+from gemma_nb.cache import cache_dir, limit_bytes
 from gemma_nb.checkpoints import arrays, catalog, convert, converted, folders, layout, memory
 from gemma_nb.checkpoints.convert import Report
 from gemma_nb.checkpoints.orbax import OrbaxFolder
@@ -222,12 +222,21 @@ class _Job:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs across processes, unless the user has arranged that already."""
+    """Keeps compiled programs across processes, unless the user has arranged that already.
+
+    Raises:
+      ValueError: a variable that limits the cache is no number (see `gemma_nb.cache`).
+    """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    from gemma_nb.executables import jax_cache
+
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
+    for part in ("weights", "programs", "jax"):
+        limit_bytes(part)  # a limit that is none is said now, not in the midst of a reply
+    jax_cache.use(cache_dir() / "jax")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     # JAX's default of a second leaves out programs that a start of the app waits for.
     if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # type: ignore[attr-defined]
