@@ -120,7 +120,7 @@ def _verified_header(path: Path, data: np.ndarray) -> dict[str, Any]:
         header = json.loads(raw)
         sums = header["__metadata__"]["crc32"]
         expected = [int(sums[i : i + 8], 16) for i in range(0, len(sums), 8)]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError("its header cannot be read") from error
     blank = raw.replace(sums.encode(), b"0" * len(sums), 1)
     if data[:8].tobytes() != struct.pack("<Q", _HEADER_SIZE - 8):
@@ -273,7 +273,7 @@ def remembered_sha256(path: Path) -> str | None:
 
 def _known(path: Path, what: str) -> str | None:
     """What was found out of a file, where it has not changed since."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         note, state = _note(path)
         known = json.loads(note.read_text())
         if isinstance(known, dict) and known.get("state") == state and what in known:

@@ -16,6 +16,7 @@ from gemma_nb.errors import CheckpointError
 # Bytes of the files that are read whole: the index of the largest Gemma has 0.2 MB, Gemma 3's
 # tokenizer.model 4.7 MB.
 _MAX_JSON, _MAX_TOKENIZER = 1 << 24, 1 << 26
+_MAX_DEPTH = 64  # of objects and lists in each other; configurations have some five levels
 
 # Files that only `pickle` can read, and pickle runs whatever code a file tells it to.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -134,19 +135,44 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file of a folder.
 
     Raises:
-      CheckpointError: missing, too large, no JSON object, or one with a name twice.
+      CheckpointError: missing, too large, no JSON object, or one that `parse_json` refuses.
     """
     path = member(folder, name)
+    return parse_json(content(path, _MAX_JSON), str(path))
+
+
+def parse_json(raw: bytes | str, what: str) -> dict[str, Any]:
+    """A JSON object that every reader understands alike, and that none runs out of its stack over.
+
+    Args:
+      raw: the text.
+      what: it is, for messages.
+
+    Raises:
+      CheckpointError: no JSON object, one with a name twice, or one nested too deep.
+    """
     remedy = "download the file again"
     try:
-        value = json.loads(content(path, _MAX_JSON), object_pairs_hook=_once)
+        value = json.loads(raw, object_pairs_hook=_once)
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); {remedy}") from error
+        raise CheckpointError(f"{what} is not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{path}: expected a JSON object, got {type(value).__name__}; {remedy}"
+            f"{what}: expected a JSON object, got {type(value).__name__}; {remedy}"
         )
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ValueError over what is nested deeper than any description of a model."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        parts = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for part in parts for x in part if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return bool(names) and all((folder / name).is_file() for name in names)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ _OURS = "gemma_nb"  # our entry in the checkpoint's custom metadata
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 _MAX_ARRAYS = 1 << 14  # a training state of the largest Gemma has some 3,000
 _MAX_ABOUT = 1 << 24  # bytes of a file that describes arrays
+_MAX_DESCRIPTION = 1 << 16  # bytes of a file that describes one array: some 400
+_TOO_LONG = slice(_MAX_DESCRIPTION, _MAX_DESCRIPTION + 1)
 _PIECE = 1 << 26  # bytes read together, or one chunk where that is more
 _REMEDY = "the checkpoint is incomplete or damaged: download it again"
 
@@ -123,16 +126,10 @@ class OrbaxFolder:
                 place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
             else:
                 place = {"driver": "file", "path": f"{self._folder}/{name}/"}
-            driver = "zarr3" if structure.get("use_zarr3") is True else "zarr"
             return {"driver": driver, "kvstore": place, "fill_missing_data_reads": not complete}
 
-        if together:
-            self._check_size(self._folder / "manifest.ocdbt", _MAX_ABOUT, "the parameters")
-        else:
-            for path, keys in self._keys.items():
-                for name in (".zarray", "zarr.json"):
-                    file = self._folder / ".".join(keys) / name
-                    self._check_size(file, _MAX_ABOUT, f"parameter {'/'.join(path)}")
+        driver = "zarr3" if structure.get("use_zarr3") is True else "zarr"
+        self._check_descriptions("zarr.json" if driver == "zarr3" else ".zarray", together)
         specs = {path: spec(".".join(keys)) for path, keys in self._keys.items()}
         context = ts.Context()
         opening = {
@@ -144,6 +141,48 @@ class OrbaxFolder:
             with self._errors(path):
                 opened[path] = future.result()
         return opened
+
+    def _check_descriptions(self, file_name: str, together: bool) -> None:
+        """Refuses what the library's own parser would run out of its stack or memory over.
+
+        It is read twice: here as bytes, and by the library when it opens the array.
+        """
+        names = {path: f"{'.'.join(keys)}/{file_name}" for path, keys in self._keys.items()}
+        if together:
+            self._check_size(self._folder / "manifest.ocdbt", _MAX_ABOUT, "the parameters")
+            for path, raw in self._in_database(names):
+                _check_description(raw, f"{self.name}: parameter {'/'.join(path)}: its {file_name}")
+            return
+        for path, name in names.items():
+            file = self._folder / name
+            self._check_size(file, _MAX_DESCRIPTION, f"parameter {'/'.join(path)}")
+            if file.exists():
+                raw = folders.content(file, _MAX_DESCRIPTION)
+                _check_description(raw, f"{file}: parameter {'/'.join(path)}")
+
+    def _in_database(self, names: Mapping[layout.Path, str]) -> Iterator[tuple[layout.Path, bytes]]:
+        """What a database keeps under some names, of those that are there."""
+        import tensorstore as ts
+
+        context = ts.Context({"cache_pool": {"total_bytes_limit": _MAX_ABOUT}})
+        spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{self._folder}/"}}
+        with self._errors(next(iter(names), ())):
+            store = ts.KvStore.open(spec, context=context).result()
+        # What is shorter has no such range, which is an error, and is read whole.
+        long = {path: store.read(name, byte_range=_TOO_LONG) for path, name in names.items()}
+        whole = {}
+        for path, future in long.items():
+            if future.exception() is None and future.result().state == "value":
+                raise CheckpointError(
+                    f"{self.name}: more than {_MAX_DESCRIPTION:,} bytes about parameter "
+                    f"{'/'.join(path)}; {_REMEDY}"
+                )
+            whole[path] = store.read(names[path])
+        for path, future in whole.items():
+            with self._errors(path):
+                found = future.result()
+            if found.state == "value":
+                yield path, found.value
 
     @staticmethod
     def _check_size(file: Path, most: int, what: str) -> None:
@@ -193,6 +232,20 @@ class OrbaxFolder:
             raise CheckpointError(
                 f"{self.name}: parameter {'/'.join(path)} cannot be read ({reason}); {_REMEDY}"
             ) from error
+
+
+def _check_description(raw: bytes, what: str) -> None:
+    """Refuses a description of an array that no Gemma's has.
+
+    A type with fields has a shape of its own, and the library makes a value of it at once.
+    """
+    about = folders.parse_json(raw, what)
+    dtype = about.get("dtype", about.get("data_type"))
+    if not isinstance(dtype, str) or re.search(r"\d{4}", dtype):
+        raise CheckpointError(
+            f"{what}: expected a number type such as '<f4' or 'bfloat16', got {dtype!r:.60}; "
+            f"{_REMEDY}"
+        )
 
 
 def _rows_at_once(array: Any) -> int:
