@@ -206,7 +206,8 @@ def refuse_pickle(path: Path) -> None:
 def tokenizer_model(folder: Path) -> Path:
     """The tokenizer file of a checkpoint: `tokenizer.model` or the one other SentencePiece model.
 
-    It lies in the folder, or, as in the archives on Kaggle, beside it.
+    It lies in the folder, or, as in the archives on Kaggle, beside it; of a step of a training also
+    beside the step.
 
     Raises:
       CheckpointError: there is none, or there are several.
@@ -239,7 +240,10 @@ def text(folder: Path, name: str) -> str:
 
 
 def _models(folder: Path) -> Iterator[list[Path]]:
-    for at in (folder, folder.parent):
+    above = [folder, folder.parent]
+    if re.fullmatch(r"(.+_)?\d+", folder.parent.name):  # an item of a step of a training
+        above.append(folder.parents[1])
+    for at in above:
         exact = at / "tokenizer.model"
         # Beside the folder, any other name could belong to anything.
         pattern = "*.model" if at == folder else "*token*.model"

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _MAX_ABOUT = 1 << 24  # bytes of a file that describes arrays
 _MAX_DESCRIPTION = 1 << 16  # bytes of a file that describes one array: some 400
 _TOO_LONG = slice(_MAX_DESCRIPTION, _MAX_DESCRIPTION + 1)
 _PIECE = 1 << 26  # bytes read together, or one chunk where that is more
+_OF_OPTIMIZERS = frozenset({"opt_state", "optimizer", "optimizer_state", "mu", "nu", "grads"})
 _REMEDY = "the checkpoint is incomplete or damaged: download it again"
 
 
@@ -45,26 +46,14 @@ def is_listed(folder: Path) -> bool:
     return (folder / _STRUCTURE).exists()
 
 
-def find(folder: Path) -> Path | None:
-    """The checkpoint in `folder`: itself, or the only one below it; None if there is none.
-
-    Archives have it one level down, and trainers keep the parameters in `default` or `params`.
-
-    Raises:
-      CheckpointError: there are several.
-    """
-    if is_checkpoint(folder):
-        return folder
-    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and is_checkpoint(path)]
-    for name in ("default", "params"):
-        if folder / name in below:
-            return folder / name
-    if len(below) > 1:
-        raise CheckpointError(
-            f"{folder} holds several checkpoints, {', '.join(p.name for p in below)}; pass the "
-            "path of one of them"
-        )
-    return below[0] if below else None
+def lists_a_model(folder: Path) -> bool:
+    """Whether a checkpoint has the embedding of a model among its parameters."""
+    try:
+        structure = folders.read_json(folder, _STRUCTURE) if is_listed(folder) else {}
+        stored = list(_stored_keys(structure, str(folder)))
+    except CheckpointError:
+        return False
+    return any(layout.split(keys)[-2:] == layout.EMBEDDING for keys in stored)
 
 
 class OrbaxFolder:
@@ -323,8 +312,13 @@ def _parameter_keys(structure: Mapping[str, Any], name: str) -> dict[layout.Path
     Names are checked here, before any becomes the name of a file.
     """
     found: dict[layout.Path, tuple[str, ...]] = {}
-    for keys in _stored_keys(structure, name):
-        path = layout.official_path(keys)
+    stored = list(_stored_keys(structure, name))
+    around = _around_the_model(stored, name)
+    for keys in stored:
+        whole = layout.split(keys)
+        if whole[: len(around)] != around and not any("lora" in part for part in whole):
+            continue
+        path = layout.official_path(whole[len(around) :])
         if path is None:
             continue
         if any(part in ("", ".", "..") or not _is_name(part) for part in path):
@@ -340,6 +334,25 @@ def _parameter_keys(structure: Mapping[str, Any], name: str) -> dict[layout.Path
             )
         found[path] = keys
     return found
+
+
+def _around_the_model(stored: Sequence[tuple[str, ...]], name: str) -> layout.Path:
+    """The names in front of every parameter of the one text model in a training state.
+
+    Optimizers keep trees of the same names; those do not count.
+    """
+    paths = [layout.split(keys) for keys in stored]
+    around = {path[:-2] for path in paths if path[-2:] == layout.EMBEDDING}
+    models = {path for path in around if not _OF_OPTIMIZERS & set(path)}
+    if len(models) > 1 and (plain := {path for path in models if layout.is_wrapper(path)}):
+        models = plain
+    if len(models) > 1:
+        listed = ", ".join(sorted("/".join(path) or "the top" for path in models))
+        raise CheckpointError(
+            f"{name}: there are several models in it, at {listed}; save the one that is meant by "
+            "itself, with gnb.save_params or as an item of its own, and pass its folder"
+        )
+    return next(iter(models), ())
 
 
 def _is_name(part: str) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import operator
 import os
 from pathlib import Path
 from typing import Literal
 
-from gemma_nb.checkpoints import folders, gguf_split, orbax, safetensors
+from gemma_nb.checkpoints import folders, gguf_split, orbax, orbax_steps, safetensors
 from gemma_nb.errors import CheckpointError
 from gemma_nb.presets import ModelInfo
 
@@ -38,8 +40,15 @@ class Source:
     info: ModelInfo | None = None
 
 
-def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Source:
+def resolve(
+    source: str | os.PathLike[str], revision: str | None = None, step: int | None = None
+) -> Source:
     """The checkpoint that is meant.
+
+    Args:
+      source: a released name, or a path.
+      revision: of a released model at its hub.
+      step: of a training, where `source` is what a `CheckpointManager` saves to.
 
     Raises:
       ModelNotInstalledError: a released model whose weights are not here.
@@ -48,10 +57,24 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Sour
     """
     path = Path(source).expanduser()
     if isinstance(source, str) and not _looks_like_path(source) and not _exists(path):
+        if step is not None:
+            raise ValueError(f"expected step=None for a released name, got {step!r}: it has none")
         return _released(source, revision)
     if revision is not None:
         raise ValueError(f"expected revision=None for a path, got {revision!r}: only hubs have any")
-    return local(path)
+    return local(path, _step(step))
+
+
+def _step(step: int | None) -> int | None:
+    """A step as a plain number.
+
+    Raises:
+      ValueError: it is none.
+    """
+    with contextlib.suppress(TypeError):
+        if step is None or (not isinstance(step, bool) and operator.index(step) >= 0):
+            return step if step is None else operator.index(step)
+    raise ValueError(f"expected the number of a step, from 0, as step, got {step!r:.60}")
 
 
 def _exists(path: Path) -> bool:
@@ -81,14 +104,24 @@ def _released(name: str, revision: str | None) -> Source:
     return Source(name, "GGUF", tuple(parts), sha256, info)
 
 
-def local(path: Path) -> Source:
+def local(path: Path, step: int | None = None) -> Source:
     """A checkpoint on this machine, by what is there rather than by its name.
+
+    Args:
+      path: of a file or a folder.
+      step: see `resolve`.
 
     Raises:
       CheckpointError: there is nothing, or nothing that can be read.
     """
     if path.is_dir():
-        return _folder(path)
+        found = _folder(path, step)
+        if step is not None and orbax_steps.step_of(found.files[0]) != step:
+            raise ValueError(
+                f"expected step=None, got {step}: {path} is no folder that a CheckpointManager "
+                "saves steps to"
+            )
+        return found
     if not path.is_file():
         problem = f"is {folders.kind_of(path)}" if path.exists() else "there is no such file"
         raise CheckpointError(
@@ -103,14 +136,14 @@ def local(path: Path) -> Source:
     return Source(str(path), "GGUF", tuple(gguf_split.siblings(path)))
 
 
-def _folder(folder: Path) -> Source:
+def _folder(folder: Path, step: int | None) -> Source:
     name = str(folder)
     try:
         if orbax.is_checkpoint(folder):
             return Source(name, "Orbax", (folder,))
         if safetensors.is_folder(folder):
             return Source(name, "Hugging Face", (folder,))
-        below = orbax.find(folder)
+        below = orbax_steps.find(folder, step)
         if below is not None:
             return Source(str(below), "Orbax", (below,))
         files = sorted(folder.glob("*.gguf"))
