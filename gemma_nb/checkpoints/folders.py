@@ -11,21 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gemma_nb.checkpoints import kinds
 from gemma_nb.errors import CheckpointError
 
 # Bytes of the files that are read whole: the index of the largest Gemma has 0.2 MB, Gemma 3's
 # tokenizer.model 4.7 MB.
 _MAX_JSON, _MAX_TOKENIZER = 1 << 24, 1 << 26
 _MAX_DEPTH = 64  # of objects and lists in each other; configurations have some five levels
-
-# Files that only `pickle` can read, and pickle runs whatever code a file tells it to.
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-_PICKLE_STARTS = (b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
-NO_PICKLES = (
-    "a pickle file can run any code when it is opened, so gemma_nb never opens one; get the "
-    "*.safetensors files of the same checkpoint, or convert it with transformers where you trust "
-    "it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-)
 
 
 def unreadable(what: object, error: OSError) -> CheckpointError:
@@ -141,7 +133,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return parse_json(content(path, _MAX_JSON), str(path))
 
 
-def parse_json(raw: bytes | str, what: str) -> dict[str, Any]:
+def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     """A JSON object that every reader understands alike, and that none runs out of its stack over.
 
     Args:
@@ -156,11 +148,15 @@ def parse_json(raw: bytes | str, what: str) -> dict[str, Any]:
         value = json.loads(raw, object_pairs_hook=_once)
         _check_depth(value)
     except (ValueError, RecursionError) as error:
+        if found := kinds.of_bytes(raw[:4096], len(raw)):
+            raise CheckpointError(f"{what} is not JSON: {found}") from error
         raise CheckpointError(f"{what} is not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{what}: expected a JSON object, got {type(value).__name__}; {remedy}"
         )
+    if len(value) <= 4:  # as many as a hub's answer has
+        kinds.refuse_bytes(raw, what)
     return value
 
 
@@ -188,19 +184,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def refuse_pickles(folder: Path) -> None:
     """Says why, where a folder holds its weights as pickles only."""
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _PICKLES:
-            raise CheckpointError(f"{path}: {NO_PICKLES}")
-
-
-def refuse_pickle(path: Path) -> None:
-    """The same for one file, by its name and by its first bytes."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if path.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
-        raise CheckpointError(f"{path}: {NO_PICKLES}")
+        if kinds.is_pickle_name(path.name):
+            raise CheckpointError(f"{path}: {kinds.NO_PICKLES}")
 
 
 def tokenizer_model(folder: Path) -> Path:
@@ -230,8 +215,10 @@ def tokenizer_model(folder: Path) -> Path:
 
 
 def tokenizer_bytes(path: Path) -> bytes:
-    """The content of a tokenizer file; raises like `content`."""
-    return content(path, _MAX_TOKENIZER)
+    """The content of a tokenizer file; raises like `content`, and over what is none."""
+    raw = content(path, _MAX_TOKENIZER)
+    kinds.refuse_bytes(raw, path)
+    return raw
 
 
 def text(folder: Path, name: str) -> str:

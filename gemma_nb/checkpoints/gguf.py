@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gemma_nb.checkpoints import layout
+from gemma_nb.checkpoints import adapters, layout
 from gemma_nb.checkpoints.gguf_header import REDOWNLOAD, Header, Span, TensorInfo
 from gemma_nb.config import Global, LayerSpec, TransformerConfig, interleave
 from gemma_nb.errors import CheckpointError
@@ -124,6 +124,7 @@ def config_from_gguf(metadata: Mapping[str, Any], name: str = "GGUF file") -> Tr
       CheckpointError: the architecture is none of `ARCHITECTURES`, or a field is missing or cannot
         be right.
     """
+    adapters.refuse_gguf(metadata, name)
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_nb.checkpoints import arrays, folders, infer, layout
+from gemma_nb.checkpoints import arrays, folders, infer, kinds, layout
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
 from gemma_nb.presets import Tuning
@@ -217,6 +217,8 @@ class OrbaxFolder:
         try:
             yield
         except (ValueError, OSError, RuntimeError, OverflowError) as error:
+            if found := kinds.in_folder(self._folder):
+                raise CheckpointError(found) from error
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"{self.name}: parameter {'/'.join(path)} cannot be read ({reason}); {_REMEDY}"

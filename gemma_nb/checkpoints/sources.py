@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import operator
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from gemma_nb.checkpoints import folders, gguf_split, orbax, orbax_steps, safetensors
+from gemma_nb.checkpoints import (
+    adapters,
+    folders,
+    gguf_split,
+    kinds,
+    orbax,
+    orbax_steps,
+    safetensors,
+)
 from gemma_nb.errors import CheckpointError
 from gemma_nb.presets import ModelInfo
 
@@ -127,7 +137,13 @@ def local(path: Path, step: int | None = None) -> Source:
         raise CheckpointError(
             f"{path}: {problem}; pass the path of {EXPECTED}, or a name from gnb.list_models()"
         )
-    folders.refuse_pickle(path)
+    if path.suffix == ".gnb":
+        raise CheckpointError(
+            f"{path} is a conversation, not a model; load a model and pass it: "
+            "gnb.ChatSession.load(path, model, tokenizer)"
+        )
+    adapters.refuse_file(path)
+    kinds.refuse(path)
     if path.suffix == ".safetensors":
         raise CheckpointError(
             f"{path} is one file of a Hugging Face checkpoint; pass the path of its folder, which "
@@ -141,6 +157,7 @@ def _folder(folder: Path, step: int | None) -> Source:
     try:
         if orbax.is_checkpoint(folder):
             return Source(name, "Orbax", (folder,))
+        adapters.refuse(folder)
         if safetensors.is_folder(folder):
             return Source(name, "Hugging Face", (folder,))
         below = orbax_steps.find(folder, step)
@@ -158,4 +175,43 @@ def _folder(folder: Path, step: int | None) -> Source:
             f"{folder} holds several models, {', '.join(f.name for f in files[:4])}; pass the path "
             "of one file"
         )
-    raise CheckpointError(f"{folder} holds no checkpoint; pass the path of {EXPECTED}")
+    raise CheckpointError(f"{folder} holds no checkpoint; {_where_then(folder)}")
+
+
+def _where_then(folder: Path) -> str:
+    """Where the checkpoint is that somebody may have meant, or what to pass."""
+    for above in folder.absolute().parents[:2]:
+        if orbax.is_checkpoint(above) or (above / safetensors.CONFIG).is_file():
+            return f"it is a part of the one in {above}: pass that path"
+    below = sorted(_below(folder))
+    if below:
+        return f"pass the path of what is below it: {', '.join(map(str, below[:4]))}"
+    if files := [path.name for path in sorted(folder.iterdir()) if kinds.of_file(path)]:
+        [first, *_] = files
+        return f"its file {first}: {kinds.of_file(folder / first)}"
+    return f"pass the path of {EXPECTED}"
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Checkpoints up to three folders further down, of the first thousand that are looked into."""
+    level, left = [folder], 1000
+    for _ in range(3):
+        inside = (path for at in level for path in _listed(at))
+        level = []
+        for path in itertools.islice(inside, left):
+            left -= 1
+            if path.suffix == ".gguf" or (path.is_dir() and _is_one(path)):
+                yield path
+            elif path.is_dir() and not path.is_symlink():
+                level.append(path)
+
+
+def _is_one(folder: Path) -> bool:
+    return orbax.is_checkpoint(folder) or (folder / safetensors.CONFIG).is_file()
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []

@@ -296,7 +296,7 @@ CASES: dict[str, Case] = {
     ),
     "empty tokenizer": (
         hf_case(lambda f: (f / "tokenizer.model").write_bytes(b"")),
-        "tokenizer.model: not a usable SentencePiece model .it is empty.",
+        "tokenizer.model: it is empty; download",
     ),
     "tokenizer of 10 GB": (
         hf_case(lambda f: os.truncate(f / "tokenizer.model", 10 << 30)),
