@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from gemma_nb.checkpoints import catalog
+from gemma_nb.checkpoints import catalog, spellings
 from gemma_nb.checkpoints.catalog import Package
 from gemma_nb.errors import CheckpointError, ModelNotInstalledError
 from gemma_nb.presets import ModelInfo
@@ -233,10 +233,7 @@ def check_name(name: str) -> None:
     """Refuses what is no released model.
 
     Raises:
-      CheckpointError: with the names that there are.
+      CheckpointError: with what may be meant.
     """
     if name not in catalog.MODELS:
-        raise CheckpointError(
-            f"{name!r:.80} is neither a path nor a released model; pass one of "
-            f"{', '.join(catalog.MODELS)}"
-        )
+        raise CheckpointError(spellings.explained(name))

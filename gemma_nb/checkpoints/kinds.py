@@ -95,6 +95,7 @@ _SUFFIXES = {
 }
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _PICKLE_STARTS = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z", ".rar")
 _HALF = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".opdownload")
 
 
@@ -159,6 +160,12 @@ def of_file(path: Path) -> str:
         if name.endswith(suffix):
             return f"it is {what}; {remedy}"
     return f"it is a pickle; {NO_PICKLES}" if is_pickle_name(name) else ""
+
+
+def may_be_of_a_model(name: str) -> bool:
+    """Whether a file is called as weights are, or an archive of some."""
+    suffix = Path(name).suffix.lower()
+    return suffix in {*_SUFFIXES, *_PICKLES, *_HALF, *_ARCHIVES, ".gguf"}
 
 
 def is_pickle_name(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import itertools
 import operator
 import os
@@ -66,10 +67,19 @@ def resolve(
       ValueError: a revision of something that has none.
     """
     path = Path(source).expanduser()
-    if isinstance(source, str) and not _looks_like_path(source) and not _exists(path):
-        if step is not None:
-            raise ValueError(f"expected step=None for a released name, got {step!r}: it has none")
-        return _released(source, revision)
+    if isinstance(source, str) and not _exists(path):
+        from gemma_nb.checkpoints import spellings
+
+        name, asked = spellings.released(source) or (source, None)
+        if asked is not None and revision not in (None, asked):
+            raise ValueError(
+                f"expected revision=None or {asked!r} with {source!r}, got {revision!r}"
+            )
+        known = name != source or not _looks_like_path(source)
+        if known or (spellings.looks_like_a_name(source) and not _exists(path.parent)):
+            if step is not None:
+                raise ValueError(f"expected step=None for a released name, got {step!r}")
+            return _released(name, revision or asked)
     if revision is not None:
         raise ValueError(f"expected revision=None for a path, got {revision!r}: only hubs have any")
     return local(path, _step(step))
@@ -133,7 +143,7 @@ def local(path: Path, step: int | None = None) -> Source:
             )
         return found
     if not path.is_file():
-        problem = f"is {folders.kind_of(path)}" if path.exists() else "there is no such file"
+        problem = f"is {folders.kind_of(path)}" if path.exists() else _missing(path)
         raise CheckpointError(
             f"{path}: {problem}; pass the path of {EXPECTED}, or a name from gnb.list_models()"
         )
@@ -150,6 +160,13 @@ def local(path: Path, step: int | None = None) -> Source:
             "has config.json and tokenizer.model as well"
         )
     return Source(str(path), "GGUF", tuple(gguf_split.siblings(path)))
+
+
+def _missing(path: Path) -> str:
+    """That a file is not there, and what is beside it under a name much like it."""
+    names = [other.name for other in _listed(path.parent)]
+    near = difflib.get_close_matches(path.name, names, 1, 0.8)
+    return "there is no such file" + (f", but {near[0]} beside it" if near else "")
 
 
 def _folder(folder: Path, step: int | None) -> Source:
@@ -186,9 +203,9 @@ def _where_then(folder: Path) -> str:
     below = sorted(_below(folder))
     if below:
         return f"pass the path of what is below it: {', '.join(map(str, below[:4]))}"
-    if files := [path.name for path in sorted(folder.iterdir()) if kinds.of_file(path)]:
-        [first, *_] = files
-        return f"its file {first}: {kinds.of_file(folder / first)}"
+    for path in _listed(folder):
+        if kinds.may_be_of_a_model(path.name) and (found := kinds.of_file(path)):
+            return f"its file {path.name}: {found}"
     return f"pass the path of {EXPECTED}"
 
 

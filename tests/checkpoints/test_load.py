@@ -176,7 +176,8 @@ def test_a_missing_package_gives_the_command(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("gpt2", "neither a path nor a released model; pass one of .*gemma3-270m, "),
+        ("gema3-270m", "neither a path nor a released model; the nearest are 'gemma3-270m', "),
+        ("unsloth/gemma-3-1b-it", r"do you mean gnb.load\('gemma3-1b-it'\)"),
         ("folder/none.gguf", r"folder.none\.gguf: there is no such file"),
         ("none.gguf", r"none\.gguf: there is no such file"),
         ("tests/checkpoints", "holds no checkpoint; pass the path of a GGUF file, an official"),
