@@ -53,9 +53,8 @@ def _inside(folder: Path, path: Path) -> Path:
     try:
         target = path.resolve(strict=True)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing; the checkpoint is incomplete: download it again"
-        ) from None
+        why = kinds.unfinished(folder) or "the checkpoint is incomplete: download it again"
+        raise CheckpointError(f"{path} is missing; {why}") from None
     except OSError as error:
         raise unreadable(path, error) from error
     except (RuntimeError, ValueError) as error:  # a link to itself; a name with a zero byte

@@ -205,12 +205,13 @@ def in_folder(folder: Path) -> str:
 
 def unfinished(folder: Path) -> str:
     """What of a folder was not downloaded to its end: "" if nothing tells."""
-    found = [path for path in sorted(folder.iterdir()) if path.name.lower().endswith(_HALF)]
-    # Where `hf download --local-dir` keeps what it has of a file.
-    found += sorted((folder / ".cache" / "huggingface" / "download").glob("**/*.incomplete"))
-    if not found:
-        return ""
-    return f"{found[0].name} in it is a download that was not finished; download it again"
+    # Where a browser, and where `hf download --local-dir` keeps what it has of a file.
+    for at in (folder, folder / ".cache" / "huggingface" / "download"):
+        with contextlib.suppress(OSError):
+            for path in sorted(at.iterdir()):
+                if path.name.lower().endswith(_HALF):
+                    return f"{path} was not downloaded to its end: download the checkpoint again"
+    return ""
 
 
 def _of_zip(start: bytes) -> str:

@@ -73,10 +73,10 @@ def released(spelled: str) -> tuple[str, str | None] | None:
     if (match := _HANDLE.fullmatch(spelled)) and match["id"].lower() in _by_id():
         return _by_id()[match["id"].lower()], match["revision"]
     own, _, revision = spelled.partition("@")
-    name = _by_id().get(own.lower())
-    if name is None and re.fullmatch(r"[\w. -]+", spelled):  # with a colon it is one of Ollama's
-        name = _by_title().get(_plain(spelled))
-    return (name, revision or None) if name else None
+    found = _by_id().get(own.lower())
+    if found is None and re.fullmatch(r"[\w. -]+", spelled):  # with a colon it is one of Ollama's
+        found = _by_title().get(_plain(spelled))
+    return (found, revision or None) if found else None
 
 
 def looks_like_a_name(spelled: str) -> bool:

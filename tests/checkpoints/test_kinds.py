@@ -113,6 +113,17 @@ def test_a_file_of_another_kind_is_said_to_be_that(name, content, said, tmp_path
     assert name in str(error.value)
 
 
+@pytest.mark.parametrize("left", ["model-2.part", ".cache/huggingface/download/abc.incomplete"])
+def test_what_a_download_left_says_why_a_file_is_missing(left, tmp_path):
+    folder = written.hugging_face(tmp_path, written.params())
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    (folder / left).parent.mkdir(parents=True, exist_ok=True)
+    (folder / left).write_bytes(b"x")
+    said = rf"00002.safetensors is missing; .*{left} was not downloaded to its end"
+    with pytest.raises(CheckpointError, match=said):
+        front_door.load_params(folder, progress=False)
+
+
 # --- adapters -------------------------------------------------------------------------------------
 
 
