@@ -105,10 +105,10 @@ def explained(spelled: str) -> str:
             f"{said}: at Ollama it is a quantised {name}; do you mean gnb.load({name!r})?  To load "
             f"that very file, pass the path in the line FROM of: ollama show --modelfile {tag}"
         )
-    if name := _inside(plain):
+    if inside := _inside(plain):
         return (
-            f"{said}: it is called like a copy of {name}, or of something made from it; do you "
-            f"mean gnb.load({name!r})?  To load that very one, download its files and pass the "
+            f"{said}: it is called like a copy of {inside}, or of something made from it; do you "
+            f"mean gnb.load({inside!r})?  To load that very one, download its files and pass the "
             "path of their folder or of the GGUF file"
         )
     nearest = ", ".join(map(repr, _nearest(plain)))
