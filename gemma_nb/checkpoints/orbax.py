@@ -27,6 +27,7 @@ _STRUCTURE, _ABOUT = "_METADATA", "_CHECKPOINT_METADATA"
 _OURS = "gemma_nb"  # our entry in the checkpoint's custom metadata
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 _MAX_ARRAYS = 1 << 14  # a training state of the largest Gemma has some 3,000
+_MAX_CHUNKS = 1 << 16  # of one array: one for each device that it was spread over, or a few
 _MAX_ABOUT = 1 << 24  # bytes of a file that describes arrays
 _MAX_DESCRIPTION = 1 << 16  # bytes of a file that describes one array: some 400
 _TOO_LONG = slice(_MAX_DESCRIPTION, _MAX_DESCRIPTION + 1)
@@ -192,6 +193,11 @@ class OrbaxFolder:
         chunk = tuple(array.chunk_layout.read_chunk.shape or shape)
         if any(c > s for c, s in zip(chunk, shape, strict=True)):
             raise CheckpointError(f"{what}: chunks of {chunk} in an array of {shape}; {_REMEDY}")
+        count = math.prod(-(-s // c) for c, s in zip(chunk, shape, strict=True))
+        if count > _MAX_CHUNKS:
+            raise CheckpointError(
+                f"{what}: {count:,} chunks, expected at most {_MAX_CHUNKS:,}; {_REMEDY}"
+            )
         chunk_bytes = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
         own = self._folder / ".".join(self._keys[path])
         for file in own.rglob("*") if own.is_dir() else ():
