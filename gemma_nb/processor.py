@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import platform
+import subprocess
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Streams(NamedTuple):
@@ -22,6 +27,14 @@ class Streams(NamedTuple):
 ONE_PLACE = Streams()
 
 _AMD, _INTEL = "AuthenticAMD", "GenuineIntel"
+
+# What /proc/cpuinfo tells processors apart by: x86, ARM, and others.
+_PER_CORE = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision")
+_TELLING = (
+    *("vendor_id", "model name", "flags", "Features", *_PER_CORE),
+    *("isa", "uarch", "cpu", "revision", "features", "machine", "Model Name", "CPU Family"),
+)
+_WINDOWS_FEATURES = 128  # numbers of IsProcessorFeaturePresent; some 90 have a meaning
 
 
 def has_matrix_unit() -> bool:
@@ -61,9 +74,15 @@ def streams() -> Streams:
 
 
 def described() -> str:
-    """Which processor it is, and what it can do; empty where that is not known."""
+    """Which processor it is, and what it can do: what runs on one may be no instruction on another.
+
+    Of Linux what it says of every core: those of one ARM processor are often of several kinds.  Of
+    macOS and Windows what the system was asked about instructions.
+    """
     said = _said()
-    return "\n".join(said.get(name, "") for name in ("vendor_id", "model name", "flags"))
+    if not said:
+        return "\n".join([platform.machine(), platform.processor(), *_instructions()])
+    return "\n".join(f"{name}: {said[name]}" for name in _TELLING if name in said)
 
 
 def _vendor() -> str:
@@ -76,11 +95,30 @@ def _flags() -> frozenset[str]:
 
 @functools.cache
 def _said() -> dict[str, str]:
-    """What an x86 processor under Linux says of its first core; empty elsewhere."""
+    """What Linux says of the first core, and of what tells processors apart all that differs."""
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return {}
-    core, _, _ = info.partition("\n\n")
-    lines = (line.partition(":") for line in core.splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}
+    said: dict[str, str] = {}
+    for core in info.split("\n\n"):
+        for line in core.splitlines():
+            name, _, value = (part.strip() for part in line.partition(":"))
+            if name not in said:
+                said[name] = value
+            elif name in _PER_CORE and value not in said[name].split(" | "):
+                said[name] += f" | {value}"
+    return said
+
+
+def _instructions() -> list[str]:
+    """What the system says about instructions, where it is not Linux."""
+    if sys.platform == "darwin":
+        command = ["/usr/sbin/sysctl", "hw.optional", "machdep.cpu"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+            return sorted(done.stdout.splitlines())
+    if sys.platform == "win32":
+        has: Any = vars(ctypes)["windll"].kernel32.IsProcessorFeaturePresent
+        return [str(number) for number in range(_WINDOWS_FEATURES) if has(number)]
+    return []

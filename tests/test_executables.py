@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gemma_nb import executables
+from gemma_nb import executables, trust
 from gemma_nb.executables import Kept, shapes_of
 from gemma_nb.nn import storage
 from gemma_nb.sampling.ahead import COMPILING
@@ -149,6 +149,73 @@ def test_a_damaged_file_is_replaced(place):
         assert run(place) == [*EXPECTED, 0, True]
 
 
+# What ends the process as soon as a program from a file runs, as an instruction does that the
+# processor has not.
+CRASH = """
+from gemma_nb.executables import files
+files.serialize_executable.deserialize_and_load = lambda *_: lambda *_: os._exit(132)
+"""
+
+
+def test_a_program_that_crashed_is_not_tried_again(place):
+    run(place)
+    [file] = programs(place)
+    with pytest.raises(subprocess.CalledProcessError) as died:
+        run(place, CRASH, code=f"import os\n{CODE}")
+    assert died.value.returncode == 132
+    [marker] = place.glob("*/*.tried")
+    assert marker.name.startswith(file.name)
+    assert run(place) == [*EXPECTED, 1, True]
+    assert [path.suffix for path in programs(place)] == [".refused"]
+    assert not executables.files.load(file)
+
+
+def test_a_program_that_was_refused_long_ago_is_kept_again(place):
+    """Processes are also ended by somebody, in the midst of a first run."""
+    x = np.zeros(2, np.float32)
+    Kept(jnp.exp, "a")((), x)
+    [file] = programs(place)
+    files = executables.files
+    with files.trial(file):
+        files._give_up_on_what_crashed(file.parent)  # another process starts meanwhile
+        assert len(programs(place)) == 2
+    assert programs(place) == [file]
+    file.with_name(f"{file.name}.0123{files._TRIED}").touch()
+    files._give_up_on_what_crashed(file.parent)
+    assert files.is_refused(file)
+    assert not file.exists()
+    os.utime(files._refused(file), (0, 0))
+    Kept(jnp.exp, "a")((), x)
+    assert file.exists()
+
+
+def test_the_oldest_programs_are_dropped_beyond_the_limit(place, monkeypatch):
+    x = np.zeros(2, np.float32)
+    Kept(jnp.exp, "a")((), x)
+    [first] = programs(place)
+    os.utime(first, (1, 1))
+    monkeypatch.setenv("GEMMA_NB_CACHE_PROGRAMS_GB", "1e-9")
+    Kept(jnp.exp, "b")((), x)
+    [second] = programs(place)
+    assert second != first
+
+
+def test_nothing_is_read_where_others_can_write(place, monkeypatch):
+    monkeypatch.setattr(trust, "_warned", {place.parent})  # it was said before
+    x = np.zeros(2, np.float32)
+    Kept(jnp.exp, "a")((), x)
+    [file] = programs(place)
+    loads = []
+    monkeypatch.setattr(executables.files.pickle, "loads", loads.append)
+    for path in (place.parent, place, file.parent, file):
+        before = path.stat().st_mode
+        path.chmod(before | 0o020)
+        again = Kept(jnp.exp, "a")
+        np.testing.assert_array_equal(again((), x), [1, 1])
+        path.chmod(before)
+    assert loads == []
+
+
 def test_what_was_loaded_from_jaxs_cache_is_not_written_anew(place):
     """XLA runs it, but cannot write it whole: in the process after that functions are missing."""
     run(place)
@@ -166,14 +233,15 @@ def test_a_program_that_has_run_is_kept_whole(place):
 
 def test_other_versions_are_cleared_away_but_the_last_few(place):
     for i in range(6):
-        old = place / f"old{i}"
+        old = place / (str(i) * 64)
         old.mkdir(parents=True)
         (old / "step").write_bytes(b"x")
         os.utime(old, (i, i))
+    (place / "a user's").mkdir()
     run(place)
-    left = {folder.name for folder in place.iterdir()}
-    assert {name for name in left if name.startswith("old")} == {"old3", "old4", "old5"}
-    assert len(left) == 4
+    left = {folder.name[:2] for folder in place.iterdir()}
+    assert {"a ", "33", "44", "55"} <= left
+    assert len(left) == 5
 
 
 def test_a_folder_that_cannot_be_written_to_does_no_harm(place):

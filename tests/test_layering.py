@@ -20,6 +20,7 @@ ROOMS = [
         "errors",
         "typing",
         "cache",
+        "trust",
         "processor",
         "executables",
         "sites",

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gemma_nb.checkpoints import kinds
 from gemma_nb.errors import ConversationError
 
 STRUCTURE = "conversation.json"
@@ -183,6 +184,7 @@ def unreadable(path: Path, error: OSError) -> ConversationError:
 def damaged(path: Path, problem: object) -> ConversationError:
     """What to say of a file that is not what was written."""
     problem = f"nothing is at {problem} in it" if isinstance(problem, LookupError) else problem
+    problem = kinds.in_place_of(path) or problem
     inside = (
         f"  (The file is a zip; if you trust it, {STRUCTURE} in it has the text of every turn.)"
         if zipfile.is_zipfile(path)

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import struct
 import zlib
@@ -29,7 +30,15 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from gemma_nb.cache import cache_dir, remove_leftovers, temporary
+from gemma_nb.cache import (
+    cache_dir,
+    drop_oldest,
+    limit_bytes,
+    lock_shared,
+    make,
+    remove_leftovers,
+    temporary,
+)
 from gemma_nb.checkpoints import folders
 from gemma_nb.errors import CheckpointError
 
@@ -46,6 +55,7 @@ _NAMES = {dtype: code for code, dtype in _CODES.items()}
 _TOKENIZER = "tokenizer_model"  # the one entry that is no parameter
 _BLOCK = 1 << 24  # bytes under one checksum
 _PIECE = 1 << 17  # bytes read together: stays in the processor's cache
+_MAX_NOTES = 4096  # files of which a checksum is remembered
 _HEADER_SIZE = 1 << 20  # written last, so room is kept; a file's data start here
 
 
@@ -83,12 +93,16 @@ def read(path: Path) -> Converted | None:
       DamagedError: it is cut off, or its bytes are not those that were written.
     """
     try:
-        data = np.memmap(path, np.uint8, "r")
+        with open(path, "rb") as file:
+            lock_shared(file)  # until no parameter of it is mapped any more
+            data = np.memmap(file, np.uint8, "r")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise DamagedError(str(error)) from error
     header = _verified_header(path, data)
+    with contextlib.suppress(OSError):
+        os.utime(_note(path)[0])  # what is not used any more goes first
     extra = header.pop("__metadata__")
     tensors = {name: _tensor(data, entry) for name, entry in header.items()}
     return Converted(
@@ -106,7 +120,7 @@ def _verified_header(path: Path, data: np.ndarray) -> dict[str, Any]:
         header = json.loads(raw)
         sums = header["__metadata__"]["crc32"]
         expected = [int(sums[i : i + 8], 16) for i in range(0, len(sums), 8)]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError("its header cannot be read") from error
     blank = raw.replace(sums.encode(), b"0" * len(sums), 1)
     if data[:8].tobytes() != struct.pack("<Q", _HEADER_SIZE - 8):
@@ -175,7 +189,7 @@ def write(
       CheckpointError: the file cannot be written, for example for lack of space.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path.parent)
         remove_leftovers(path.parent)
         with temporary(path) as file:
             _write_file(file, params, tokenizer, metadata)
@@ -184,6 +198,15 @@ def write(
             f"cannot write the converted weights to {path.parent}: {error.strerror or error}; make "
             "room there, or set the environment variable GEMMA_NB_CACHE to another folder"
         ) from error
+    drop_oldest(path.parent, "*.safetensors", limit_bytes("weights"), last_used=_last_used)
+
+
+def _last_used(path: Path) -> float:
+    """When a converted file was last read: when its note was touched."""
+    try:
+        return _note(path)[0].stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _write_file(
@@ -256,7 +279,7 @@ def remembered_sha256(path: Path) -> str | None:
 
 def _known(path: Path, what: str) -> str | None:
     """What was found out of a file, where it has not changed since."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         note, state = _note(path)
         known = json.loads(note.read_text())
         if isinstance(known, dict) and known.get("state") == state and what in known:
@@ -268,7 +291,9 @@ def _remember(before: tuple[Path, list[int]], what: str, found: str) -> None:
     """Remembers what was found out of the file of which `before` is the `_note`."""
     note, state = before
     with contextlib.suppress(OSError):  # only a saving: an unwritable cache is reported elsewhere
-        note.parent.mkdir(parents=True, exist_ok=True)
+        make(note.parent)
+        if not note.exists():
+            drop_oldest(note.parent, "*.json", math.inf, count=_MAX_NOTES)
         with temporary(note) as file:
             file.write(json.dumps({"state": state, what: found}).encode())
 

@@ -11,20 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gemma_nb.checkpoints import kinds
 from gemma_nb.errors import CheckpointError
 
 # Bytes of the files that are read whole: the index of the largest Gemma has 0.2 MB, Gemma 3's
 # tokenizer.model 4.7 MB.
 _MAX_JSON, _MAX_TOKENIZER = 1 << 24, 1 << 26
-
-# Files that only `pickle` can read, and pickle runs whatever code a file tells it to.
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-_PICKLE_STARTS = (b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
-NO_PICKLES = (
-    "a pickle file can run any code when it is opened, so gemma_nb never opens one; get the "
-    "*.safetensors files of the same checkpoint, or convert it with transformers where you trust "
-    "it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-)
+_MAX_DEPTH = 64  # of objects and lists in each other; configurations have some five levels
 
 
 def unreadable(what: object, error: OSError) -> CheckpointError:
@@ -60,9 +53,8 @@ def _inside(folder: Path, path: Path) -> Path:
     try:
         target = path.resolve(strict=True)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing; the checkpoint is incomplete: download it again"
-        ) from None
+        why = kinds.unfinished(folder) or "the checkpoint is incomplete: download it again"
+        raise CheckpointError(f"{path} is missing; {why}") from None
     except OSError as error:
         raise unreadable(path, error) from error
     except (RuntimeError, ValueError) as error:  # a link to itself; a name with a zero byte
@@ -134,19 +126,48 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file of a folder.
 
     Raises:
-      CheckpointError: missing, too large, no JSON object, or one with a name twice.
+      CheckpointError: missing, too large, no JSON object, or one that `parse_json` refuses.
     """
     path = member(folder, name)
+    return parse_json(content(path, _MAX_JSON), str(path))
+
+
+def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+    """A JSON object that every reader understands alike, and that none runs out of its stack over.
+
+    Args:
+      raw: the text.
+      what: it is, for messages.
+
+    Raises:
+      CheckpointError: no JSON object, one with a name twice, or one nested too deep.
+    """
     remedy = "download the file again"
     try:
-        value = json.loads(content(path, _MAX_JSON), object_pairs_hook=_once)
+        value = json.loads(raw, object_pairs_hook=_once)
+        _check_depth(value)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); {remedy}") from error
+        if found := kinds.of_bytes(raw[:4096], len(raw)):
+            raise CheckpointError(f"{what} is not JSON: {found}") from error
+        raise CheckpointError(f"{what} is not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{path}: expected a JSON object, got {type(value).__name__}; {remedy}"
+            f"{what}: expected a JSON object, got {type(value).__name__}; {remedy}"
         )
+    if len(value) <= 4:  # as many as a hub's answer has
+        kinds.refuse_bytes(raw, what)
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ValueError over what is nested deeper than any description of a model."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        parts = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for part in parts for x in part if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -162,25 +183,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def refuse_pickles(folder: Path) -> None:
     """Says why, where a folder holds its weights as pickles only."""
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _PICKLES:
-            raise CheckpointError(f"{path}: {NO_PICKLES}")
-
-
-def refuse_pickle(path: Path) -> None:
-    """The same for one file, by its name and by its first bytes."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if path.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
-        raise CheckpointError(f"{path}: {NO_PICKLES}")
+        if kinds.is_pickle_name(path.name):
+            raise CheckpointError(f"{path}: {kinds.NO_PICKLES}")
 
 
 def tokenizer_model(folder: Path) -> Path:
     """The tokenizer file of a checkpoint: `tokenizer.model` or the one other SentencePiece model.
 
-    It lies in the folder, or, as in the archives on Kaggle, beside it.
+    It lies in the folder, or, as in the archives on Kaggle, beside it; of a step of a training also
+    beside the step.
 
     Raises:
       CheckpointError: there is none, or there are several.
@@ -203,8 +214,10 @@ def tokenizer_model(folder: Path) -> Path:
 
 
 def tokenizer_bytes(path: Path) -> bytes:
-    """The content of a tokenizer file; raises like `content`."""
-    return content(path, _MAX_TOKENIZER)
+    """The content of a tokenizer file; raises like `content`, and over what is none."""
+    raw = content(path, _MAX_TOKENIZER)
+    kinds.refuse_bytes(raw, path)
+    return raw
 
 
 def text(folder: Path, name: str) -> str:
@@ -213,7 +226,10 @@ def text(folder: Path, name: str) -> str:
 
 
 def _models(folder: Path) -> Iterator[list[Path]]:
-    for at in (folder, folder.parent):
+    above = [folder, folder.parent]
+    if re.fullmatch(r"(.+_)?\d+", folder.parent.name):  # an item of a step of a training
+        above.append(folder.parents[1])
+    for at in above:
         exact = at / "tokenizer.model"
         # Beside the folder, any other name could belong to anything.
         pattern = "*.model" if at == folder else "*token*.model"

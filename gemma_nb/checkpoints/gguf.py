@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gemma_nb.checkpoints import gguf_fields, layout
+from gemma_nb.checkpoints import adapters, gguf_fields, layout
 from gemma_nb.checkpoints.gguf_header import REDOWNLOAD, Header, Span, TensorInfo
 from gemma_nb.config import Global, LayerSpec, Sliding, TransformerConfig
 from gemma_nb.errors import CheckpointError
@@ -145,6 +145,7 @@ def config_from_gguf(metadata: Mapping[str, Any], name: str = "GGUF file") -> Tr
       CheckpointError: the architecture is none of Gemma 1, 2 and 3, or a field is missing or cannot
         be right.
     """
+    adapters.refuse_gguf(metadata, name)
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in gguf_fields.ARCHITECTURES:
         images = " (the part of a model for images)" if repr(architecture) == "'clip'" else ""

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gemma_nb.checkpoints import folders
+from gemma_nb.checkpoints import folders, kinds
 from gemma_nb.errors import CheckpointError
 
 _MAGIC = b"GGUF"
@@ -173,6 +173,8 @@ class Header:
     def _preamble(self) -> tuple[int, int]:
         magic = self._take(4)
         if magic != _MAGIC:
+            start = self._span.view(0, min(_WINDOW, self._span.size)).tobytes()
+            kinds.refuse_bytes(start, self._name)
             self._fail(
                 f"expected {_MAGIC!r}, got {magic!r}: this is not a GGUF file",
                 "pass the path of a .gguf file",

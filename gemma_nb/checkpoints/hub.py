@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from gemma_nb.checkpoints import catalog
+from gemma_nb.checkpoints import catalog, spellings
 from gemma_nb.checkpoints.catalog import Package
 from gemma_nb.errors import CheckpointError, ModelNotInstalledError
 from gemma_nb.presets import ModelInfo
@@ -124,7 +124,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return bool(names) and all((folder / name).is_file() for name in names)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
 
 
@@ -233,10 +233,7 @@ def check_name(name: str) -> None:
     """Refuses what is no released model.
 
     Raises:
-      CheckpointError: with the names that there are.
+      CheckpointError: with what may be meant.
     """
     if name not in catalog.MODELS:
-        raise CheckpointError(
-            f"{name!r:.80} is neither a path nor a released model; pass one of "
-            f"{', '.join(catalog.MODELS)}"
-        )
+        raise CheckpointError(spellings.explained(name))

@@ -220,6 +220,17 @@ _NOT_TEXT = frozenset(
     }
 )
 _WRAPPERS = ("params", "transformer")
+EMBEDDING: Path = ("embedder", "input_embedding")
+
+
+def split(keys: Sequence[str]) -> Path:
+    """Keys of either spelling as names, one below the other."""
+    return tuple(name for key in keys for name in key.split("/"))
+
+
+def is_wrapper(path: Path) -> bool:
+    """Whether a path only stands around official ones."""
+    return all(part in _WRAPPERS for part in path)
 
 
 def official_path(keys: Sequence[str]) -> Path | None:
@@ -228,7 +239,7 @@ def official_path(keys: Sequence[str]) -> Path | None:
     Takes nested and flat keys, with or without `params` and `transformer` around them, and the
     older names of the feed-forward weights (`mlp/gating_einsum/w` for `mlp/gating_einsum`).
     """
-    path = tuple(name for key in keys for name in key.split("/"))
+    path = split(keys)
     while len(path) > 1 and path[0] in _WRAPPERS:
         path = path[1:]
     if path[:1] in _NOT_TEXT or path[:2] in _NOT_TEXT:

@@ -13,14 +13,22 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from gemma_nb import presets
-from gemma_nb.cache import cache_dir
-from gemma_nb.checkpoints import arrays, catalog, convert, converted, folders, layout, memory
+from gemma_nb.cache import cache_dir, limit_bytes
+from gemma_nb.checkpoints import (
+    arrays,
+    catalog,
+    convert,
+    converted,
+    folders,
+    layout,
+    memory,
+    orbax_steps,
+)
 from gemma_nb.checkpoints.convert import Report
 from gemma_nb.checkpoints.orbax import OrbaxFolder
 from gemma_nb.checkpoints.safetensors import HuggingFaceFolder
@@ -49,6 +57,7 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | Literal["auto"] | None = None,
     revision: str | None = None,
+    step: int | None = None,
     upcast_activations_to_float32: bool = True,
     force: bool = False,
     progress: Progress = None,
@@ -61,12 +70,14 @@ def load(
 
     Args:
       source: a released name (see `gnb.list_models()`) or a path: a GGUF file (any of its files
-        where it is split), an official Orbax checkpoint folder, or a Hugging Face folder.
+        where it is split), an official Orbax checkpoint folder, what a `CheckpointManager` of
+        Orbax saves to, or a Hugging Face folder.
       dtype: of the parameters: "bfloat16" (the default) or "float32"; "int8" keeps them in
         bfloat16 and decodes from an int8 copy of the layers, which is faster and less exact (see
         `gemma_nb.sampling.weights`).
       mesh: devices to spread the parameters over, see `gemma_nb.placement`; "auto" takes all.
       revision: of a released model at its hub.
+      step: of a `CheckpointManager`'s folder; None takes the last one that was finished.
       upcast_activations_to_float32: compute activations in float32 whatever the parameters' dtype,
         which is the default here: it costs little where memory is what takes the time, and is what
         the references are met with.  False computes in the parameters' own dtype, as
@@ -91,7 +102,13 @@ def load(
         use_compilation_cache()
         executables.expect(repr((str(source), dtype)))
         config, params, info, tokenizer = load_params(
-            source, dtype=dtype, mesh=mesh, revision=revision, force=force, progress=progress
+            source,
+            dtype=dtype,
+            mesh=mesh,
+            revision=revision,
+            step=step,
+            force=force,
+            progress=progress,
         )
         own = params["embedder"]["input_embedding"].dtype
         activations = jnp.float32 if upcast_activations_to_float32 else own
@@ -111,6 +128,7 @@ def load_params(
     dtype: str | None = None,
     mesh: Mesh | Literal["auto"] | None = None,
     revision: str | None = None,
+    step: int | None = None,
     force: bool = False,
     progress: Progress = None,
 ) -> Loaded:
@@ -122,7 +140,7 @@ def load_params(
 
     name, where = _dtype_name(dtype), placement.resolve(mesh)
     try:
-        job = _Job(resolve(source, revision), name, where, progress, force)
+        job = _Job(resolve(source, revision, step), name, where, progress, force)
         return job.gguf() if job.source.format == "GGUF" else job.folder()
     except OSError as error:  # of a folder that nobody may look into, or a file that vanished
         if error.filename is None:  # not of a file: a broken pipe under the progress bar
@@ -217,17 +235,28 @@ class _Job:
             return self.source.info
         size = presets.name_of(config)
         suffix = "-it" if tuning == "instruction" else ""
-        name = f"{size}{suffix}" if size else Path(self.source.files[0]).stem
+        [first, *_] = self.source.files
+        own = orbax_steps.own_name(first) if self.source.format == "Orbax" else first.stem
+        name = f"{size}{suffix}" if size else own
         return catalog.describe(name, title or name, tuning, source=self.source.name)
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs across processes, unless the user has arranged that already."""
+    """Keeps compiled programs across processes, unless the user has arranged that already.
+
+    Raises:
+      ValueError: a variable that limits the cache is no number (see `gemma_nb.cache`).
+    """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    from gemma_nb.executables import jax_cache
+
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
+    for part in ("weights", "programs", "jax"):
+        limit_bytes(part)  # a limit that is none is said now, not in the midst of a reply
+    jax_cache.use(cache_dir() / "jax")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     # JAX's default of a second leaves out programs that a start of the app waits for.
     if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # type: ignore[attr-defined]

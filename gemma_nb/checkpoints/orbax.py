@@ -11,13 +11,14 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_nb.checkpoints import arrays, folders, infer, layout
+from gemma_nb.checkpoints import arrays, folders, infer, kinds, layout
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
 from gemma_nb.presets import Tuning
@@ -26,8 +27,12 @@ _STRUCTURE, _ABOUT = "_METADATA", "_CHECKPOINT_METADATA"
 _OURS = "gemma_nb"  # our entry in the checkpoint's custom metadata
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 _MAX_ARRAYS = 1 << 14  # a training state of the largest Gemma has some 3,000
+_MAX_CHUNKS = 1 << 16  # of one array: one for each device that it was spread over, or a few
 _MAX_ABOUT = 1 << 24  # bytes of a file that describes arrays
+_MAX_DESCRIPTION = 1 << 16  # bytes of a file that describes one array: some 400
+_TOO_LONG = slice(_MAX_DESCRIPTION, _MAX_DESCRIPTION + 1)
 _PIECE = 1 << 26  # bytes read together, or one chunk where that is more
+_OF_OPTIMIZERS = frozenset({"opt_state", "optimizer", "optimizer_state", "mu", "nu", "grads"})
 _REMEDY = "the checkpoint is incomplete or damaged: download it again"
 
 
@@ -42,26 +47,14 @@ def is_listed(folder: Path) -> bool:
     return (folder / _STRUCTURE).exists()
 
 
-def find(folder: Path) -> Path | None:
-    """The checkpoint in `folder`: itself, or the only one below it; None if there is none.
-
-    Archives have it one level down, and trainers keep the parameters in `default` or `params`.
-
-    Raises:
-      CheckpointError: there are several.
-    """
-    if is_checkpoint(folder):
-        return folder
-    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and is_checkpoint(path)]
-    for name in ("default", "params"):
-        if folder / name in below:
-            return folder / name
-    if len(below) > 1:
-        raise CheckpointError(
-            f"{folder} holds several checkpoints, {', '.join(p.name for p in below)}; pass the "
-            "path of one of them"
-        )
-    return below[0] if below else None
+def lists_a_model(folder: Path) -> bool:
+    """Whether a checkpoint has the embedding of a model among its parameters."""
+    try:
+        structure = folders.read_json(folder, _STRUCTURE) if is_listed(folder) else {}
+        stored = list(_stored_keys(structure, str(folder)))
+    except CheckpointError:
+        return False
+    return any(layout.split(keys)[-2:] == layout.EMBEDDING for keys in stored)
 
 
 class OrbaxFolder:
@@ -123,16 +116,10 @@ class OrbaxFolder:
                 place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
             else:
                 place = {"driver": "file", "path": f"{self._folder}/{name}/"}
-            driver = "zarr3" if structure.get("use_zarr3") is True else "zarr"
             return {"driver": driver, "kvstore": place, "fill_missing_data_reads": not complete}
 
-        if together:
-            self._check_size(self._folder / "manifest.ocdbt", _MAX_ABOUT, "the parameters")
-        else:
-            for path, keys in self._keys.items():
-                for name in (".zarray", "zarr.json"):
-                    file = self._folder / ".".join(keys) / name
-                    self._check_size(file, _MAX_ABOUT, f"parameter {'/'.join(path)}")
+        driver = "zarr3" if structure.get("use_zarr3") is True else "zarr"
+        self._check_descriptions("zarr.json" if driver == "zarr3" else ".zarray", together)
         specs = {path: spec(".".join(keys)) for path, keys in self._keys.items()}
         context = ts.Context()
         opening = {
@@ -144,6 +131,48 @@ class OrbaxFolder:
             with self._errors(path):
                 opened[path] = future.result()
         return opened
+
+    def _check_descriptions(self, file_name: str, together: bool) -> None:
+        """Refuses what the library's own parser would run out of its stack or memory over.
+
+        It is read twice: here as bytes, and by the library when it opens the array.
+        """
+        names = {path: f"{'.'.join(keys)}/{file_name}" for path, keys in self._keys.items()}
+        if together:
+            self._check_size(self._folder / "manifest.ocdbt", _MAX_ABOUT, "the parameters")
+            for path, raw in self._in_database(names):
+                _check_description(raw, f"{self.name}: parameter {'/'.join(path)}: its {file_name}")
+            return
+        for path, name in names.items():
+            file = self._folder / name
+            self._check_size(file, _MAX_DESCRIPTION, f"parameter {'/'.join(path)}")
+            if file.exists():
+                raw = folders.content(file, _MAX_DESCRIPTION)
+                _check_description(raw, f"{file}: parameter {'/'.join(path)}")
+
+    def _in_database(self, names: Mapping[layout.Path, str]) -> Iterator[tuple[layout.Path, bytes]]:
+        """What a database keeps under some names, of those that are there."""
+        import tensorstore as ts
+
+        context = ts.Context({"cache_pool": {"total_bytes_limit": _MAX_ABOUT}})
+        spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{self._folder}/"}}
+        with self._errors(next(iter(names), ())):
+            store = ts.KvStore.open(spec, context=context).result()
+        # What is shorter has no such range, which is an error, and is read whole.
+        long = {path: store.read(name, byte_range=_TOO_LONG) for path, name in names.items()}
+        whole = {}
+        for path, future in long.items():
+            if future.exception() is None and future.result().state == "value":
+                raise CheckpointError(
+                    f"{self.name}: more than {_MAX_DESCRIPTION:,} bytes about parameter "
+                    f"{'/'.join(path)}; {_REMEDY}"
+                )
+            whole[path] = store.read(names[path])
+        for path, future in whole.items():
+            with self._errors(path):
+                found = future.result()
+            if found.state == "value":
+                yield path, found.value
 
     @staticmethod
     def _check_size(file: Path, most: int, what: str) -> None:
@@ -164,6 +193,11 @@ class OrbaxFolder:
         chunk = tuple(array.chunk_layout.read_chunk.shape or shape)
         if any(c > s for c, s in zip(chunk, shape, strict=True)):
             raise CheckpointError(f"{what}: chunks of {chunk} in an array of {shape}; {_REMEDY}")
+        count = math.prod(-(-s // c) for c, s in zip(chunk, shape, strict=True))
+        if count > _MAX_CHUNKS:
+            raise CheckpointError(
+                f"{what}: {count:,} chunks, expected at most {_MAX_CHUNKS:,}; {_REMEDY}"
+            )
         chunk_bytes = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
         own = self._folder / ".".join(self._keys[path])
         for file in own.rglob("*") if own.is_dir() else ():
@@ -189,10 +223,26 @@ class OrbaxFolder:
         try:
             yield
         except (ValueError, OSError, RuntimeError, OverflowError) as error:
+            if found := kinds.in_folder(self._folder):
+                raise CheckpointError(found) from error
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"{self.name}: parameter {'/'.join(path)} cannot be read ({reason}); {_REMEDY}"
             ) from error
+
+
+def _check_description(raw: bytes, what: str) -> None:
+    """Refuses a description of an array that no Gemma's has.
+
+    A type with fields has a shape of its own, and the library makes a value of it at once.
+    """
+    about = folders.parse_json(raw, what)
+    dtype = about.get("dtype", about.get("data_type"))
+    if not isinstance(dtype, str) or re.search(r"\d{4}", dtype):
+        raise CheckpointError(
+            f"{what}: expected a number type such as '<f4' or 'bfloat16', got {dtype!r:.60}; "
+            f"{_REMEDY}"
+        )
 
 
 def _rows_at_once(array: Any) -> int:
@@ -270,8 +320,13 @@ def _parameter_keys(structure: Mapping[str, Any], name: str) -> dict[layout.Path
     Names are checked here, before any becomes the name of a file.
     """
     found: dict[layout.Path, tuple[str, ...]] = {}
-    for keys in _stored_keys(structure, name):
-        path = layout.official_path(keys)
+    stored = list(_stored_keys(structure, name))
+    around = _around_the_model(stored, name)
+    for keys in stored:
+        whole = layout.split(keys)
+        if whole[: len(around)] != around and not any("lora" in part for part in whole):
+            continue
+        path = layout.official_path(whole[len(around) :])
         if path is None:
             continue
         if any(part in ("", ".", "..") or not _is_name(part) for part in path):
@@ -287,6 +342,25 @@ def _parameter_keys(structure: Mapping[str, Any], name: str) -> dict[layout.Path
             )
         found[path] = keys
     return found
+
+
+def _around_the_model(stored: Sequence[tuple[str, ...]], name: str) -> layout.Path:
+    """The names in front of every parameter of the one text model in a training state.
+
+    Optimizers keep trees of the same names; those do not count.
+    """
+    paths = [layout.split(keys) for keys in stored]
+    around = {path[:-2] for path in paths if path[-2:] == layout.EMBEDDING}
+    models = {path for path in around if not _OF_OPTIMIZERS & set(path)}
+    if len(models) > 1 and (plain := {path for path in models if layout.is_wrapper(path)}):
+        models = plain
+    if len(models) > 1:
+        listed = ", ".join(sorted("/".join(path) or "the top" for path in models))
+        raise CheckpointError(
+            f"{name}: there are several models in it, at {listed}; save the one that is meant by "
+            "itself, with gnb.save_params or as an item of its own, and pass its folder"
+        )
+    return next(iter(models), ())
 
 
 def _is_name(part: str) -> bool:

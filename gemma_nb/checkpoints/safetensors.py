@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_nb.checkpoints import arrays, folders, layout, names, quantised
+from gemma_nb.checkpoints import arrays, folders, kinds, layout, names, quantised
 from gemma_nb.checkpoints.safetensors_header import odd_tensor
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
@@ -308,7 +308,7 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
 def _header(folder: Path, name: str) -> dict[str, Tensor]:
     """Names, shapes and dtypes of one file; the library checks that its tensors fill it."""
     if not name.endswith(".safetensors"):
-        raise CheckpointError(f"{folder / name}: {folders.NO_PICKLES}")
+        raise CheckpointError(f"{folder / name}: {kinds.NO_PICKLES}")
     path = folders.member(folder, name)
     tensors = {}
     with _opened(path) as file:
@@ -371,7 +371,7 @@ def _opened(path: Path, tensor: str = "") -> Iterator[Any]:
     except OSError as error:
         raise folders.unreadable(what, error) from error
     except (SafetensorError, ValueError, TypeError) as error:
-        folders.refuse_pickle(path)
+        kinds.refuse(path)
         odd = odd_tensor(path)
         reason = f"{odd}; {error}" if odd else str(error)
         raise CheckpointError(

@@ -1,4 +1,9 @@
-"""Where kept programs lie, and how they are written and read."""
+"""Where kept programs lie, and how they are written and read.
+
+A program that a process did not survive is not tried again: while one is loaded, and while it runs
+for the first time, a file stands beside it that is locked by the process (see `trial`).  One that
+nobody holds was left by a process that died.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,17 @@ import contextlib
 import functools
 import hashlib
 import logging
+import math
 import os
 import pickle
 import platform
+import re
+import secrets
 import shutil
 import sys
+import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import flax
@@ -20,12 +30,16 @@ import jaxlib
 import numpy as np
 from jax.experimental import serialize_executable
 
-from gemma_nb import processor
-from gemma_nb.cache import cache_dir, remove_leftovers, temporary
+from gemma_nb import cache, processor, trust
+from gemma_nb.cache import cache_dir
 from gemma_nb.executables.names import PACKAGE
 
 # Of so many versions of the source, or of what it runs on, programs are kept.
 _GENERATIONS = 4
+_GENERATION = re.compile("[0-9a-f]{64}")
+# So long a program that was refused is not kept; after that it may have been an accident.
+_REFUSED_SECONDS = 7 * 24 * 3600
+_TRIED = ".tried"
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +72,8 @@ def _can() -> bool:
 def generation() -> Path | None:
     """The folder, below `folder`, of what is compiled from this source on this machine.
 
-    Older ones are cleared away.  None where nothing is kept, or nothing can be written.
+    Older ones are cleared away.  One that is there is used also where nothing can be written; None
+    where nothing is kept, or nothing is there.
     """
     programs = folder()
     return None if programs is None else _generation(programs)
@@ -79,17 +94,27 @@ def _generation(programs: Path) -> Path | None:
     for file in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(file.relative_to(PACKAGE)).encode() + b"\0" + file.read_bytes())
     place = programs / digest.hexdigest()
+    trust.warn_of(place, cache_dir())
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        cache.make(place)
         os.utime(place)
-        remove_leftovers(place)
-        others = sorted(programs.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in others[_GENERATIONS:]:
-            shutil.rmtree(old, ignore_errors=True)
+        cache.remove_leftovers(place)
+        _give_up_on_what_crashed(place)
     except OSError:
-        _log.info("%s cannot be written to; programs are not kept there", programs, exc_info=True)
-        return None
+        _log.info("%s cannot be written to; nothing new is kept there", programs, exc_info=True)
+        return place if place.is_dir() else None
+    _drop_old_generations(programs)
     return place
+
+
+def _drop_old_generations(programs: Path) -> None:
+    """Removes all but the last few; of a link, or of what others can write to, nothing."""
+    if trust.distrust(programs, cache_dir()) or programs.is_symlink():
+        return
+    found = [path for path in programs.iterdir() if _GENERATION.fullmatch(path.name)]
+    with contextlib.suppress(OSError):  # another process removes them, too
+        for old in sorted(found, key=lambda path: path.stat().st_mtime)[:-_GENERATIONS]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _cores() -> int:
@@ -99,34 +124,93 @@ def _cores() -> int:
 
 def save(place: Path, made: jax.stages.Compiled) -> None:
     """Writes a program; that takes a twentieth of the time that it was compiled in."""
+    if place.exists() and trust.distrust(place.parent, cache_dir()):
+        return  # somebody else's, which is not read either
     try:
         payload, *trees = serialize_executable.serialize(made)
         # Of a tree's structure only an example can be pickled.
         examples = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in trees]
         data = zlib.compress(pickle.dumps((payload, *examples)), 1)
-        with temporary(place) as file:
+        with cache.temporary(place) as file:
             file.write(data)
+        _within_limit.add(place.parents[1], len(data))
     except OSError:
         _log.info("%s cannot be written", place, exc_info=True)
     except Exception:  # whatever it is: the program runs, and from now on JAX's cache does for it
         _log.info("%s cannot be kept", place, exc_info=True)
         with contextlib.suppress(OSError):
-            refused(place).touch()
+            _refused(place).touch()
 
 
-def refused(place: Path) -> Path:
-    """A file that says that a program can not be kept."""
+class _Limit:
+    """Holds the programs of all generations to `cache.limit_bytes`."""
+
+    def __init__(self) -> None:
+        self._unlooked = math.inf  # bytes written since the folder was last looked through
+
+    def add(self, programs: Path, count: int) -> None:
+        """Notes that so much was written; the first time, and then seldom, drops the oldest."""
+        most = cache.limit_bytes("programs")
+        self._unlooked += count
+        if self._unlooked > most / 16:
+            self._unlooked = 0
+            cache.drop_oldest(programs, "*/*", most)
+
+
+_within_limit = _Limit()
+
+
+def is_refused(place: Path) -> bool:
+    """Whether a program could not be kept, or crashed, not long ago."""
+    try:
+        return time.time() - _refused(place).stat().st_mtime < _REFUSED_SECONDS
+    except OSError:
+        return False
+
+
+def _refused(place: Path) -> Path:
     return place.with_name(f"{place.name}.refused")
 
 
 def load(place: Path) -> jax.stages.Compiled | None:
-    """A program from its file; None where there is no such file, or not a good one."""
+    """A program from its file; None where there is no such file, or not a good one.
+
+    Nothing is read of a file that others can have written.
+    """
+    if trust.distrust(place.parent, cache_dir()) or is_refused(place):
+        return None
     try:
-        payload, *examples = pickle.loads(zlib.decompress(place.read_bytes()))
-        trees = map(jax.tree.structure, examples)
-        return serialize_executable.deserialize_and_load(payload, *trees)
+        data = trust.read(place)
+        with contextlib.suppress(OSError):
+            os.utime(place)  # what is not used any more goes first
+        with trial(place):
+            payload, *examples = pickle.loads(zlib.decompress(data))
+            trees = map(jax.tree.structure, examples)
+            return serialize_executable.deserialize_and_load(payload, *trees)
     except FileNotFoundError:
         return None
     except Exception:  # whatever is wrong with it: a new one takes its place
         _log.info("%s cannot be loaded; it is compiled anew", place, exc_info=True)
         return None
+
+
+@contextlib.contextmanager
+def trial(place: Path) -> Iterator[None]:
+    """While the block runs, a locked file says that it may not survive a program."""
+    marker = place.with_name(f"{place.name}.{secrets.token_hex(4)}{_TRIED}")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # of a folder that is only read
+            stack.enter_context(cache.held(marker))
+        yield
+
+
+def _give_up_on_what_crashed(place: Path) -> None:
+    """Removes programs that a process died with, and notes that they are not kept again."""
+    for marker in place.glob(f"*{_TRIED}"):
+        if cache.is_locked(marker):
+            continue
+        program = marker.with_name(marker.name.removesuffix(_TRIED).rpartition(".")[0])
+        _log.warning("%s crashed a process, or was being tried when it was ended", program)
+        _refused(program).touch()
+        for file in (program, marker):
+            file.unlink(missing_ok=True)

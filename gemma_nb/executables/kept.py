@@ -6,12 +6,14 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 
-from gemma_nb.executables.files import folder, generation, load, refused, save
+from gemma_nb.executables.files import folder, generation, is_refused, load, save, trial
+from gemma_nb.executables.jax_cache import aside
 from gemma_nb.executables.names import disabled, program_name, settings
 from gemma_nb.executables.starts import start
 
@@ -89,18 +91,19 @@ class Kept:
         place /= name
         loaded = start.loaded(name) or load(place)
         if loaded is not None:
-            return loaded
-        if refused(place).exists():
+            return _FirstRun(loaded, place)
+        if is_refused(place):
             return self.jitted
-        made = self._anew().lower(*args).compile()
+        with aside():
+            made = self._anew().lower(*args).compile()
         # At once: what has been run cannot always be written any more.
         save(place, made)
         return made
 
     def _anew(self) -> Any:
-        """The jitted function under a name of its own, which JAX's cache does not know.
+        """The jitted function under a name of its own, which no cache of JAX's knows.
 
-        What has been loaded from there runs, but written to a file once more it lacks functions.
+        What has been loaded from one runs, but written to a file once more it lacks functions.
         """
 
         def renamed(*args: Any) -> Any:
@@ -108,6 +111,26 @@ class Kept:
 
         renamed.__name__ = f"{self._function.__name__}_{uuid.uuid4().hex}"
         return jax.jit(renamed, **self._options)
+
+
+class _FirstRun:
+    """A program from a file, of which is noted while it runs for the first time that it does.
+
+    Compiled for another processor it loads, and ends the process when it runs.
+    """
+
+    def __init__(self, program: Any, place: Path) -> None:
+        self._program = program
+        self._place: Path | None = place
+
+    def __call__(self, *args: Any) -> Any:
+        place = self._place
+        if place is None:
+            return self._program(*args)
+        with trial(place):
+            results = jax.block_until_ready(self._program(*args))
+        self._place = None
+        return results
 
 
 def _own(static: object) -> bool:

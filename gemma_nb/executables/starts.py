@@ -34,8 +34,9 @@ class Start:
         with self._lock:
             self._index = place / f"start-{hashlib.sha256(what.encode()).hexdigest()}.json"
             self._names, self._before = [], []
-            with contextlib.suppress(OSError, ValueError):
-                self._before = [str(name) for name in json.loads(self._index.read_text())]
+            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+                names = map(str, json.loads(self._index.read_text(encoding="utf-8")))
+                self._before = [name for name in names if Path(name).name == name]
             if self._before and not self._loading:
                 traced_modules()  # what is unpickled; not to be imported on two threads at once
                 pool = ThreadPoolExecutor(1, "gemma-nb-load")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gemma_nb.checkpoints import kinds
 from gemma_nb.interp.sizes import Indices, check_positions
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interventions import Steer
@@ -284,7 +285,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
         return {name.lower(): value for name, value in load_file(path).items()}
     except Exception as error:  # each way of being broken has its own
-        raise ValueError(f"{path.name} cannot be read as a file of arrays: {error}") from error
+        problem = kinds.in_place_of(path) or error
+        raise ValueError(f"{path.name} cannot be read as a file of arrays: {problem}") from error
 
 
 @jax.jit

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma_nb.checkpoints import kinds
 from gemma_nb.config import Global, LayerSpec, Sliding, TransformerConfig
 from gemma_nb.interp.labels import Labels
 
@@ -92,7 +93,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Labels, dict[str, xarray.DataArr
         with xarray.open_dataset(path, **how) as opened:
             dataset = opened.load()
     except Exception as error:  # each engine, and each way of being broken, has its own
-        raise ValueError(f"{path.name} is no trace that gemma_nb saved: {error}") from error
+        problem = kinds.in_place_of(path) or error
+        raise ValueError(f"{path.name} is no trace that gemma_nb saved: {problem}") from error
     if dataset.attrs.get("format") != _FORMAT:
         raise ValueError(f"{path.name} is no trace that gemma_nb saved")
     labels = Labels(

@@ -149,6 +149,31 @@ def test_concurrent_writers_leave_one_whole_file(path):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_what_was_not_read_for_longest_is_dropped_and_what_is_in_use_is_not(cache, monkeypatch):
+    paths = [converted.path_for(name * 64, "float32") for name in "abcde"]
+    for i, path in enumerate(paths[:4]):
+        converted.write(path, PARAMS.items(), b"model", {})
+        os.utime(path, (i, i))
+    in_use = converted.read(paths[1])
+    os.utime(converted._note(paths[1])[0], (1, 1))
+    converted.read(paths[0])
+    one = paths[0].stat().st_size / 1e9
+    monkeypatch.setenv("GEMMA_NB_CACHE_WEIGHTS_GB", str(3.5 * one))
+    converted.write(paths[4], PARAMS.items(), b"model", {})
+    # The first was read last, the second is mapped.
+    assert [path.exists() for path in paths] == [True, True, False, False, True]
+    assert np.array_equal(in_use.params["final_norm", "scale"], PARAMS["final_norm", "scale"])
+
+
+def test_notes_of_files_are_not_kept_without_end(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(converted, "_MAX_NOTES", 2)
+    for i in range(5):
+        file = tmp_path / str(i)
+        file.write_text(str(i))
+        converted.file_sha256(file)
+    assert len(list((cache / "hashes").iterdir())) == 3  # one more than are counted before it
+
+
 def dead_pid() -> int:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.machinery
+import os
 import sys
 import types
 import warnings
@@ -86,6 +87,20 @@ def test_the_second_load_reads_nothing_but_the_cache(tiny_gguf, no_reading):
     assert second[0] == first[0]
     assert second[2] == first[2]
     assert second[3].model_proto == first[3].model_proto
+    assert jax.tree.all(jax.tree.map(np.array_equal, first[1], second[1]))
+
+
+def test_a_filled_cache_that_cannot_be_written_to_is_read(tiny_gguf, cache, monkeypatch):
+    first = front_door.load_params(tiny_gguf, progress=False)
+    for note in (cache / "hashes").iterdir():
+        note.unlink()  # as if it had been filled elsewhere
+
+    def refuse(*_args, **_options):
+        raise OSError(30, "Read-only file system")
+
+    for name in ("open", "mkdir", "utime", "replace"):
+        monkeypatch.setattr(os, name, refuse)
+    second = front_door.load_params(tiny_gguf, progress=False)
     assert jax.tree.all(jax.tree.map(np.array_equal, first[1], second[1]))
 
 
@@ -176,7 +191,8 @@ def test_a_missing_package_gives_the_command(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("gpt2", "neither a path nor a released model; pass one of .*gemma3-270m, "),
+        ("gema3-270m", "neither a path nor a released model; the nearest are 'gemma3-270m', "),
+        ("unsloth/gemma-3-1b-it", r"do you mean gnb.load\('gemma3-1b-it'\)"),
         ("folder/none.gguf", r"folder.none\.gguf: there is no such file"),
         ("none.gguf", r"none\.gguf: there is no such file"),
         ("tests/checkpoints", "holds no checkpoint; pass the path of a GGUF file, an official"),

@@ -117,8 +117,8 @@ def pipe(folder: Path) -> Path:
 
 
 CASES: dict[str, Case] = {
-    "pickle file": (pickle_file, r"weights.gguf: a pickle file can run any code"),
-    "torch file": (torch_file, r"gemma.ckpt: a pickle file can run any code"),
+    "pickle file": (pickle_file, r"weights.gguf: it is a pickle; a pickle file can run any code"),
+    "torch file": (torch_file, r"gemma.ckpt: it is a file of torch, a pickle .*can run any code"),
     "text": (file_case("model.gguf", b"hello world"), "this is not a GGUF file; pass the path"),
     "one safetensors file": (
         file_case("model.safetensors", b"\0" * 99),
@@ -126,7 +126,7 @@ CASES: dict[str, Case] = {
     ),
     "pipe": (pipe, "pipe.gguf: is a pipe; pass the path"),
     "pipe in a folder": (pipe_in_a_folder, "pipe.gguf is a pipe"),
-    "array of objects": (objects, "weights.npy: .*this is not a GGUF file; pass the path"),
+    "array of objects": (objects, "weights.npy: it is one array of numpy .*get the"),
     "zip": (file_case("model.zip", b"PK\3\4" * 99), "a pickle file can run any code"),
     "GGUF linked out of the folder": (linked_gguf, "leads out of its folder"),
     "GGUF with a tensor besides": (

@@ -182,6 +182,18 @@ CASES: dict[str, Case] = {
         hf_case(lambda f: (f / "config.json").write_text("[" * 200_000)),
         r"config\.json is not JSON",
     ),
+    "config nested a little too deep": (
+        config_case(extra=json.loads("[" * 100 + "]" * 100)),
+        r"config\.json is not JSON .nested more than 64 deep",
+    ),
+    "header nested too deep": (
+        header_case(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+        r"model\.safetensors: no valid",
+    ),
+    "index nested too deep": (
+        sharded_case(lambda f: (f / INDEX).write_text("[" * 200_000)),
+        r"index\.json is not JSON",
+    ),
     "config that is a list": (
         hf_case(lambda f: (f / "config.json").write_text("[]")),
         r"config\.json: expected a JSON object, got list",
@@ -284,7 +296,7 @@ CASES: dict[str, Case] = {
     ),
     "empty tokenizer": (
         hf_case(lambda f: (f / "tokenizer.model").write_bytes(b"")),
-        "tokenizer.model: not a usable SentencePiece model .it is empty.",
+        "tokenizer.model: it is empty; download",
     ),
     "tokenizer of 10 GB": (
         hf_case(lambda f: os.truncate(f / "tokenizer.model", 10 << 30)),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tensorstore as ts
 
 from gemma_nb.checkpoints import layout
 from tests.checkpoints import written
@@ -66,6 +67,62 @@ def zarr_case(**fields: object) -> Callable[[Path], Path]:
 
 
 ARRAY = Path("transformer", "embedder.input_embedding")
+DEEP, SOME = "[" * 20_000 + "]" * 20_000, "[" * 900 + "]" * 900
+
+
+def described_case(change: Callable[[str], str], *, together: bool) -> Callable[[Path], Path]:
+    """A checkpoint with another description of one array, in its folder or in the database."""
+
+    def write(folder: Path) -> None:
+        if not together:
+            file = folder / ARRAY / ".zarray"
+            file.write_text(change(file.read_text()))
+            return
+        base = {"driver": "file", "path": f"{folder}/"}
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        key = min(key for key in store.list().result() if key.endswith(b"embedding/.zarray"))
+        store.write(key, change(store.read(key).result().value.decode())).result()
+
+    return orbax_case(write, written.orbax_flat if together else written.orbax_zarr)
+
+
+def described_cases() -> dict[str, Case]:
+    """Each of these ends the process, or takes all memory, where the library reads it."""
+    changes: dict[str, tuple[Callable[[str], str], str]] = {
+        "nested a little too deep": (
+            lambda text: text.replace('"zstd"', SOME),
+            "nested more than 64 deep",
+        ),
+        "nested far too deep": (
+            lambda text: text.replace('"zstd"', DEEP),
+            r"is not JSON .*recursion|more than 65,536 bytes about",
+        ),
+        "with its shape twice": (
+            lambda text: text.replace("{", '{"shape": [1], ', 1),
+            "'shape' is there twice",
+        ),
+        "of 100 kB": (
+            lambda text: " " * 100_000 + text,
+            "100,174 bytes about|more than 65,536 bytes about",
+        ),
+        "of a type with fields": (
+            lambda text: text.replace('"<f4"', '[["a", "<f4", [1073741824]]]'),
+            "expected a number type such as '<f4'",
+        ),
+        "of a huge type": (
+            lambda text: text.replace('"<f4"', '"|V1073741824"'),
+            "expected a number type such as '<f4'",
+        ),
+        "that is a list": (lambda text: f"[{text}]", "expected a JSON object, got list"),
+    }
+    return {
+        f"parameter described {name}{' in a database' if together else ''}": (
+            described_case(change, together=together),
+            f"parameter embedder/input_embedding.*({message})|({message}) parameter embedder",
+        )
+        for name, (change, message) in changes.items()
+        for together in (False, True)
+    }
 
 
 def config_of(**fields: object) -> Callable[[Path], Path]:
@@ -98,6 +155,11 @@ def no_config(folder: Path) -> None:
 OLINEAR = ("layer_1", "mlp", "linear")
 
 CASES: dict[str, Case] = {
+    **described_cases(),
+    "structure nested too deep": (
+        orbax_case(lambda f: (f / "_METADATA").write_text("[" * 200_000)),
+        "_METADATA is not JSON",
+    ),
     "no structure": (
         orbax_case(lambda f: (f / "_METADATA").unlink()),
         "its file _METADATA is missing; .*download",
@@ -160,11 +222,15 @@ CASES: dict[str, Case] = {
     ),
     "array of a huge size": (
         zarr_case(shape=[1 << 40, 32]),
-        r"embedder/input_embedding: expected shape \(276, 32\), got \(1099511627776, 32\)",
+        r"embedder/input_embedding: 3,98\d,\d{3},\d{3} chunks, expected at most",
     ),
     "chunks of a huge size": (
         zarr_case(chunks=[1 << 40, 32]),
         r"embedder/input_embedding: chunks of \(1099511627776, 32\)",
+    ),
+    "more chunks than can be read": (
+        zarr_case(shape=[1 << 20, 32], chunks=[1, 1]),
+        "embedder/input_embedding: 33,554,432 chunks, expected at most 65,536",
     ),
     "an array that is described as nonsense": (zarr_case(dtype="|O"), "cannot be read"),
     "folder of arrays that links out": (orbax_case(link_array), "leads out of its folder"),
