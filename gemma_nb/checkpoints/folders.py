@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_nb.errors import CheckpointError
 
 # Bytes of the files that are read whole: the index of the largest Gemma has 0.2 MB, Gemma 3's
-# tokenizer.model 4.7 MB.
+# tokenizer.model 4.7 MB, its tokenizer.json 33 MB.
 _MAX_JSON, _MAX_TOKENIZER = 1 << 24, 1 << 26
+_TOKENIZER_JSON = "tokenizer.json"
 
 # Files that only `pickle` can read, and pickle runs whatever code a file tells it to.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -130,7 +132,7 @@ def content(path: Path, most: int) -> bytes:
     return raw
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str, most: int = _MAX_JSON) -> dict[str, Any]:
     """A JSON object from a file of a folder.
 
     Raises:
@@ -139,7 +141,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     path = member(folder, name)
     remedy = "download the file again"
     try:
-        value = json.loads(content(path, _MAX_JSON), object_pairs_hook=_once)
+        value = json.loads(content(path, most), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
@@ -177,34 +179,65 @@ def refuse_pickle(path: Path) -> None:
         raise CheckpointError(f"{path}: {NO_PICKLES}")
 
 
-def tokenizer_model(folder: Path) -> Path:
-    """The tokenizer file of a checkpoint: `tokenizer.model` or the one other SentencePiece model.
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """What a folder holds about its tokenizer; what is not there is None or empty.
 
-    It lies in the folder, or, as in the archives on Kaggle, beside it.
+    Attributes:
+      name: of the folder, for messages.
+      model_name: of the SentencePiece model's file, for messages.
+      model: the content of that file.
+      json: of tokenizer.json.
+      config: of tokenizer_config.json.
+      added: of added_tokens.json.
+      special: of special_tokens_map.json.
+    """
+
+    name: str
+    model_name: str = ""
+    model: bytes | None = None
+    json: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    special: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def tokenizer_files(folder: Path) -> TokenizerFiles:
+    """The tokenizer of a checkpoint: `tokenizer.model` or `tokenizer.json`, and what belongs to it.
+
+    Any other name will do for a SentencePiece model if there is one of them.  It lies in the
+    folder, or, as in the archives on Kaggle, beside it.
 
     Raises:
-      CheckpointError: there is none, or there are several.
+      CheckpointError: there is none, there are several, or one cannot be read.
     """
-    found = next((models for models in _models(folder) if models), None)
-    if found is None:
-        hint = ""
-        if (folder / "tokenizer.json").exists():
-            hint = " (tokenizer.json is another format, which gemma_nb does not read)"
-        raise CheckpointError(
-            f"{folder} has no tokenizer.model{hint}; download that file from where the checkpoint "
-            "came from and put it into the folder"
+    for at, models in _models(folder):
+        has_json = (at / _TOKENIZER_JSON).exists()
+        if len(models) > 1:
+            raise CheckpointError(
+                f"{at} has several tokenizers, {', '.join(p.name for p in models)}; rename the "
+                "right one to tokenizer.model"
+            )
+        if not models and not has_json:
+            continue
+        path = member(at, models[0].name) if models else None
+        return TokenizerFiles(
+            name=str(at),
+            model_name=str(path or at / _TOKENIZER_JSON),
+            model=content(path, _MAX_TOKENIZER) if path else None,
+            json=read_json(at, _TOKENIZER_JSON, _MAX_TOKENIZER) if has_json else None,
+            config=_json_if_there(at, "tokenizer_config.json"),
+            added=_json_if_there(at, "added_tokens.json"),
+            special=_json_if_there(at, "special_tokens_map.json"),
         )
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{found[0].parent} has several tokenizers, {', '.join(p.name for p in found)}; rename "
-            "the right one to tokenizer.model"
-        )
-    return member(found[0].parent, found[0].name)
+    raise CheckpointError(
+        f"{folder} has neither tokenizer.model nor tokenizer.json; download one of them from where "
+        "the checkpoint came from and put it into the folder"
+    )
 
 
-def tokenizer_bytes(path: Path) -> bytes:
-    """The content of a tokenizer file; raises like `content`."""
-    return content(path, _MAX_TOKENIZER)
+def _json_if_there(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder, name) if (folder / name).exists() else {}
 
 
 def text(folder: Path, name: str) -> str:
@@ -212,12 +245,13 @@ def text(folder: Path, name: str) -> str:
     return content(member(folder, name), _MAX_JSON).decode("utf-8", errors="replace")
 
 
-def _models(folder: Path) -> Iterator[list[Path]]:
+def _models(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Where a tokenizer may lie, and the SentencePiece models there."""
     for at in (folder, folder.parent):
         exact = at / "tokenizer.model"
         # Beside the folder, any other name could belong to anything.
         pattern = "*.model" if at == folder else "*token*.model"
-        yield [exact] if exact.exists() else sorted(at.glob(pattern))
+        yield at, [exact] if exact.exists() else sorted(at.glob(pattern))
 
 
 def looks_instruction_tuned(path: Path) -> bool:
