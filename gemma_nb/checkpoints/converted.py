@@ -34,7 +34,7 @@ from gemma_nb.checkpoints import folders
 from gemma_nb.errors import CheckpointError
 
 # Part of a file's name: raise it whenever conversion or the file's layout changes.
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

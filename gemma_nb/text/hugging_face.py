@@ -179,6 +179,8 @@ def _special_names(files: TokenizerFiles) -> list[str]:
         ]
         for key in _LISTS:
             given = fields.get(key) or []
+            if not isinstance(given, list | Mapping):
+                _fail(files.name, f"expected {key} to be a list or an object")
             values += list(given.values() if isinstance(given, Mapping) else given)
         names |= dict.fromkeys(filter(None, map(_content, values)))
     return list(names)
