@@ -63,7 +63,7 @@ def tokenizer(files: TokenizerFiles, rows: int) -> Tokenizer:
     about = (files.json, files.config, files.added, files.special)
     if files.model is not None and not any(about):
         return Tokenizer(files.model, name=files.model_name)
-    bpe = _Bpe(files) if files.json is not None and _is_bpe(files.json) else None
+    bpe = _Bpe(files, rows) if files.json is not None and _is_bpe(files.json) else None
     if files.model is None and bpe is None:
         _refuse_kind(files)
     base = Vocabulary.from_model(files.model, files.model_name) if files.model is not None else None
@@ -247,13 +247,17 @@ class _Bpe:
       size: one more than the largest id of the vocabulary.
     """
 
-    def __init__(self, files: TokenizerFiles) -> None:
+    def __init__(self, files: TokenizerFiles, rows: int) -> None:
         assert files.json is not None
         self._fields, self._name = files.json, files.name
         self._model = files.json["model"]
         self._check_kind()
         self.ids = self._read_ids()
+        if self.ids.get(_IMAGE, 0) >= rows:
+            self.ids = {piece: id_ for piece, id_ in self.ids.items() if piece != _IMAGE}
         self.size = max(self.ids.values()) + 1
+        if self.size > rows:
+            self._fail(f"{self.size:,} pieces in model.vocab, but the embedding has {rows:,} rows")
         self.merges = self._read_merges()
         self.added = self._read_added()
 

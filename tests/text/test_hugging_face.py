@@ -164,6 +164,10 @@ def test_gemma_1_spells_the_tab_as_a_byte():
         ({"vocab": {}}, r"model\.vocab is missing or empty"),
         ({"vocab": {"<unk>": 0, "a": 0}, "merges": []}, "gives one id to two pieces"),
         ({"vocab": {"<unk>": 0, "a": 1}, "merges": []}, "not 256 byte pieces"),
+        (
+            {"vocab": {"<unk>": 0, "a": 1 << 23}, "merges": []},
+            "8,388,609 pieces in model.vocab, but",
+        ),
         ({"unk_token": "<none>"}, "the unknown token '<none>' is not in model.vocab"),
         ({"more": [{"id": SIZE}]}, "an added token without content"),
         ({"more": [added("<x>", -1)]}, "'<x>' has the id -1, expected a whole number"),
@@ -246,6 +250,9 @@ def test_tokens_without_a_row_are_left_out_and_named():
     assert tokenizer.vocab_size == SIZE
     # In every Gemma 3, also in those that see no images and have no row for it.
     assert read(SIZE, added={"<image_soft_token>": SIZE}).vocab_size == SIZE
+    pieces = [*PIECES, "<image_soft_token>"]
+    assert read(SIZE, json=tokenizer_json(pieces=pieces)).vocab_size == SIZE
+    assert "<image_soft_token>" in read(SIZE + 1, json=tokenizer_json(pieces=pieces)).control
 
 
 @pytest.mark.parametrize(
