@@ -38,6 +38,9 @@ def scores(pieces: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict
       Piece -> score, 0 or less, of the pieces that some text comes to (of others any score would
       do); None where no scores give the same.
     """
+    if len(last := dict(zip(merges, range(len(merges)), strict=True))) < len(merges):
+        # Of a pair that is there twice the last counts.
+        merges = [merge for at, merge in enumerate(merges) if last[merge] == at]
     table = _Table(pieces, merges)
     followed = table.doubtful()
     if len(followed) > _MOST_FOLLOWED:
@@ -85,19 +88,17 @@ class _Table:
     def _form(self, merges: Sequence[tuple[str, str]]) -> list[tuple[str, int, int]]:
         """Forms the pieces; gives (piece, left, right) of merges whose turn came too early."""
         id_of, rank, size, pairs = self._pieces.get, self.rank, self._size, self._pairs
-        known = []
+        late = []
         for at, (one, other) in enumerate(merges):
             left, right, piece = id_of(one), id_of(other), id_of(one + other)
-            if left is not None and right is not None and piece is not None:
-                pairs[left * size + right] = at  # of a pair that is there twice the last counts
-                known.append((at, left, right, piece))
-        late = []
-        for at, left, right, piece in known:
-            if rank[piece] != _NEVER or pairs[left * size + right] != at:
+            if left is None or right is None or piece is None:
+                continue
+            pairs[left * size + right] = at
+            if rank[piece] != _NEVER:
                 continue
             if rank[left] == _NEVER or rank[right] == _NEVER:
-                late.append(("".join(merges[at]), left, right))
-            elif self._meet(left, right):
+                late.append((one + other, left, right))
+            elif self._meet(left, right):  # looks at earlier merges only
                 rank[piece], self._left[piece], self._right[piece] = at, left, right
         return late
 

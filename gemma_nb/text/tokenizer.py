@@ -247,6 +247,8 @@ def _processor(proto: bytes, name: str) -> Any:
         problem = "it is empty"
     except RuntimeError as error:
         problem = str(error)
+    if proto.lstrip().startswith(b"{"):
+        problem = "it is JSON; gnb.load reads a folder that has a tokenizer.json"
     raise CheckpointError(
         f"{name}: not a usable SentencePiece model ({problem}); put the tokenizer.model of a Gemma "
         "checkpoint in its place: download the file again"

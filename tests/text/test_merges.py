@@ -56,6 +56,8 @@ def test_scores_join_what_the_merges_join(alphabet, data, order, seed):
         pairs.sort(key=lambda pair: (len("".join(pair)), -len(pair[0])), reverse=True)
     elif order != "by piece":
         rng.shuffle(pairs)
+    if data.draw(st.booleans()):  # some twice
+        pairs += rng.sample(pairs, len(pairs) // 3)
     if order == "some missing":
         pairs = pairs[: rng.randint(0, len(pairs))]
     scores = scored(pieces, pairs)

@@ -195,6 +195,9 @@ def test_files_that_are_no_model_are_refused(tmp_path):
     (tmp_path / "x.model").write_bytes(b"no model")
     with pytest.raises(CheckpointError, match=r"x\.model: not a usable SentencePiece model"):
         Tokenizer.from_file(tmp_path / "x.model")
+    (tmp_path / "x.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=r"it is JSON; gnb\.load reads a folder"):
+        Tokenizer.from_file(tmp_path / "x.json")
     with pytest.raises(CheckpointError, match=r"cannot read .*none\.model"):
         Tokenizer.from_file(tmp_path / "none.model")
 
