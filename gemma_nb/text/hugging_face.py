@@ -78,7 +78,11 @@ def tokenizer(files: TokenizerFiles, rows: int) -> Tokenizer:
     found = [token for token in added if token.is_found and not is_template_only(token.content)]
     ids = base.ids if base is not None else bpe.ids if bpe else {}
     clash = any(ids.get(t.piece, t.id) != t.id for t in found)
-    finder = Finder(found) if clash or not in_one_pass(found) else None
+    finder = None
+    if clash or not in_one_pass(found):
+        named = {token.content for token in added}
+        own = base.defined() if base is not None else []
+        finder = Finder([*found, *(token for token in own if token.content not in named)])
     if base is not None:
         changed = base.add(added, found=finder is None)
         if not (_set_roles(base, files) or changed or finder):

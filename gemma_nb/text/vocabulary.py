@@ -179,6 +179,12 @@ class Vocabulary:
                 self.types[token.id], changed = kind, True
         return changed
 
+    def defined(self) -> list[AddedToken]:
+        """The pieces that SentencePiece finds in texts, as if they had been added."""
+        rows = enumerate(zip(self.pieces, self.types, strict=True))
+        tokens = [AddedToken(piece, id_) for id_, (piece, kind) in rows if kind == USER_DEFINED]
+        return [t for t in tokens if t.is_found and not is_template_only(t.content)]
+
     def clashes(self, token: AddedToken) -> bool:
         """Whether a new token, " the", would have the piece of an old one, "\u2581the".
 

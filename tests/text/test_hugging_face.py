@@ -217,9 +217,16 @@ def test_added_tokens_are_control_or_text_as_the_files_say(files):
 
 def test_they_are_found_as_the_library_finds_them_beside_a_model_too():
     more = [added("<a>", SIZE), added("<a><b>", SIZE + 1), *TAKING[1:2]]
+    more += [added("<x>", SIZE + 2, lstrip=True)]
     reference = Reference(tokenizer_json(more=more))
     tokenizer = read(config=decoder(*more))
-    for text in ("<a><b><a>he the he<b>", "he", " he\u0301", "he_ he\u200d he-"):
+    for text in (
+        "<a><b><a>he the he<b>",
+        "the\n\n<x> \t<x>\n",
+        "he",
+        " he\u0301",
+        "he_ he\u200d he-",
+    ):
         assert_same(tokenizer, reference, text)
 
 
