@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from gemma_nb.checkpoints import kinds
 from gemma_nb.errors import CheckpointError
 
 # Bytes of the files that are read whole: the index of the largest Gemma has 0.2 MB, Gemma 3's
-# tokenizer.model 4.7 MB.
+# tokenizer.model 4.7 MB, its tokenizer.json 33 MB.
 _MAX_JSON, _MAX_TOKENIZER = 1 << 24, 1 << 26
 _MAX_DEPTH = 64  # of objects and lists in each other; configurations have some five levels
+_TOKENIZER_JSON = "tokenizer.json"
 
 
 def unreadable(what: object, error: OSError) -> CheckpointError:
@@ -122,14 +124,14 @@ def content(path: Path, most: int) -> bytes:
     return raw
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str, most: int = _MAX_JSON) -> dict[str, Any]:
     """A JSON object from a file of a folder.
 
     Raises:
       CheckpointError: missing, too large, no JSON object, or one that `parse_json` refuses.
     """
     path = member(folder, name)
-    return parse_json(content(path, _MAX_JSON), str(path))
+    return parse_json(content(path, most), str(path))
 
 
 def parse_json(raw: bytes, what: str) -> dict[str, Any]:
@@ -187,37 +189,73 @@ def refuse_pickles(folder: Path) -> None:
             raise CheckpointError(f"{path}: {kinds.NO_PICKLES}")
 
 
-def tokenizer_model(folder: Path) -> Path:
-    """The tokenizer file of a checkpoint: `tokenizer.model` or the one other SentencePiece model.
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """What a folder holds about its tokenizer; what is not there is None or empty.
 
-    It lies in the folder, or, as in the archives on Kaggle, beside it; of a step of a training also
-    beside the step.
+    Attributes:
+      name: of the folder, for messages.
+      model_name: of the SentencePiece model's file, for messages.
+      model: the content of that file.
+      json: of tokenizer.json.
+      config: of tokenizer_config.json.
+      added: of added_tokens.json.
+      special: of special_tokens_map.json.
+    """
+
+    name: str
+    model_name: str = ""
+    model: bytes | None = None
+    json: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    special: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def tokenizer_files(folder: Path) -> TokenizerFiles:
+    """The tokenizer of a checkpoint: `tokenizer.model` or `tokenizer.json`, and what belongs to it.
+
+    Any other name will do for a SentencePiece model if there is one of them.  It lies in the
+    folder, or, as in the archives on Kaggle, beside it; of a step of a training also beside the
+    step.
 
     Raises:
-      CheckpointError: there is none, or there are several.
+      CheckpointError: there is none, there are several, or one cannot be read.
     """
-    found = next((models for models in _models(folder) if models), None)
-    if found is None:
-        hint = ""
-        if (folder / "tokenizer.json").exists():
-            hint = " (tokenizer.json is another format, which gemma_nb does not read)"
-        raise CheckpointError(
-            f"{folder} has no tokenizer.model{hint}; download that file from where the checkpoint "
-            "came from and put it into the folder"
+    for at, models in _models(folder):
+        has_json = (at / _TOKENIZER_JSON).exists()
+        if len(models) > 1:
+            raise CheckpointError(
+                f"{at} has several tokenizers, {', '.join(p.name for p in models)}; rename the "
+                "right one to tokenizer.model"
+            )
+        if not models and not has_json:
+            continue
+        path = member(at, models[0].name) if models else None
+        return TokenizerFiles(
+            name=str(at),
+            model_name=str(path or at / _TOKENIZER_JSON),
+            model=_sentencepiece(path) if path else None,
+            json=read_json(at, _TOKENIZER_JSON, _MAX_TOKENIZER) if has_json else None,
+            config=_json_if_there(at, "tokenizer_config.json"),
+            added=_json_if_there(at, "added_tokens.json"),
+            special=_json_if_there(at, "special_tokens_map.json"),
         )
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{found[0].parent} has several tokenizers, {', '.join(p.name for p in found)}; rename "
-            "the right one to tokenizer.model"
-        )
-    return member(found[0].parent, found[0].name)
+    raise CheckpointError(
+        f"{folder} has neither tokenizer.model nor tokenizer.json; download one of them from where "
+        "the checkpoint came from and put it into the folder"
+    )
 
 
-def tokenizer_bytes(path: Path) -> bytes:
+def _sentencepiece(path: Path) -> bytes:
     """The content of a tokenizer file; raises like `content`, and over what is none."""
     raw = content(path, _MAX_TOKENIZER)
     kinds.refuse_bytes(raw, path)
     return raw
+
+
+def _json_if_there(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder, name) if (folder / name).exists() else {}
 
 
 def text(folder: Path, name: str) -> str:
@@ -225,7 +263,8 @@ def text(folder: Path, name: str) -> str:
     return content(member(folder, name), _MAX_JSON).decode("utf-8", errors="replace")
 
 
-def _models(folder: Path) -> Iterator[list[Path]]:
+def _models(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Where a tokenizer may lie, and the SentencePiece models there."""
     above = [folder, folder.parent]
     if re.fullmatch(r"(.+_)?\d+", folder.parent.name):  # an item of a step of a training
         above.append(folder.parents[1])
@@ -233,7 +272,7 @@ def _models(folder: Path) -> Iterator[list[Path]]:
         exact = at / "tokenizer.model"
         # Beside the folder, any other name could belong to anything.
         pattern = "*.model" if at == folder else "*token*.model"
-        yield [exact] if exact.exists() else sorted(at.glob(pattern))
+        yield at, [exact] if exact.exists() else sorted(at.glob(pattern))
 
 
 def looks_instruction_tuned(path: Path) -> bool:

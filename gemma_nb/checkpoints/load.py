@@ -189,23 +189,23 @@ class _Job:
 
     def folder(self) -> Loaded:
         """Straight from the folder, one parameter after the other."""
-        from gemma_nb.text.tokenizer import Tokenizer
+        from gemma_nb.text import hugging_face
 
         [folder] = self.source.files
-        path = folders.tokenizer_model(folder)
-        with _tokenizer_errors(str(path)):
-            tokenizer = Tokenizer(folders.tokenizer_bytes(path), name=str(path))
+        files = folders.tokenizer_files(folder)
         reader: OrbaxFolder | HuggingFaceFolder
-        if self.source.format == "Orbax":
-            reader = OrbaxFolder(folder)
-        else:
-            reader = HuggingFaceFolder(folder, tokenizer.vocab_size)
-        config = reader.config
-        if tokenizer.vocab_size > config.num_embed:
+        orbax = self.source.format == "Orbax"
+        reader = OrbaxFolder(folder) if orbax else HuggingFaceFolder(folder)
+        with _tokenizer_errors(files.model_name):
+            tokenizer = hugging_face.tokenizer(files, reader.config.num_embed)
+        if tokenizer.vocab_size > reader.config.num_embed:
             raise CheckpointError(
                 f"{self.source.name}: the tokenizer has {tokenizer.vocab_size:,} pieces, the "
-                f"embedding {config.num_embed:,} rows; use the tokenizer.model of this checkpoint"
+                f"embedding {reader.config.num_embed:,} rows; use the tokenizer of this checkpoint"
             )
+        if isinstance(reader, HuggingFaceFolder):
+            reader.keep_rows(tokenizer.vocab_size)
+        config = reader.config
         self._check_memory(config)
         with _reporter(self.source.name, self.progress, terms=False) as report:
             read = reader.params(converted.DTYPES[self.dtype])

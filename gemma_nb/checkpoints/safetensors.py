@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ _OTHER_WEIGHTS = {
 
 # Hugging Face rounds the vocabulary of the multimodal models up, from 262,144 to 262,208 rows.
 _MAX_PADDING_ROWS = 256
+_PADDED_TO = 8  # the least multiple that trainers round up to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class HuggingFaceFolder:
 
         Args:
           folder: that holds config.json.
-          vocab_size: pieces of the tokenizer; rows of the embedding beyond them are dropped.
+          vocab_size: pieces of the tokenizer, as of `keep_rows`; None to keep all rows.
           config: read from config.json where it is not given.
         """
         self.name = str(folder)
@@ -101,7 +103,9 @@ class HuggingFaceFolder:
             config, self._untied = _config(folder)
         self._stored = _listed(folder)
         self._tensors = _text_tensors(self._stored, config)
-        self.config = self._without_padding(config, vocab_size)
+        self.config = self._with_all_rows(config)
+        if vocab_size is not None:
+            self.keep_rows(vocab_size)
         self._check()
         self.tuning: Tuning = "instruction" if _has_chat_template(folder) else "base"
 
@@ -119,17 +123,39 @@ class HuggingFaceFolder:
             ]
             yield leaf.path, arrays.settled(leaf.join(pieces), dtype)
 
-    def _without_padding(
-        self, config: TransformerConfig, vocab_size: int | None
-    ) -> TransformerConfig:
-        if vocab_size is None or config.num_embed == vocab_size:
-            return config
-        if 0 < config.num_embed - vocab_size <= _MAX_PADDING_ROWS:
-            return dataclasses.replace(config, num_embed=vocab_size)
-        raise CheckpointError(
-            f"{self.name}: the tokenizer has {vocab_size:,} pieces, {CONFIG} says "
-            f"{config.num_embed:,}; put the tokenizer.model of this checkpoint into the folder"
-        )
+    def keep_rows(self, vocab_size: int) -> None:
+        """Drops the rows of the embedding that only pad it, beyond the tokenizer's pieces.
+
+        Rows that are no padding are kept, with a warning: they may have been trained.
+
+        Raises:
+          CheckpointError: there are fewer rows than pieces, or too many more.
+        """
+        rows = self.config.num_embed
+        surplus = rows - vocab_size
+        if not 0 <= surplus <= _MAX_PADDING_ROWS:
+            raise CheckpointError(
+                f"{self.name}: the tokenizer has {vocab_size:,} pieces, {CONFIG} says {rows:,}; "
+                "put the tokenizer's files of this checkpoint into the folder"
+            )
+        if surplus and rows % _PADDED_TO and surplus % _PADDED_TO:
+            warnings.warn(
+                f"{self.name}: the embedding has {rows:,} rows, the tokenizer {vocab_size:,} "
+                "pieces; the rows that no token is known for are kept: if tokens were added, put "
+                "the files that name them (tokenizer.json, added_tokens.json, "
+                "tokenizer_config.json) into the folder",
+                stacklevel=5,  # whoever called gnb.load
+            )
+        else:
+            self.config = dataclasses.replace(self.config, num_embed=vocab_size)
+
+    def _with_all_rows(self, config: TransformerConfig) -> TransformerConfig:
+        """The embedding may have been resized without a word in config.json."""
+        tensor = self._tensors.get(next(layout.leaves(config)).hf[0])
+        rows = tensor.shape[0] if tensor is not None and len(tensor.shape) == 2 else 0
+        if 0 < rows - config.num_embed <= _MAX_PADDING_ROWS:
+            return dataclasses.replace(config, num_embed=rows)
+        return config
 
     def _check(self) -> None:
         expected: dict[str, tuple[int, ...]] = {}

@@ -157,7 +157,7 @@ def local(path: Path, step: int | None = None) -> Source:
     if path.suffix == ".safetensors":
         raise CheckpointError(
             f"{path} is one file of a Hugging Face checkpoint; pass the path of its folder, which "
-            "has config.json and tokenizer.model as well"
+            "has config.json and the tokenizer as well"
         )
     return Source(str(path), "GGUF", tuple(gguf_split.siblings(path)))
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -23,25 +22,26 @@ import numpy as np
 import sentencepiece
 
 from gemma_nb.errors import CheckpointError, TextError
+from gemma_nb.text.added import SPACE, Finder
+from gemma_nb.text.vocabulary import (
+    BYTE,
+    BYTE_PIECES,
+    CONTROL,
+    NORMAL,
+    TEMPLATE_ONLY,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    is_template_only,
+    looks_like_control,
+    messages,
+)
 
-# SentencePiece's piece types (sentencepiece_model.proto); GGUF uses the same numbers.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-
-_SPACE = "\u2581"
 _SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")  # U+2581 in UTF-8
 
-_TEMPLATE_ONLY = frozenset(
-    {
-        "<mask>",
-        "[multimodal]",
-        "<start_of_turn>",
-        "<end_of_turn>",
-        "<start_of_image>",
-        "<end_of_image>",
-        "<image_soft_token>",
-    }
-)
-_UNUSED_NAME = re.compile(r"<unused\d+>")
+# Token ids of a text without U+2581, none of them a control piece.
+Encoder = Callable[[str], list[int]]
 
 
 class Tokenizer:
@@ -55,18 +55,34 @@ class Tokenizer:
       model_proto: the SentencePiece model, as bytes of a .model file.
     """
 
-    def __init__(self, proto: bytes, *, name: str = "tokenizer") -> None:
+    def __init__(
+        self,
+        proto: bytes,
+        *,
+        name: str = "tokenizer",
+        finder: Finder | None = None,
+        encoder: Encoder | None = None,
+    ) -> None:
+        """Of a SentencePiece model.
+
+        Args:
+          proto: the model.
+          name: for messages.
+          finder: of added tokens that the model cannot find itself.
+          encoder: what encodes text in place of the model, which then is the vocabulary only.
+        """
         self._sp = _processor(proto, name)
         if self._matches_template_pieces():
             proto = _with_control_pieces(proto)
             self._sp = _processor(proto, name)
+        self._name, self._finder, self._encoder = name, finder, encoder
         self.model_proto = proto
         self.vocab_size: int = self._sp.vocab_size()
         self.bos_id: int = self._sp.bos_id()
         self.eos_id: int = self._sp.eos_id()
         self.pad_id: int = self._sp.pad_id()
         self.unk_id: int = self._sp.unk_id()
-        self._byte_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self._byte_ids = [self._sp.piece_to_id(piece) for piece in BYTE_PIECES]
         self._byte_of = {id_: byte for byte, id_ in enumerate(self._byte_ids)}
         self._space_ids = [self._sp.piece_to_id(piece) for piece in _SPACE_BYTES]
         self._check(name)
@@ -98,6 +114,13 @@ class Tokenizer:
         """
         return cls(_proto_from_gguf(metadata, name), name=name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a copy is made of; what was computed from it is computed again."""
+        make = functools.partial(
+            Tokenizer, name=self._name, finder=self._finder, encoder=self._encoder
+        )
+        return make, (self.model_proto,)
+
     def __repr__(self) -> str:
         return f"<Tokenizer of {self.vocab_size:,} pieces>"
 
@@ -123,11 +146,24 @@ class Tokenizer:
                 "tokenized; remove it, or decode the bytes it came from as UTF-8"
             ) from None
         ids = [self.bos_id] if bos else []
-        first, *rest = text.split(_SPACE)
-        ids += self._sp.encode(first)
+        first, *rest = text.split(SPACE)
+        ids += self._encode(first)
         for part in rest:
             ids += self._space_ids
-            ids += self._sp.encode(part)
+            ids += self._encode(part)
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        """Of a text without U+2581."""
+        encode: Encoder = self._encoder or self._sp.encode
+        if self._finder is None:
+            return encode(text)
+        ids: list[int] = []
+        for part in self._finder.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += encode(part)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -145,14 +181,24 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """What a lone token stands for: " The", "\\n", "<0xE2>" (part of a character), "<bos>"."""
         piece: str = self.pieces([token_id])[0]
-        return piece.replace(_SPACE, " ")
+        return piece.replace(SPACE, " ")
 
     def byte_value(self, token_id: int) -> int | None:
         """The byte that a byte piece stands for; None for any other piece."""
         return self._byte_of.get(token_id)
 
     def save_model(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a .model file that `sentencepiece` reads."""
+        """Writes a .model file that `sentencepiece` reads.
+
+        Raises:
+          CheckpointError: such a file cannot encode what this tokenizer encodes.
+        """
+        if self._finder is not None or self._encoder is not None:
+            what = "the order of its merges" if self._encoder else "how its added tokens are found"
+            raise CheckpointError(
+                f"{self._name}: a SentencePiece model cannot hold {what}; copy the checkpoint's "
+                "tokenizer.json instead"
+            )
         path = Path(path)
         path.write_bytes(self.model_proto)
         return path
@@ -168,7 +214,7 @@ class Tokenizer:
 
     def _matches_template_pieces(self) -> bool:
         """Whether text could be taken for a template's piece."""
-        for name in (*_TEMPLATE_ONLY, "<unused0>", "<unused99>"):
+        for name in (*TEMPLATE_ONLY, "<unused0>", "<unused99>"):
             id_ = self._sp.piece_to_id(name)
             if id_ != self._sp.unk_id() and not self._sp.is_control(id_):
                 return True
@@ -180,8 +226,9 @@ class Tokenizer:
                 name, "lacks some of the 256 byte pieces, without which not every text is encodable"
             )
         sample = "  a "
-        round_trip = self.decode(self.encode(sample)) == sample
-        if not round_trip or self.pieces(self.encode("a"))[0].startswith(_SPACE):
+        encode: Encoder = self._encoder or self._sp.encode
+        round_trip = self.decode(encode(sample)) == sample
+        if not round_trip or self.pieces(encode("a"))[0].startswith(SPACE):
             _fail(name, "adds or removes spaces")
 
 
@@ -200,60 +247,42 @@ def _processor(proto: bytes, name: str) -> Any:
         problem = "it is empty"
     except RuntimeError as error:
         problem = str(error)
+    if proto.lstrip().startswith(b"{"):
+        problem = "it is JSON; gnb.load reads a folder that has a tokenizer.json"
     raise CheckpointError(
         f"{name}: not a usable SentencePiece model ({problem}); put the tokenizer.model of a Gemma "
         "checkpoint in its place: download the file again"
     )
 
 
-def _is_template_only(piece: str) -> bool:
-    return piece in _TEMPLATE_ONLY or _UNUSED_NAME.fullmatch(piece) is not None
-
-
-def _pb2() -> Any:
-    """The protobuf messages; imported late, since a converted checkpoint needs none of them."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2
-
-
 def _with_control_pieces(proto: bytes) -> bytes:
     """The same model with the template's pieces typed as control."""
-    model = _pb2().ModelProto.FromString(proto)
+    model = messages().ModelProto.FromString(proto)
     for entry in model.pieces:
-        if entry.type == _USER_DEFINED and _is_template_only(entry.piece):
-            entry.type = _CONTROL
-    return model.SerializeToString()
+        if entry.type in (NORMAL, USER_DEFINED, UNUSED) and is_template_only(entry.piece):
+            entry.type = CONTROL
+    proto = model.SerializeToString()
+    return proto
 
 
 def _proto_from_gguf(metadata: Mapping[str, Any], name: str) -> bytes:
-    """A SentencePiece model with the official settings: BPE, byte fallback, text left as it is."""
-    pb2 = _pb2()
+    """A SentencePiece model with the official settings."""
     pieces, scores, types = _gguf_vocabulary(metadata, name)
     special = {
         role: _special_id(metadata, f"tokenizer.ggml.{key}_token_id", len(pieces), name)
         for role, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
-    model = pb2.ModelProto()
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type = pb2.TrainerSpec.BPE
-    trainer.vocab_size = len(pieces)
-    trainer.byte_fallback = True
-    for role, id_ in special.items():
-        setattr(trainer, f"{role}_id", id_)
-        setattr(trainer, f"{role}_piece", pieces[id_])
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = False
-    normalizer.remove_extra_whitespaces = False
-    normalizer.escape_whitespaces = True
-    types[special["unk"]] = _UNKNOWN  # llama.cpp's converter types it as control
-    for piece, score, kind in zip(pieces, scores, types, strict=True):
-        if kind == _USER_DEFINED:
+    for id_, (piece, kind) in enumerate(zip(pieces, types, strict=True)):
+        if kind == USER_DEFINED:
             # The converter turned U+2581 into spaces in these, and only in these.
-            piece = piece.replace(" ", _SPACE)
-            kind = _CONTROL if _is_template_only(piece) else kind
-        model.pieces.add(piece=piece, score=score, type=kind)
-    return model.SerializeToString()
+            pieces[id_] = piece.replace(" ", SPACE)
+        if kind in (NORMAL, USER_DEFINED, UNUSED) and looks_like_control(pieces[id_], kind):
+            types[id_] = CONTROL
+    types[special["unk"]] = UNKNOWN  # llama.cpp's converter types it as control
+    vocabulary = Vocabulary(pieces, scores, types)
+    for role, id_ in special.items():
+        vocabulary.set_role(role, pieces[id_])
+    return vocabulary.proto()
 
 
 def _gguf_vocabulary(
@@ -273,9 +302,9 @@ def _gguf_vocabulary(
             _gguf_fail(name, key, f"expected {len(pieces):,} entries, one per token, got {got}")
         columns.append(column.tolist())
     scores, types = columns
-    if not set(types) <= {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE}:
+    if not set(types) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
         _gguf_fail(name, "token_type", f"expected types 1 to 6, got {sorted(set(types))}")
-    return pieces, scores, types
+    return list(pieces), scores, types
 
 
 def _special_id(metadata: Mapping[str, Any], key: str, size: int, name: str) -> int:

@@ -195,8 +195,60 @@ def test_files_that_are_no_model_are_refused(tmp_path):
     (tmp_path / "x.model").write_bytes(b"no model")
     with pytest.raises(CheckpointError, match=r"x\.model: not a usable SentencePiece model"):
         Tokenizer.from_file(tmp_path / "x.model")
+    (tmp_path / "x.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=r"it is JSON; gnb\.load reads a folder"):
+        Tokenizer.from_file(tmp_path / "x.json")
     with pytest.raises(CheckpointError, match=r"cannot read .*none\.model"):
         Tokenizer.from_file(tmp_path / "none.model")
+
+
+def with_types(**kinds: int) -> Tokenizer:
+    """The tiny vocabulary with other types, and with new pieces behind it."""
+    fields = tiny.vocabulary()
+    pieces, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"].tolist()
+    for piece, kind in kinds.items():
+        if piece not in pieces:
+            pieces.append(piece)
+            types.append(kind)
+        types[pieces.index(piece)] = kind
+    scores = np.zeros(len(pieces), np.float32)
+    scores[: len(tiny.SCORES)] = tiny.SCORES
+    return Tokenizer.from_gguf(
+        fields
+        | {
+            "tokenizer.ggml.token_type": np.array(types, np.int32),
+            "tokenizer.ggml.scores": scores,
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", [1, 4, 5])
+def test_control_pieces_are_so_whatever_a_gguf_file_says(kind):
+    """As llama.cpp's loader corrects old conversions; also those that the ids name."""
+    old = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<unused0>")
+    new = ("<|im_end|>", "<|endoftext|>", "<fim_prefix>")
+    tokenizer = with_types(**dict.fromkeys((*old, *new), kind))
+    assert {*old, *new} < {*tokenizer.control}
+    for piece in (*old, *new):
+        assert_round_trip(tokenizer, f"the{piece} ")
+
+
+def test_pieces_behind_the_vocabulary_of_a_gguf_file_are_what_it_says():
+    """As converters write fine-tunes: special tokens 3, others 4, rows without a token 5."""
+    tokenizer = with_types(**{"<|im_start|>": 3, "<think>": 4, "two words": 4, "[PAD288]": 5})
+    size = len(tiny.PIECES)
+    assert tokenizer.pieces([size, size + 1]) == ["<|im_start|>", "<think>"]
+    ids = tokenizer.encode("<think>the two words<|im_start|>")
+    assert ids[0] == size + 1
+    assert size + 2 in ids
+    assert size not in ids
+    assert_round_trip(tokenizer, "[PAD288]<|im_start|>two  words")
+    assert size + 3 not in tokenizer.encode("[PAD288]")
+    assert "</s>" not in with_types(**{"</s>": 4}).control  # a tag in Gemma, an end elsewhere
+
+
+def test_a_mark_typed_as_text_is_a_control_piece_in_a_gguf_file():
+    assert "<|im_start|>" in with_types(**{"<|im_start|>": 1}).control
 
 
 @pytest.mark.parametrize(

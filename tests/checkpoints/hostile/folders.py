@@ -304,11 +304,11 @@ CASES: dict[str, Case] = {
     ),
     "no tokenizer": (
         hf_case(lambda f: (f / "tokenizer.model").unlink()),
-        "has no tokenizer.model; download that file",
+        "has neither tokenizer.model nor tokenizer.json; download one of them",
     ),
-    "tokenizer.json only": (
+    "tokenizer.model named tokenizer.json": (
         hf_case(lambda f: (f / "tokenizer.model").rename(f / "tokenizer.json")),
-        r"has no tokenizer.model \(tokenizer.json is another format",
+        r"tokenizer.json is not JSON",
     ),
     "tokenizer that is none": (
         hf_case(lambda f: (f / "tokenizer.model").write_bytes(b"\0" * 99)),

@@ -293,7 +293,7 @@ CASES: dict[str, Case] = {
     ),
     "Orbax without a tokenizer": (
         orbax_case(lambda f: (f / "tokenizer.model").unlink()),
-        "has no tokenizer.model; download that file",
+        "has neither tokenizer.model nor tokenizer.json; download one of them",
     ),
     "several tokenizers": (
         orbax_case(
