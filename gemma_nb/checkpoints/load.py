@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gemma_nb import presets
+from gemma_nb import presets, settings
 from gemma_nb.cache import cache_dir
 from gemma_nb.checkpoints import arrays, catalog, convert, converted, folders, layout, memory
 from gemma_nb.checkpoints.convert import Report
@@ -88,13 +88,15 @@ def load(
         from gemma_nb.model import GemmaTransformer
         from gemma_nb.nn import Transformer
 
+        dtype, upcast = _spelled(dtype), upcast_activations_to_float32
+        upcast = settings.flag("upcast_activations_to_float32", True if upcast is None else upcast)
         use_compilation_cache()
         executables.expect(repr((str(source), dtype)))
         config, params, info, tokenizer = load_params(
             source, dtype=dtype, mesh=mesh, revision=revision, force=force, progress=progress
         )
         own = params["embedder"]["input_embedding"].dtype
-        activations = jnp.float32 if upcast_activations_to_float32 else own
+        activations = jnp.float32 if upcast else own
         model = GemmaTransformer(
             config=config,
             transformer=Transformer(config, dtype=activations),
@@ -120,7 +122,15 @@ def load_params(
     """
     from gemma_nb import placement
 
-    name, where = _dtype_name(dtype), placement.resolve(mesh)
+    settings.path("source", source, "a released name or a path")
+    if revision is not None and not isinstance(revision, str):
+        settings.refuse("revision", "a string or None", revision)
+    if progress is True:
+        progress = None
+    if not (progress is None or progress is False or callable(progress)):
+        settings.refuse("progress", "None, False or a function", progress)
+    force = settings.flag("force", False if force is None else force)
+    name, where = _dtype_name(_spelled(dtype)), placement.resolve(mesh)
     try:
         job = _Job(resolve(source, revision), name, where, progress, force)
         return job.gguf() if job.source.format == "GGUF" else job.folder()
@@ -234,6 +244,16 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
     # JAX decides at the first compilation whether there is a cache; that may have been before now.
     compilation_cache.reset_cache()
+
+
+def _spelled(dtype: Any) -> str | None:
+    """A dtype's name, where it is given as one of numpy's or JAX's."""
+    if dtype is None or isinstance(dtype, str):
+        return dtype
+    if isinstance(dtype, type | np.dtype):
+        with contextlib.suppress(TypeError):
+            return np.dtype(dtype).name
+    settings.refuse("dtype", "'bfloat16', 'float32', 'int8' or None", dtype)
 
 
 def _dtype_name(dtype: str | None) -> str:

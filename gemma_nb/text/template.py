@@ -224,7 +224,7 @@ _BY_NAME: dict[str, type[Template]] = {
 }
 
 
-def resolve_template(template: str | Template, tuning: str | None = None) -> Template:
+def resolve_template(template: str | Template | None, tuning: str | None = None) -> Template:
     """A template by name; "auto" takes `tuning`: "instruction" speaks in turns, "base" does not.
 
     Raises:
@@ -232,9 +232,9 @@ def resolve_template(template: str | Template, tuning: str | None = None) -> Tem
     """
     if isinstance(template, Template):
         return template
-    if template == "auto":
+    if template is None or template == "auto":
         return GemmaTemplate() if tuning == "instruction" else TranscriptTemplate()
-    if template not in _BY_NAME:
+    if not isinstance(template, str) or template not in _BY_NAME:
         raise ValueError(
             f"unknown template {template!r}; expected 'auto', {', '.join(map(repr, _BY_NAME))} or "
             "a Template of your own"
