@@ -78,7 +78,8 @@ class Conversation:
           capture: evidence to keep, likewise; by default ten alternatives per token, and no
             attention.
           template: "gemma" for instruction-tuned models, "transcript" for base models, "none" for
-            raw text, "auto" to choose by the model, or your own `Template`.
+            raw text, "auto" to choose by the model: the chat template of its files, where these
+            have one; or your own, as a `Template` or a Jinja text.
           when_full: what happens when the context is full.  "stop": the reply ends there.
             "drop_oldest": the oldest exchanges are left out of the context, never of the tree; the
             system text stays.  "error": ContextFullError.  The conversation goes on after each.
@@ -86,6 +87,7 @@ class Conversation:
 
         Raises:
           ValueError: a cache longer than the model's context, an unknown template or policy.
+          TemplateError: the chat template of the model's files cannot be followed.
           ConversationError: the file to save to cannot be written, or exists already.
         """
         longest = model.config.max_context
@@ -98,7 +100,9 @@ class Conversation:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.template = resolve_template(template, model.info.tuning if model.info else "base")
+        info = model.info
+        own = info.chat_templates if info else None
+        self.template = resolve_template(template, info.tuning if info else "base", own, tokenizer)
         self.capture = settings.record(Capture, "capture", {} if capture is None else capture)
         self.tree = ConversationTree()
         system = self.template.default_system if system is None else system
@@ -368,6 +372,7 @@ class Conversation:
         if not isinstance(system, str | None):
             settings.refuse("system", "a string or None", system)
         self.tokenizer.encode(system or "")
+        self.template.check_system(system)
 
     def _new_id(self) -> int:
         self._ids_given += 1

@@ -20,7 +20,16 @@ import numpy as np
 
 from gemma_nb import presets, settings
 from gemma_nb.cache import cache_dir
-from gemma_nb.checkpoints import arrays, catalog, convert, converted, folders, layout, memory
+from gemma_nb.checkpoints import (
+    arrays,
+    catalog,
+    chat_templates,
+    convert,
+    converted,
+    folders,
+    layout,
+    memory,
+)
 from gemma_nb.checkpoints.convert import Report
 from gemma_nb.checkpoints.orbax import OrbaxFolder
 from gemma_nb.checkpoints.safetensors import HuggingFaceFolder
@@ -168,14 +177,13 @@ class _Job:
         )
         # On CPU this takes over the mapped memory without a copy.
         params = self._placed(ready.params.items(), config)
-        # llama.cpp keeps the chat template of instruction-tuned checkpoints; base ones have none.
-        template = str(ready.metadata.get("tokenizer.chat_template", ""))
-        tuning: presets.Tuning = "instruction" if "<start_of_turn>" in template else "base"
+        # Instruction-tuned checkpoints come with a chat template; base ones have none.
+        templates = chat_templates.of_gguf(ready.metadata)
         title = str(ready.metadata.get("general.name") or "")
         return (
             config,
             params,
-            self._info(config, tuning, title),
+            self._info(config, templates, title=title),
             Tokenizer.from_bytes(ready.tokenizer),
         )
 
@@ -203,7 +211,8 @@ class _Job:
             read = reader.params(converted.DTYPES[self.dtype])
             with np.errstate(over="ignore", invalid="ignore"):  # refused by name, not warned of
                 params = self._placed(_checked(read, config, self.source.name, report), config)
-        return config, params, self._info(config, reader.tuning), tokenizer
+        info = self._info(config, chat_templates.of_folder(folder), reader.tuning)
+        return config, params, info, tokenizer
 
     def _check_memory(self, config: TransformerConfig) -> None:
         if not self.force:
@@ -220,15 +229,21 @@ class _Job:
         return layout.nest((path, placement.put(a, where.get(path))) for path, a in params)
 
     def _info(
-        self, config: TransformerConfig, tuning: presets.Tuning, title: str = ""
+        self,
+        config: TransformerConfig,
+        templates: presets.ChatTemplates | None,
+        tuning: presets.Tuning | None = None,
+        title: str = "",
     ) -> ModelInfo:
         """What the checkpoint says about itself, unless more is known."""
         if self.source.info is not None:
             return self.source.info
+        tuning = tuning or ("base" if templates is None else "instruction")
         size = presets.name_of(config)
         suffix = "-it" if tuning == "instruction" else ""
         name = f"{size}{suffix}" if size else Path(self.source.files[0]).stem
-        return catalog.describe(name, title or name, tuning, source=self.source.name)
+        info = catalog.describe(name, title or name, tuning, source=self.source.name)
+        return dataclasses.replace(info, chat_templates=templates)
 
 
 def use_compilation_cache() -> None:

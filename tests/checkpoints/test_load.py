@@ -239,6 +239,7 @@ def test_a_file_tells_its_tuning_by_its_chat_template(tmp_path):
     assert (info.name, info.tuning) == ("my-model", "instruction")
     assert dict(info.sampling) == dict(presets.GEMMA3_SAMPLING)
     assert info.source == str(path)
+    assert dict(info.chat_templates.sources) == {"default": "{{ '<start_of_turn>' }}"}
 
 
 @pytest.mark.usefixtures("cache", "no_compilation_cache")
