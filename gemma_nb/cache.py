@@ -23,8 +23,15 @@ def cache_dir() -> Path:
     """
     override = os.environ.get("GEMMA_NB_CACHE")
     if override:
-        return Path(override).expanduser()
+        return expanded(override)
     return Path(platformdirs.user_cache_dir("gemma_nb", appauthor=False))
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with the home folder in place of "~"; one of nobody's stays as it is, as in a shell."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_nb.cache import expanded
 from gemma_nb.chat import archive
 from gemma_nb.chat.events import Turn
 from gemma_nb.chat.tree import ConversationTree
@@ -40,7 +41,7 @@ def export(chat: Conversation, to: str | os.PathLike[str] = "markdown") -> str:
     """See `ChatSession.export`."""
     if to in ("markdown", "json"):
         return _text(chat, str(to))
-    path = Path(to).expanduser()
+    path = expanded(to)
     form = _FORMATS.get(path.suffix.lower())
     if form is None:
         raise ValueError(
@@ -102,7 +103,7 @@ def read_messages(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) 
     """
     if not isinstance(source, str | os.PathLike):
         return _conversation(_listed(source))
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         with archive.opened(path) as file:
             return _conversation(_listed(json.load(file)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from gemma_nb import settings
+from gemma_nb.cache import expanded
 from gemma_nb.chat import altered, journal, restore, store
 from gemma_nb.chat.autosave import Autosave
 from gemma_nb.chat.identity import Identity
@@ -112,7 +113,7 @@ class Keeper:
 
 def absolute(path: PathLike) -> Path:
     """A path that stays the same when the working directory changes."""
-    return Path(path).expanduser().absolute()
+    return expanded(path).absolute()
 
 
 def load(

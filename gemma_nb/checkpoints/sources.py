@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from gemma_nb.cache import expanded
 from gemma_nb.checkpoints import folders, gguf_split, orbax, safetensors
 from gemma_nb.errors import CheckpointError
 from gemma_nb.presets import ModelInfo
@@ -46,7 +47,7 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Sour
       CheckpointError: there is nothing, or nothing that can be read.
       ValueError: a revision of something that has none.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if isinstance(source, str) and not _looks_like_path(source) and not _exists(path):
         return _released(source, revision)
     if revision is not None:
