@@ -84,7 +84,7 @@ def read(path: Path) -> Converted | None:
     """
     try:
         data = np.memmap(path, np.uint8, "r")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise DamagedError(str(error)) from error

@@ -253,7 +253,14 @@ def use_compilation_cache() -> None:
 
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
+    folder = cache_dir() / "jax"
+    try:  # XLA takes names in UTF-8 only, and warns of every program where nothing can be written
+        str(folder).encode()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, UnicodeEncodeError) as error:
+        _log.info("compiled programs are not kept in %r: %s", folder, error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX's default of a second leaves out programs that a start of the app waits for.
     if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # type: ignore[attr-defined]
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
