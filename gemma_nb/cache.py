@@ -28,7 +28,7 @@ def cache_dir() -> Path:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path with the home folder in place of "~"; one of nobody's stays as it is, as in a shell."""
+    """A path with the home folder in place of "~"; nobody's stays as it is, as in shells."""
     with contextlib.suppress(RuntimeError):
         return Path(path).expanduser()
     return Path(path)
