@@ -34,8 +34,15 @@ def cache_dir() -> Path:
     """
     override = os.environ.get("GEMMA_NB_CACHE")
     if override:
-        return Path(override).expanduser()
+        return expanded(override)
     return Path(platformdirs.user_cache_dir("gemma_nb", appauthor=False))
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with the home folder in place of "~"; nobody's stays as it is, as in shells."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
 
 
 def limit_bytes(part: str) -> float:

@@ -9,8 +9,10 @@ JAX is imported only by the commands that compute, so that `--help` answers at o
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
+import locale
 import math
 import os
 import shutil
@@ -48,27 +50,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code, see the module's docstring.
     """
+    _open_what_is_closed()
+    try:
+        code = _run(argv)
+    except BrokenPipeError:
+        code = BROKEN_PIPE
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except UsageError as error:
+        code = _fail(error, 2)
+    except (GemmaNbError, OSError) as error:
+        code = _fail(error, 1)
+    return _flushed(code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as end:  # after --help, say, whose reader may have stopped reading
+        raise SystemExit(_flushed(end.code if isinstance(end.code, int) else 2)) from None
+    if sys.stdout is None:
+        raise OSError("standard output is closed: there is nowhere to write to")
+    code: int = args.run(args)
+    return code
+
+
+def _open_what_is_closed() -> None:
+    """Lets every command have its three streams, whatever the shell closed or cannot spell."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened is mistaken for it
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?"
         sys.stdout.reconfigure(errors="replace")
-    args = _parser().parse_args(argv)
-    try:
-        code: int = args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more as it exits; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except UsageError as error:
-        return _fail(error, 2)
-    except (GemmaNbError, OSError) as error:
-        return _fail(error, 1)
+
+
+def _flushed(code: int) -> int:
+    """`code`, or what stands for the output that could not be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:
+            broken = isinstance(error, BrokenPipeError)
+            # Python flushes once more as it exits; let that go nowhere.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if code == 0:
+                code = BROKEN_PIPE if broken else _fail(error, 1)
     return code
 
 
 def _fail(error: Exception, code: int) -> int:
-    print("gemma-nb:", " ".join(str(error).split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody listens
+        print("gemma-nb:", " ".join(str(error).split()), file=sys.stderr)
     return code
 
 
@@ -130,9 +170,11 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _chat(args: argparse.Namespace) -> int:
+    for name in ("message", "system", "template"):
+        setattr(args, name, _spelled(getattr(args, name), name))
     message = args.message
     if message is None and not sys.stdin.isatty():
-        message = sys.stdin.read().strip()
+        message = _piped().strip()
     if message is not None and not message.strip():
         raise UsageError('there is no message: gemma-nb chat "Hello"')
     session = _session(args)
@@ -142,11 +184,49 @@ def _chat(args: argparse.Namespace) -> int:
     return 0
 
 
+def _piped() -> str:
+    """All of standard input, as UTF-8 whatever the locale says, else as that says.
+
+    Raises:
+      UsageError: it is no text.
+    """
+    raw = getattr(sys.stdin, "buffer", None)
+    if raw is None:  # replaced by a program that calls `main`
+        return sys.stdin.read()
+    content = raw.read()
+    try:
+        return str(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        problem = error
+    encoding = codecs.lookup(locale.getpreferredencoding(False)).name
+    if encoding not in ("utf-8", "ascii"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return str(content.decode(encoding))
+    raise UsageError(
+        f"what is piped in is no UTF-8 text (byte {problem.start} is "
+        f"0x{content[problem.start]:02X}); convert it first: iconv -f latin1 -t utf-8"
+    )
+
+
+def _spelled(text: str | None, what: str) -> str | None:
+    """An argument as text: in a locale without its characters it arrives as the bytes it is.
+
+    Raises:
+      UsageError: they are no text.
+    """
+    if text is None or not any("\ud800" <= c <= "\udfff" for c in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise UsageError(f"the {what} is no UTF-8 text; convert it first") from None
+
+
 def _session(args: argparse.Namespace) -> ChatSession:
-    model, tokenizer = gnb.load(args.model)
     given = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
     try:
+        model, tokenizer = gnb.load(args.model)
         session = gnb.ChatSession(model, tokenizer, system=args.system, template=args.template)
         session.sampling = dataclasses.replace(session.sampling, **given)
     except ValueError as error:
@@ -160,10 +240,13 @@ def _converse(session: ChatSession, table: bool) -> int:
     print("Ctrl-C stops a reply, Ctrl-D ends the conversation.", file=sys.stderr)
     while True:
         try:
-            message = input("> ")
+            message = _spelled(input("> "), "message") or ""
         except EOFError:
             print()
             return 0
+        except (UnicodeError, UsageError) as error:
+            _fail(error, 2)
+            continue
         if not message.strip():
             continue
         try:

@@ -17,6 +17,10 @@ class TextError(GemmaNbError, ValueError):
     """Text that cannot be tokenized (for example a lone surrogate)."""
 
 
+class TemplateError(GemmaNbError, ValueError):
+    """A chat template cannot be followed; the message says why and what to pass instead."""
+
+
 class BusyError(GemmaNbError, RuntimeError):
     """The session is already generating; it takes one message at a time."""
 

@@ -35,6 +35,22 @@ HEALTH_TERMS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class ChatTemplates:
+    """What a checkpoint's own files say about how a conversation is written.
+
+    Attributes:
+      sources: (name, Jinja text) pairs; where there is one only, it is "default".
+      tokens: (name, text) pairs of the special tokens that it may use, such as
+        ("eos_token", "<|im_end|>").
+      add_bos: whether `<bos>` leads every text.
+    """
+
+    sources: tuple[tuple[str, str], ...] = ()
+    tokens: tuple[tuple[str, str], ...] = ()
+    add_bos: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelInfo:
     """What is known about a checkpoint beside its numbers.
 
@@ -50,6 +66,7 @@ class ModelInfo:
       template: how a conversation is written for it, a name for `gnb.ChatSession(template=...)`.
       hugging_face: its repository on Hugging Face, "" where there is none.
       kaggle: the handle of its Flax checkpoint on Kaggle, "" where there is none.
+      chat_templates: of a checkpoint that is no release: those of its files, where it has any.
     """
 
     name: str
@@ -63,6 +80,7 @@ class ModelInfo:
     template: str = "auto"
     hugging_face: str = ""
     kaggle: str = ""
+    chat_templates: ChatTemplates | None = dataclasses.field(default=None, repr=False)
 
 
 # 256,128 rows as in the official Flax checkpoints; other formats leave out the last 128, unused.

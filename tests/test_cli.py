@@ -176,6 +176,76 @@ def test_message_is_read_from_a_pipe(monkeypatch, capsys):
     assert capsys.readouterr().out == "Paris.\n"
 
 
+def pipe_in(monkeypatch: pytest.MonkeyPatch, content: bytes, encoding: str = "utf-8") -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(content), encoding=encoding)
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_is_piped_in_is_read_as_utf_8_in_every_locale(monkeypatch, encoding):
+    pipe_in(monkeypatch, b"\xef\xbb\xbfun caf\xc3\xa9\n", encoding)
+    assert cli.main(["chat"]) == 0
+    assert FakeSession.last.heard == ["un café"]
+
+
+def test_bytes_that_are_no_text_are_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli.locale, "getpreferredencoding", lambda _: "UTF-8")
+    pipe_in(monkeypatch, "un café".encode("latin-1"))
+    assert cli.main(["chat"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gemma-nb: what is piped in is no UTF-8 text (byte 6 is 0xE9)")
+    assert err.count("\n") == 1
+    # In a locale of such bytes they are text.
+    monkeypatch.setattr(cli.locale, "getpreferredencoding", lambda _: "ISO-8859-1")
+    pipe_in(monkeypatch, "un café".encode("latin-1"))
+    assert cli.main(["chat"]) == 0
+    assert FakeSession.last.heard == ["un café"]
+
+
+def test_arguments_arrive_as_text_in_an_ascii_locale(capsys):
+    asked = "café".encode().decode("ascii", "surrogateescape")
+    if sys.getfilesystemencoding() == "utf-8":
+        assert cli.main(["chat", asked, "--system", asked]) == 0
+        assert FakeSession.last.heard == ["café"]
+        assert FakeSession.last.options["system"] == "café"
+        assert cli.main(["chat", "caf\udce9"]) == 2
+        assert "gemma-nb: the message is no UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_is_closed_is_no_traceback(monkeypatch, capsys, name):
+    """Python has None in its place."""
+    monkeypatch.setattr(sys, name, None)
+    code = cli.main(["chat", "Hello"])
+    out, err = capsys.readouterr()
+    if name == "stdout":
+        assert (code, err) == (
+            1,
+            "gemma-nb: standard output is closed: there is nowhere to write to\n",
+        )
+    else:
+        assert (code, out, err) == (0, "Paris.\n", "")
+
+
+def test_a_closed_standard_input_holds_no_message(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["chat"]) == 2
+    sys.stdin.close()
+    assert "there is no message" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written_is_said(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setitem(vars(gemma_nb), "list_models", lambda: "a table")
+    assert cli.main(["models"]) == 1
+    assert capsys.readouterr().err == "gemma-nb: [Errno 28] No space left on device\n"
+
+
 def test_conversation_in_a_terminal_goes_on_until_it_is_closed(monkeypatch, capsys):
     type_in(monkeypatch, "Hello\n\nAnd then?\n", tty=True)
     assert cli.main(["chat"]) == 0

@@ -18,6 +18,7 @@ ROOMS = [
     *(
         "lazy",
         "errors",
+        "settings",
         "typing",
         "cache",
         "trust",

@@ -383,6 +383,7 @@ class Planner:
 
     def _with_seed_of(self, source: Turn, sampling: Sampling | None) -> Sampling:
         """The settings with the seed of `source`: each place draws with the key it had."""
+        sampling = Sampling.given(sampling)
         settings = sampling or self.sampling
         if sampling is not None and sampling.seed is not None:
             return settings
@@ -390,6 +391,7 @@ class Planner:
         return dataclasses.replace(settings, seed=secrets.randbits(31) if seed is None else seed)
 
     def _with_own_seed(self, node: Node, sampling: Sampling | None) -> Sampling:
+        sampling = Sampling.given(sampling)
         if sampling is None:
             return self.seeded(asked_by(node))
         seed = secrets.randbits(31) if sampling.seed is None else sampling.seed

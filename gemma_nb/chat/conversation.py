@@ -8,10 +8,12 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
+from gemma_nb import settings
 from gemma_nb.chat.branches import Plan, Planner
 from gemma_nb.chat.context import WhenFull, check_policy
 from gemma_nb.chat.events import Context, PrefillEvent, TokenEvent, TokenRecord, Turn
@@ -33,6 +35,7 @@ from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template, resolve_template
 from gemma_nb.text.tokenizer import Tokenizer
 
+_LENGTH = 4096  # positions of context, unless a session says otherwise
 _DROPPED = "Nobody waited for the rest of the reply."
 # What a first picture imports, which takes half a second.
 _FOR_PICTURES = ("xarray", "matplotlib.figure")
@@ -56,24 +59,27 @@ class Conversation:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
-        sampling: Sampling | None = None,
-        cache_length: int = 4096,
-        capture: Capture | None = None,
-        template: str | Template = "auto",
-        when_full: WhenFull = "stop",
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        cache_length: int | None = _LENGTH,
+        capture: Capture | Mapping[str, Any] | None = None,
+        template: str | Template | None = "auto",
+        when_full: WhenFull | None = "stop",
         autosave: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Starts an empty conversation.
+        """Starts an empty conversation.  None for an argument is its default.
 
         Args:
           model: from `gnb.load`.
           tokenizer: from `gnb.load`.
           system: what the model is told before the conversation; None takes the template's own.
-          sampling: None takes what is recommended for the model.
+          sampling: a `Sampling`, or a mapping of its fields as JSON has them; None takes what is
+            recommended for the model.
           cache_length: most positions (tokens) of context.
-          capture: evidence to keep; by default ten alternatives per token, and no attention.
+          capture: evidence to keep, likewise; by default ten alternatives per token, and no
+            attention.
           template: "gemma" for instruction-tuned models, "transcript" for base models, "none" for
-            raw text, "auto" to choose by the model, or your own `Template`.
+            raw text, "auto" to choose by the model: the chat template of its files, where these
+            have one; or your own, as a `Template` or a Jinja text.
           when_full: what happens when the context is full.  "stop": the reply ends there.
             "drop_oldest": the oldest exchanges are left out of the context, never of the tree; the
             system text stays.  "error": ContextFullError.  The conversation goes on after each.
@@ -81,20 +87,26 @@ class Conversation:
 
         Raises:
           ValueError: a cache longer than the model's context, an unknown template or policy.
+          TemplateError: the chat template of the model's files cannot be followed.
           ConversationError: the file to save to cannot be written, or exists already.
         """
         longest = model.config.max_context
+        cache_length = settings.whole(
+            "cache_length", _LENGTH if cache_length is None else cache_length
+        )
         if not 2 <= cache_length <= longest:
             raise ValueError(
                 f"cache_length must lie in 2 to {longest} (the model's context), got {cache_length}"
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.template = resolve_template(template, model.info.tuning if model.info else "base")
-        self.capture = capture or Capture()
+        info = model.info
+        own = info.chat_templates if info else None
+        self.template = resolve_template(template, info.tuning if info else "base", own, tokenizer)
+        self.capture = settings.record(Capture, "capture", {} if capture is None else capture)
         self.tree = ConversationTree()
         system = self.template.default_system if system is None else system
-        self.tokenizer.encode(system or "")  # refuses what cannot be tokenized, now
+        self._check_system(system)
         self._rows = AttentionRows(self.capture, model, tokenizer, shown=can_look(model))
         self._decoder = Decoder(
             model, limit=cache_length, top_k=self.capture.top_k, rows=self._rows
@@ -102,9 +114,9 @@ class Conversation:
         self._planner = Planner(
             *(model, tokenizer, self.template, self._decoder),
             top_k=self.capture.top_k,
-            sampling=sampling or Sampling.recommended(model),
+            sampling=Sampling.given(sampling) or Sampling.recommended(model),
             system=system,
-            when_full=check_policy(when_full),
+            when_full=check_policy("stop" if when_full is None else when_full),
         )
         self._planner.remember_in(self.tree.under)
         self._generation = Generation(self._decoder, self._planner)
@@ -179,10 +191,11 @@ class Conversation:
         return self._planner.sampling
 
     @sampling.setter
-    def sampling(self, sampling: Sampling) -> None:
-        if not isinstance(sampling, Sampling):
-            raise TypeError(f"sampling must be a gnb.Sampling, got {type(sampling).__name__}")
-        self._planner.sampling = sampling
+    def sampling(self, sampling: Sampling | Mapping[str, Any]) -> None:
+        given = Sampling.given(sampling)
+        if given is None:
+            settings.refuse("sampling", "a gnb.Sampling or a mapping of its fields", sampling)
+        self._planner.sampling = given
 
     @property
     def system(self) -> str | None:
@@ -191,7 +204,7 @@ class Conversation:
 
     @system.setter
     def system(self, system: str | None) -> None:
-        self.tokenizer.encode(system or "")
+        self._check_system(system)
         with self._alone():
             self._planner.system = system
 
@@ -353,6 +366,13 @@ class Conversation:
                 finish_reason=reason,
                 nearly_full=used.nearly_full,
             )
+
+    def _check_system(self, system: object) -> None:
+        """Refuses a system text that is none, cannot be tokenized, or that the template refuses."""
+        if not isinstance(system, str | None):
+            settings.refuse("system", "a string or None", system)
+        self.tokenizer.encode(system or "")
+        self.template.check_system(system)
 
     def _new_id(self) -> int:
         self._ids_given += 1

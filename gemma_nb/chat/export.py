@@ -6,9 +6,9 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_nb.cache import expanded
 from gemma_nb.chat import archive
 from gemma_nb.chat.events import Turn
 from gemma_nb.chat.tree import ConversationTree
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 _FORMATS = {".md": "markdown", ".markdown": "markdown", ".json": "json"}
 _SYSTEM = ("system", "developer")
-_ROLES = {"user": "user", "assistant": "model", "model": "model"}
+_ROLES = {"user": "user", "human": "user", "assistant": "model", "model": "model", "gpt": "model"}
+# What messages of other programs are called, and what is in them that is text.
+_LISTS = ("messages", "conversations", "conversation", "history")
+_CONTENTS = ("content", "text", "value", "parts")
+_ROLE_NAMES = ("role", "from", "author")
+_NOTHING = ({"content_type": "text", "parts": [""]}, {"content_type": "text", "parts": []})
+# What would be part of the conversation beside its text, and is lost if it is not read.
+_MORE = ("tool_calls", "function_call", "audio", "images", "image", "attachments", "files")
+_TEXT_PARTS = ("text", "input_text", "output_text", None)
 # A reply that came to its end needs no remark.
 _ENDED = (None, "stop", "edited")
 
@@ -40,7 +48,7 @@ def export(chat: Conversation, to: str | os.PathLike[str] = "markdown") -> str:
     """See `ChatSession.export`."""
     if to in ("markdown", "json"):
         return _text(chat, str(to))
-    path = Path(to).expanduser()
+    path = expanded(to)
     form = _FORMATS.get(path.suffix.lower())
     if form is None:
         raise ValueError(
@@ -93,8 +101,10 @@ def read_messages(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) 
 
     Args:
       source: messages as `messages` gives them, by themselves or under "messages", or the path of
-        a JSON file with such a list.  A content may also be a list of text parts,
-        `{"type": "text", "text": ...}`.
+        a JSON file with such a list.  A content may also be a list of text parts, `{"type":
+        "text", "text": ...}`.  Fields that are null, and what other programs note beside role and
+        content, are left out.  The spellings "conversations", "from" and "value" are read, too, and
+        a conversation as ChatGPT exports it: the branch that was shown.
 
     Raises:
       ConversationError: the file cannot be read, or holds no such list.
@@ -102,7 +112,7 @@ def read_messages(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) 
     """
     if not isinstance(source, str | os.PathLike):
         return _conversation(_listed(source))
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         with archive.opened(path) as file:
             return _conversation(_listed(json.load(file)))
@@ -113,10 +123,38 @@ def read_messages(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) 
 
 
 def _listed(data: Any) -> list[Any]:
-    found = data.get("messages") if isinstance(data, Mapping) else data
-    if isinstance(found, str) or not isinstance(found, Iterable):
+    if isinstance(data, list) and data and all(_is_export(item) for item in data):
+        if len(data) > 1:
+            raise ValueError(
+                f"this holds {len(data)} conversations: pass one, such as json.load(file)[0]"
+            )
+        [data] = data
+    found = data
+    if isinstance(data, Mapping):
+        found = next((data[name] for name in _LISTS if data.get(name) is not None), None)
+        found = _branch(data) if found is None and _is_export(data) else found
+    if isinstance(found, str | bytes | Mapping) or not isinstance(found, Iterable):
         raise ValueError('expected a list of messages, by itself or under "messages"')
     return list(found)
+
+
+def _is_export(data: Any) -> bool:
+    """Whether it is a conversation as ChatGPT exports it: a tree of messages."""
+    return isinstance(data, Mapping) and isinstance(data.get("mapping"), Mapping)
+
+
+def _branch(data: Mapping[str, Any]) -> list[Any]:
+    """The messages of the branch that is shown, without those that say nothing."""
+    found: list[Any] = []
+    seen: set[Any] = set()
+    at = data.get("current_node")
+    while isinstance(at, str) and at not in seen and isinstance(data["mapping"].get(at), Mapping):
+        seen.add(at)
+        node = data["mapping"][at]
+        found.append(node.get("message"))
+        at = node.get("parent")
+    said = [message for message in found[::-1] if isinstance(message, Mapping)]
+    return [message for message in said if _first(message, _CONTENTS) not in _NOTHING]
 
 
 def _conversation(listed: list[Any]) -> Imported:
@@ -126,9 +164,9 @@ def _conversation(listed: list[Any]) -> Imported:
     for index, message in enumerate(listed):
         role, text = _message(message, f"message {index}")
         if role in _SYSTEM:
-            if index:
+            if len(tree):
                 raise ValueError(f"message {index}: a system message can only be the first one")
-            system = text
+            system = text if system is None else f"{system}\n\n{text}"
             continue
         expected = "model" if len(tree) % 2 else "user"
         if _ROLES[role] != expected:
@@ -146,28 +184,46 @@ def _conversation(listed: list[Any]) -> Imported:
 
 
 def _message(message: Any, where: str) -> tuple[str, str]:
-    """Its role and text."""
-    if not isinstance(message, Mapping) or "role" not in message:
+    """Its role and text; what else other programs note (ids, times, models) is left out."""
+    role = _first(message, _ROLE_NAMES) if isinstance(message, Mapping) else None
+    if role is None:
         raise ValueError(f'{where}: expected {{"role": ..., "content": ...}}, got {message!r:.60}')
-    role = message["role"]
-    if role not in (*_SYSTEM, *_ROLES):
+    role = role.get("role") if isinstance(role, Mapping) else role
+    role = role.strip().lower() if isinstance(role, str) else role
+    if not isinstance(role, str) or role not in (*_SYSTEM, *_ROLES):
         known = ", ".join((*_SYSTEM, *_ROLES))
-        raise ValueError(f"{where}: expected a role of {known}, got {role!r}")
-    more = sorted(k for k, v in message.items() if v and k not in ("role", "content", "name"))
+        raise ValueError(f"{where}: expected a role of {known}, got {role!r:.60}")
+    more = [name for name in _MORE if message.get(name)]
     if more:
-        raise ValueError(f"{where}: expected text only, got also {', '.join(map(str, more))}")
-    content = message.get("content")
-    if isinstance(content, list):
+        raise ValueError(f"{where}: expected text only, got also {', '.join(more)}")
+    content = _first(message, _CONTENTS)
+    if isinstance(content, Mapping):
+        content = content["parts"] if content.get("content_type") == "text" else [content]
+    if isinstance(content, list | tuple):
         content = "".join(_part(part, where) for part in content)
     if not isinstance(content, str):
         raise ValueError(f"{where}: expected text as its content, got {content!r:.60}")
     return role, content
 
 
+def _first(fields: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The first of these fields that is not null."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
 def _part(part: Any, where: str) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        raise ValueError(f"{where}: expected parts of type 'text' only, got {part!r:.60}")
+    """A part of a message's content: a text, by itself or with its type."""
+    if isinstance(part, str):
+        return part
+    kind = (
+        _first(part, ("type", "content_type")) if isinstance(part, Mapping) else type(part).__name__
+    )
+    if not isinstance(part, Mapping) or kind not in _TEXT_PARTS:
+        raise ValueError(
+            f"{where}: expected parts of type 'text' only, got one of type {kind!r:.40}: images "
+            "and files are not read; leave it out, or say in words what it shows"
+        )
     text = part.get("text")
     if not isinstance(text, str):
-        raise ValueError(f"{where}: expected text, got {text!r:.60}")
+        raise ValueError(f"{where}: expected text in its part, got {part!r:.60}")
     return text

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from gemma_nb import settings
+from gemma_nb.cache import expanded
 from gemma_nb.chat import altered, journal, restore, store
 from gemma_nb.chat.autosave import Autosave
 from gemma_nb.chat.identity import Identity
@@ -66,6 +68,8 @@ class Keeper:
 
     def autosave(self, chat: Conversation, path: PathLike | None) -> None:
         """See `ChatSession.autosave`."""
+        if path is not None:
+            settings.path("autosave", path, "the path of a file, or None")
         target = None if path is None else absolute(path)
         if target is not None and target == self.path:
             return
@@ -109,7 +113,7 @@ class Keeper:
 
 def absolute(path: PathLike) -> Path:
     """A path that stays the same when the working directory changes."""
-    return Path(path).expanduser().absolute()
+    return expanded(path).absolute()
 
 
 def load(
@@ -134,8 +138,8 @@ def load(
         _check_ids(saved, model.config.num_embed)
     length = min(saved.settings.cache_length, model.config.max_context)
     capture = saved.settings.capture.fitting(model.config.num_layers)
-    settings = dataclasses.replace(saved.settings, cache_length=length, capture=capture)
-    chat = cls(model, tokenizer, template=_template(saved, template), **settings.fields())
+    held = dataclasses.replace(saved.settings, cache_length=length, capture=capture)
+    chat = cls(model, tokenizer, template=_template(saved, template), **held.fields())
     if recompute:
         respell = saved.identity.tokenizer != now.tokenizer
         computation = Recomputation(model, tokenizer, chat.template, chat.capture.top_k)

@@ -148,8 +148,9 @@ class KeptConversation(Conversation):
         Args:
           model: from `gnb.load`.
           tokenizer: from `gnb.load`.
-          messages: as `messages()` gives them, or the path of a JSON file with them.  User and
-            assistant speak by turns, the user first; a system message may lead.
+          messages: as `messages()` gives them, or the path of a JSON file with them; those of other
+            programs, too, of which only roles and texts are read.  User and assistant speak by
+            turns, the user first; a system message may lead.
           evidence: compute the evidence of the replies' tokens, by one pass over each.
           progress: called with a fraction and a sentence while that is done.
           **settings: further arguments of `ChatSession`; its `system` stands before the messages'.

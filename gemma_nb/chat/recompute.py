@@ -38,6 +38,7 @@ class Recomputation:
         """
         self._model = model
         self._tokenizer = tokenizer
+        self._template = template
         self._stop_ids = template.stop_ids(tokenizer)
         self._contexts = Contexts(tokenizer, template, model.config.max_context)
         self._top_k = top_k
@@ -103,11 +104,11 @@ class Recomputation:
         self, before: Sequence[Turn], turn: Turn, start: int
     ) -> tuple[tuple[int, ...], list[int]]:
         """A reply's text as tokens: what stays in the context, and the same with what ends it."""
-        alone = dataclasses.replace(turn, ids=None)
-        spelled = self._contexts.before([*before, alone], turn.context)[start:]
-        ends = (i for i, id_ in enumerate(spelled) if id_ in self._stop_ids)
-        end = next(ends, len(spelled))
-        return tuple(spelled[:end]), spelled[: end + 1]
+        ids = tuple(self._template.reply_ids(self._tokenizer, turn.text))
+        spelled = dataclasses.replace(turn, ids=ids)
+        after = self._contexts.before([*before, spelled], turn.context)[start + len(ids) :]
+        end = after[:1] if after and after[0] in self._stop_ids else []
+        return ids, [*ids, *end]
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text."""

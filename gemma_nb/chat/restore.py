@@ -18,11 +18,11 @@ from gemma_nb.chat.codec import Tables
 from gemma_nb.chat.columns import Columns, from_columns
 from gemma_nb.chat.events import TokenRecord, Turn
 from gemma_nb.chat.identity import Identity
-from gemma_nb.chat.store import FORMAT, LINKS, VERSION, Settings, is_evidence, own_class
+from gemma_nb.chat.store import FORMAT, LINKS, VERSION, Settings, is_evidence
 from gemma_nb.chat.tree import ConversationTree, Node
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.interventions import Intervention
-from gemma_nb.text.template import Template
+from gemma_nb.text.template import Template, template_class
 
 _DAMAGE = (*archive.DAMAGE, safetensors.SafetensorError)
 
@@ -258,7 +258,9 @@ def _columns(blob: bytes) -> Columns:
 def _template(data: Any, tables: Tables) -> Template | str:
     if "own" in data:
         return str(data["own"])
-    return codec.from_json(own_class(data["name"]), data["fields"], tables, "settings.template")
+    return codec.from_json(
+        template_class(data["name"]), data["fields"], tables, "settings.template"
+    )
 
 
 def _integers(items: Any) -> list[int]:

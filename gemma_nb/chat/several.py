@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 
+from gemma_nb import settings
 from gemma_nb.chat.branches import Plan
 from gemma_nb.chat.context import ran_full, too_long
 from gemma_nb.chat.events import Turn
@@ -72,9 +73,10 @@ class SamplingConversation(KeptConversation):
           NonFiniteLogitsError: the model computed NaN or infinity.
           ContextFullError: the message does not fit and `when_full` is "error".
         """
+        n = settings.whole("n", n)
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n!r}")
-        chosen = sampling or self.sampling
+        chosen = Sampling.given(sampling) or self.sampling
         seed = secrets.randbits(31) if chosen.seed is None else chosen.seed
         each = [dataclasses.replace(chosen, seed=(seed + i) % 2**32) for i in range(n)]
         return self._replies([prompt] * n, each)
@@ -105,7 +107,7 @@ class SamplingConversation(KeptConversation):
         """
         if isinstance(prompts, str):
             raise TypeError("sample_each() takes a list of messages; for one, call sample()")
-        chosen = sampling or self.sampling
+        chosen = Sampling.given(sampling) or self.sampling
         drawn = [secrets.randbits(31) if chosen.seed is None else chosen.seed for _ in prompts]
         each = [dataclasses.replace(chosen, seed=seed) for seed in drawn]
         return self._replies(prompts, each)

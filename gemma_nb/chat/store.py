@@ -66,7 +66,7 @@ from gemma_nb.chat.identity import Identity
 from gemma_nb.chat.tree import ConversationTree, Node
 from gemma_nb.sampling.evidence import Capture
 from gemma_nb.sampling.methods import Sampling
-from gemma_nb.text.template import Template, resolve_template
+from gemma_nb.text.template import Template, template_class
 
 if TYPE_CHECKING:
     from gemma_nb.chat.conversation import Conversation
@@ -225,7 +225,7 @@ class Encoder:
         data = codec.to_json(settings, self.tables)
         kind = type(template)
         entry: dict[str, Any] = {"name": kind.name}
-        if own_class(kind.name) is kind:
+        if template_class(kind.name) is kind:
             entry["fields"] = codec.to_json(template, self.tables)
         else:
             entry["own"] = f"{kind.__module__}.{kind.__qualname__}"
@@ -305,11 +305,3 @@ def save(
     # The journal of what stood here before continues nothing now.
     journal.remove(path)
     return generation
-
-
-def own_class(name: str) -> type[Template] | None:
-    """This package's template of a name."""
-    try:
-        return type(resolve_template(name))
-    except ValueError:
-        return None

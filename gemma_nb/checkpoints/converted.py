@@ -96,7 +96,7 @@ def read(path: Path) -> Converted | None:
         with open(path, "rb") as file:
             lock_shared(file)  # until no parameter of it is mapped any more
             data = np.memmap(file, np.uint8, "r")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise DamagedError(str(error)) from error

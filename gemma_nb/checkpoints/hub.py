@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from gemma_nb.cache import expanded
 from gemma_nb.checkpoints import catalog, spellings
 from gemma_nb.checkpoints.catalog import Package
 from gemma_nb.errors import CheckpointError, ModelNotInstalledError
@@ -97,7 +98,7 @@ def kaggle_cache() -> Path:
 
 
 def _expanded(path: str) -> Path:
-    return Path(os.path.expandvars(path)).expanduser()
+    return expanded(os.path.expandvars(path))
 
 
 def _in_hugging_face_cache(repo: str, revision: str | None) -> Path | None:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gemma_nb import presets
+from gemma_nb import presets, settings
 from gemma_nb.cache import cache_dir, limit_bytes
 from gemma_nb.checkpoints import (
     arrays,
     catalog,
+    chat_templates,
     convert,
     converted,
     folders,
@@ -99,6 +100,8 @@ def load(
         from gemma_nb.model import GemmaTransformer
         from gemma_nb.nn import Transformer
 
+        dtype, upcast = _spelled(dtype), upcast_activations_to_float32
+        upcast = settings.flag("upcast_activations_to_float32", True if upcast is None else upcast)
         use_compilation_cache()
         executables.expect(repr((str(source), dtype)))
         config, params, info, tokenizer = load_params(
@@ -111,7 +114,7 @@ def load(
             progress=progress,
         )
         own = params["embedder"]["input_embedding"].dtype
-        activations = jnp.float32 if upcast_activations_to_float32 else own
+        activations = jnp.float32 if upcast else own
         model = GemmaTransformer(
             config=config,
             transformer=Transformer(config, dtype=activations),
@@ -138,7 +141,15 @@ def load_params(
     """
     from gemma_nb import placement
 
-    name, where = _dtype_name(dtype), placement.resolve(mesh)
+    settings.path("source", source, "a released name or a path")
+    if revision is not None and not isinstance(revision, str):
+        settings.refuse("revision", "a string or None", revision)
+    if progress is True:
+        progress = None
+    if not (progress is None or progress is False or callable(progress)):
+        settings.refuse("progress", "None, False or a function", progress)
+    force = settings.flag("force", False if force is None else force)
+    name, where = _dtype_name(_spelled(dtype)), placement.resolve(mesh)
     try:
         job = _Job(resolve(source, revision, step), name, where, progress, force)
         return job.gguf() if job.source.format == "GGUF" else job.folder()
@@ -176,14 +187,13 @@ class _Job:
         )
         # On CPU this takes over the mapped memory without a copy.
         params = self._placed(ready.params.items(), config)
-        # llama.cpp keeps the chat template of instruction-tuned checkpoints; base ones have none.
-        template = str(ready.metadata.get("tokenizer.chat_template", ""))
-        tuning: presets.Tuning = "instruction" if "<start_of_turn>" in template else "base"
+        # Instruction-tuned checkpoints come with a chat template; base ones have none.
+        templates = chat_templates.of_gguf(ready.metadata)
         title = str(ready.metadata.get("general.name") or "")
         return (
             config,
             params,
-            self._info(config, tuning, title),
+            self._info(config, templates, title=title),
             Tokenizer.from_bytes(ready.tokenizer),
         )
 
@@ -211,7 +221,8 @@ class _Job:
             read = reader.params(converted.DTYPES[self.dtype])
             with np.errstate(over="ignore", invalid="ignore"):  # refused by name, not warned of
                 params = self._placed(_checked(read, config, self.source.name, report), config)
-        return config, params, self._info(config, reader.tuning), tokenizer
+        info = self._info(config, chat_templates.of_folder(folder), reader.tuning)
+        return config, params, info, tokenizer
 
     def _check_memory(self, config: TransformerConfig) -> None:
         if not self.force:
@@ -228,17 +239,23 @@ class _Job:
         return layout.nest((path, placement.put(a, where.get(path))) for path, a in params)
 
     def _info(
-        self, config: TransformerConfig, tuning: presets.Tuning, title: str = ""
+        self,
+        config: TransformerConfig,
+        templates: presets.ChatTemplates | None,
+        tuning: presets.Tuning | None = None,
+        title: str = "",
     ) -> ModelInfo:
         """What the checkpoint says about itself, unless more is known."""
         if self.source.info is not None:
             return self.source.info
+        tuning = tuning or ("base" if templates is None else "instruction")
         size = presets.name_of(config)
         suffix = "-it" if tuning == "instruction" else ""
         [first, *_] = self.source.files
         own = orbax_steps.own_name(first) if self.source.format == "Orbax" else first.stem
         name = f"{size}{suffix}" if size else own
-        return catalog.describe(name, title or name, tuning, source=self.source.name)
+        info = catalog.describe(name, title or name, tuning, source=self.source.name)
+        return dataclasses.replace(info, chat_templates=templates)
 
 
 def use_compilation_cache() -> None:
@@ -256,13 +273,29 @@ def use_compilation_cache() -> None:
         return
     for part in ("weights", "programs", "jax"):
         limit_bytes(part)  # a limit that is none is said now, not in the midst of a reply
-    jax_cache.use(cache_dir() / "jax")
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
+    folder = cache_dir() / "jax"
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:  # XLA takes names in UTF-8 only
+        _log.info("compiled programs are not kept in %r: %s", folder, error)
+        return
+    jax_cache.use(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX's default of a second leaves out programs that a start of the app waits for.
     if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # type: ignore[attr-defined]
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
     # JAX decides at the first compilation whether there is a cache; that may have been before now.
     compilation_cache.reset_cache()
+
+
+def _spelled(dtype: Any) -> str | None:
+    """A dtype's name, where it is given as one of numpy's or JAX's."""
+    if dtype is None or isinstance(dtype, str):
+        return dtype
+    if isinstance(dtype, type | np.dtype):
+        with contextlib.suppress(TypeError):
+            return np.dtype(dtype).name
+    settings.refuse("dtype", "'bfloat16', 'float32', 'int8' or None", dtype)
 
 
 def _dtype_name(dtype: str | None) -> str:

@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from gemma_nb.checkpoints import arrays, folders, kinds, layout, names, quantised
+from gemma_nb.checkpoints import (
+    arrays,
+    chat_templates,
+    folders,
+    kinds,
+    layout,
+    names,
+    quantised,
+)
 from gemma_nb.checkpoints.safetensors_header import odd_tensor
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
@@ -78,7 +86,7 @@ class HuggingFaceFolder:
     Attributes:
       name: of the folder, for messages.
       config: the model's numbers, from config.json.
-      tuning: "instruction" where the folder has a chat template with Gemma's turns, else "base".
+      tuning: "instruction" where the folder has a chat template, else "base".
 
     Raises:
       CheckpointError: the folder is damaged, or is no Gemma 1, 2 or 3 model.
@@ -107,7 +115,8 @@ class HuggingFaceFolder:
         if vocab_size is not None:
             self.keep_rows(vocab_size)
         self._check()
-        self.tuning: Tuning = "instruction" if _has_chat_template(folder) else "base"
+        templates = chat_templates.of_folder(folder)
+        self.tuning: Tuning = "base" if templates is None else "instruction"
 
     def params(self, dtype: Any) -> Iterator[tuple[layout.Path, np.ndarray]]:
         """Parameters one by one, as (official path, array of `dtype`).
@@ -403,15 +412,3 @@ def _opened(path: Path, tensor: str = "") -> Iterator[Any]:
         raise CheckpointError(
             f"{what}: no valid safetensors file ({reason:.600}); {_REMEDY}"
         ) from error
-
-
-def _has_chat_template(folder: Path) -> bool:
-    """Instruction-tuned checkpoints come with a template that has Gemma's turns."""
-    if (folder / "chat_template.jinja").exists():
-        return "<start_of_turn>" in folders.text(folder, "chat_template.jinja")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            template = folders.read_json(folder, name).get("chat_template")
-            if template is not None:
-                return "<start_of_turn>" in str(template)
-    return False

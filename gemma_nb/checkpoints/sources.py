@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from gemma_nb.cache import expanded
 from gemma_nb.checkpoints import (
     adapters,
     folders,
@@ -66,7 +67,7 @@ def resolve(
       CheckpointError: there is nothing, or nothing that can be read.
       ValueError: a revision of something that has none.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if isinstance(source, str) and not _exists(path):
         from gemma_nb.checkpoints import spellings
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gemma_nb import settings
+
 if TYPE_CHECKING:
     from gemma_nb.sampling.rows import AttentionRow
 
@@ -37,20 +39,21 @@ class Capture:
     attention_bytes: int = 256_000_000
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= 256:
-            raise ValueError(f"Capture.top_k must lie in 1 to 256, got {self.top_k!r}")
+        top_k = Capture.top_k if self.top_k is None else self.top_k
+        top_k = settings.whole("Capture.top_k", top_k, "a whole number from 1 to 256")
+        if not 1 <= top_k <= 256:
+            settings.refuse("Capture.top_k", "a whole number from 1 to 256", self.top_k)
+        most = Capture.attention_bytes if self.attention_bytes is None else self.attention_bytes
+        most = settings.whole("Capture.attention_bytes", most, "a number of bytes")
+        if most < 0:
+            settings.refuse("Capture.attention_bytes", "at least 0", self.attention_bytes)
         layers = self.attention_layers
-        if isinstance(layers, str) and layers != "all":
-            raise ValueError(
-                'Capture.attention_layers must be "all", a list of layer indices, or None; '
-                f"got {layers!r}"
-            )
-        if layers is not None and layers != "all":
-            object.__setattr__(self, "attention_layers", tuple(int(i) for i in layers))
-        if self.attention_bytes < 0:
-            raise ValueError(
-                f"Capture.attention_bytes must be at least 0, got {self.attention_bytes!r}"
-            )
+        if layers is not None and not (isinstance(layers, str) and layers == "all"):
+            expected = '"all", a list of layer indices, or None'
+            layers = settings.wholes("Capture.attention_layers", layers, expected)
+        fields = {"top_k": top_k, "attention_bytes": most, "attention_layers": layers}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def fitting(self, num_layers: int) -> Capture:
         """The same for a model of so many layers, without those that it does not have."""

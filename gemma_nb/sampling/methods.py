@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import flax
@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from gemma_nb import settings
 from gemma_nb.executables import Kept
 from gemma_nb.sampling.top_k import top_k
 
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
 # Top-k up to this, and any nucleus that fits into it, needs no sort of the whole vocabulary.
 _SHORTLIST = 256
 _NONE = -1  # no token is forced
+# What settings are held to, so that no product or quotient of them and a logit leaves float32
+# (1.2e-38 to 3.4e38): beyond it every score is infinite or NaN, and nothing is left to draw.
+_SMALLEST, _LARGEST, _PENALTY = 1e-24, 1e24, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How replies are sampled.  `None` switches a method off.
+    """How replies are sampled.  `None` switches a method off, and is the default of what is needed.
 
     The methods apply in this order, as in Hugging Face transformers: repetition penalty,
     forbidden tokens, temperature, top-k, top-p, min-p.
@@ -60,46 +64,85 @@ class Sampling:
     forbidden: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "forbidden", tuple(int(i) for i in self.forbidden))
-        self._check_ranges()
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
 
-    def _check_ranges(self) -> None:
-        t, p, m, r = self.temperature, self.top_p, self.min_p, self.repetition_penalty
-        checks = (
-            (0 <= t < math.inf, "temperature must be a number >= 0 (0 is greedy)", t),
-            (
-                self.top_k is None or self.top_k >= 1,
-                "top_k must be at least 1, or None for no limit",
-                self.top_k,
+    def _checked(self) -> dict[str, Any]:
+        """The fields as plain Python values.
+
+        Raises:
+          ValueError: a value that its field cannot have, by the name of the field.
+        """
+        return {
+            "temperature": _within(
+                *("temperature", self.temperature, 0),
+                expected=f"0 (greedy) or a number from {_SMALLEST:g} to {_LARGEST:g}",
+                default=Sampling.temperature,
             ),
-            (p is None or 0 < p <= 1, "top_p must lie in (0, 1], or be None", p),
-            (m is None or 0 <= m <= 1, "min_p must lie in [0, 1], or be None", m),
-            (r is None or 0 < r < math.inf, "repetition_penalty must be positive, or None", r),
-            (
-                self.max_new_tokens >= 1,
-                "max_new_tokens must be at least 1",
-                self.max_new_tokens,
+            "top_k": _counted("top_k", self.top_k, "at least 1, or None for no limit"),
+            "top_p": _within("top_p", self.top_p, most=1),
+            "min_p": _within("min_p", self.min_p, 0, most=1),
+            "repetition_penalty": _within(
+                *("repetition_penalty", self.repetition_penalty),
+                least=1 / _PENALTY,
+                most=_PENALTY,
             ),
-            (
-                self.seed is None or 0 <= self.seed < 2**32,
-                "seed must lie in 0 to 2**32 - 1, or be None",
-                self.seed,
+            "seed": _counted("seed", self.seed, "in 0 to 2**32 - 1, or None", 0, 2**32 - 1),
+            "max_new_tokens": _counted(
+                "max_new_tokens",
+                Sampling.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
+                "at least 1",
             ),
-        )
-        for holds, message, value in checks:
-            if not holds:
-                raise ValueError(f"{message}; got {value!r}")
+            "stop": settings.texts("stop", self.stop, "a non-empty string, or a list of such"),
+            "forbidden": settings.wholes("forbidden", self.forbidden, "a list of token ids"),
+        }
+
+    @classmethod
+    def given(cls, sampling: Sampling | Mapping[str, Any] | None) -> Sampling | None:
+        """Settings as an argument gives them: whole, as a mapping of the fields, or None.
+
+        Raises:
+          ValueError: it is none of these, or a field is unknown or has another value.
+        """
+        return None if sampling is None else settings.record(cls, "sampling", sampling)
 
     @classmethod
     def recommended(cls, model: GemmaTransformer, **changes: object) -> Sampling:
         """What the authors of `model`'s checkpoint recommend, with `changes` on top."""
         fields = dict(model.info.sampling) if model.info else {}
         return cls(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def _within(
+    name: str,
+    value: Any,
+    *also: float,
+    least: float = _SMALLEST,
+    most: float = _LARGEST,
+    expected: str = "",
+    default: float | None = None,
+) -> float | None:
+    """A number from `least` to `most`, or one of `also`; None for None, or the `default`."""
+    if value is None:
+        return default
+    alone = "".join(f"{number:g}, " for number in also)
+    expected = expected or f"{alone}a number from {least:g} to {most:g}, or None"
+    number = settings.real(name, value, expected)
+    if number not in also and not least <= number <= most:
+        settings.refuse(name, expected, value)
+    return number
+
+
+def _counted(
+    name: str, value: Any, expected: str, least: int = 1, most: float = math.inf
+) -> int | None:
+    """A whole number from `least` to `most`; None for None."""
+    if value is None:
+        return None
+    number = settings.whole(name, value, f"a whole number {expected}")
+    if not least <= number <= most:
+        settings.refuse(name, f"a whole number {expected}", value)
+    return number
 
 
 @flax.struct.dataclass
@@ -135,7 +178,7 @@ class Controls:
         """
         if sampling.seed is None:
             raise ValueError("the seed must be drawn before sampling starts")
-        settings = _on_device(
+        scalars = _on_device(
             num_embed,
             sampling.forbidden,
             temperature=float(sampling.temperature),
@@ -144,7 +187,7 @@ class Controls:
             min_p=float(sampling.min_p or 0),
             repetition_penalty=float(sampling.repetition_penalty or 1),
         )
-        return cls(**settings, key=seeded(sampling.seed))
+        return cls(**scalars, key=seeded(sampling.seed))
 
     def forcing(self, token: int) -> Controls:
         """The same settings, under which `token` is chosen whatever is drawn.
@@ -174,7 +217,7 @@ def _key_data(seed: jax.Array) -> jax.Array:
 # Kept, since most replies of a chat have the settings of the one before, and differ in their seed.
 @functools.lru_cache(maxsize=8)
 def _on_device(
-    num_embed: int, forbidden: tuple[int, ...], *, top_k: int, **settings: float
+    num_embed: int, forbidden: tuple[int, ...], *, top_k: int, **numbers: float
 ) -> dict[str, jax.Array]:
     """All of `Controls` but the key."""
     banned = np.zeros(num_embed, bool)
@@ -184,7 +227,7 @@ def _on_device(
     banned[list(forbidden)] = True
     if banned.all():
         raise ValueError("every token of the vocabulary is forbidden: none is left to choose")
-    scalars = {name: np.float32(value) for name, value in settings.items()}
+    scalars = {name: np.float32(value) for name, value in numbers.items()}
     whole = {"top_k": np.int32(top_k), "forced": np.int32(_NONE)}
     return jax.device_put({**scalars, **whole, "banned": banned})
 

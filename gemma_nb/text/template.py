@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from gemma_nb.errors import TemplateError
+from gemma_nb.presets import ChatTemplates
 from gemma_nb.text.tokenizer import Tokenizer
 
 Role = Literal["user", "model"]
@@ -38,6 +40,8 @@ class Message:
 class Template(abc.ABC):
     """How a conversation is written for the model.
 
+    A template of one's own is best a change of one of those below, or a `MessageTemplate`.
+
     Attributes:
       name: as in `ChatSession(template=name)`.
       default_system: the system text where a session sets none.
@@ -50,6 +54,7 @@ class Template(abc.ABC):
     strip_reply: bool = False
     stop_strings: tuple[str, ...] = ()
 
+    @abc.abstractmethod
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Message], system: str | None = None
     ) -> list[int]:
@@ -63,6 +68,14 @@ class Template(abc.ABC):
         Raises:
           ValueError: two turns of the same role in a row, or the model speaks first.
         """
+
+    @staticmethod
+    def check_turns(messages: Sequence[Message]) -> None:
+        """Refuses turns that are not the user's and the model's by turns.
+
+        Raises:
+          ValueError: they are not.
+        """
         for index, message in enumerate(messages):
             expected = "model" if index % 2 else "user"
             if message.role != expected:
@@ -70,14 +83,14 @@ class Template(abc.ABC):
                     f"message {index} is the {message.role}'s, expected the {expected}'s: user and "
                     "model speak by turns, the user first"
                 )
-        system = self.default_system if system is None else system
-        ids = [tokenizer.bos_id, *self._head(tokenizer, system or "")]
-        for index, message in enumerate(messages):
-            if message.role == "user":
-                ids += self._user(tokenizer, message.text, system if index == 0 else "")
-            else:
-                ids += self._model(tokenizer, message)
-        return ids
+
+    def check_system(self, system: str | None) -> None:
+        """Refuses a system text that the template has no place for; most have one for any.
+
+        Raises:
+          TemplateError: there is none.
+        """
+        del system
 
     def reply_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """A reply's text as the tokens that the model would write, without what closes it."""
@@ -93,6 +106,24 @@ class Template(abc.ABC):
         never = {*tokenizer.control.values(), tokenizer.unk_id} - self.stop_ids(tokenizer)
         return tuple(sorted(never - {-1}))
 
+
+class MessageTemplate(Template):
+    """A template that writes each message on its own, whatever stands around it."""
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], system: str | None = None
+    ) -> list[int]:
+        """See `Template`."""
+        self.check_turns(messages)
+        system = self.default_system if system is None else system
+        ids = [tokenizer.bos_id, *self._head(tokenizer, system or "")]
+        for index, message in enumerate(messages):
+            if message.role == "user":
+                ids += self._user(tokenizer, message.text, system if index == 0 else "")
+            else:
+                ids += self._model(tokenizer, message)
+        return ids
+
     def _head(self, tokenizer: Tokenizer, system: str) -> list[int]:
         """What stands before the first turn, after `<bos>`."""
         return []
@@ -107,7 +138,7 @@ class Template(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class GemmaTemplate(Template):
+class GemmaTemplate(MessageTemplate):
     """The turns of instruction-tuned Gemma; system text leads the first user turn.
 
     Source: https://ai.google.dev/gemma/docs/core/prompt-structure
@@ -120,7 +151,7 @@ class GemmaTemplate(Template):
         turn = tokenizer.encode(f"user\n{lead}{text.strip()}")
         return [
             *self._turn(tokenizer, turn),
-            tokenizer.control[_START],
+            _piece(tokenizer, _START),
             *tokenizer.encode("model\n"),
         ]
 
@@ -128,19 +159,29 @@ class GemmaTemplate(Template):
         reply = message.ids
         if reply is None:
             reply = tuple(self.reply_ids(tokenizer, message.text))
-        return [*reply, tokenizer.control[_END], *tokenizer.encode("\n")]
+        return [*reply, _piece(tokenizer, _END), *tokenizer.encode("\n")]
 
     def reply_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """See `Template`."""
         return tokenizer.encode(text.strip())
 
     def _turn(self, tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-        control = tokenizer.control
-        return [control[_START], *ids, control[_END], *tokenizer.encode("\n")]
+        start, end = _piece(tokenizer, _START), _piece(tokenizer, _END)
+        return [start, *ids, end, *tokenizer.encode("\n")]
+
+
+def _piece(tokenizer: Tokenizer, piece: str) -> int:
+    """The id of one of Gemma's control pieces."""
+    if piece not in tokenizer.control:
+        raise TemplateError(
+            f"the vocabulary has no {piece!r}, which Gemma's turns need: pass template="
+            '"transcript" or "none", or one of your own'
+        )
+    return tokenizer.control[piece]
 
 
 @dataclasses.dataclass(frozen=True)
-class TranscriptTemplate(Template):
+class TranscriptTemplate(MessageTemplate):
     """A transcript for base checkpoints, which continue text and know no turns.
 
     A system line and example turns show the form and the tone; the model continues after
@@ -201,7 +242,7 @@ class TranscriptTemplate(Template):
 
 
 @dataclasses.dataclass(frozen=True)
-class RawTemplate(Template):
+class RawTemplate(MessageTemplate):
     """No form at all: the model continues the text as typed."""
 
     name: ClassVar[str] = "none"
@@ -224,19 +265,53 @@ _BY_NAME: dict[str, type[Template]] = {
 }
 
 
-def resolve_template(template: str | Template, tuning: str | None = None) -> Template:
-    """A template by name; "auto" takes `tuning`: "instruction" speaks in turns, "base" does not.
+def resolve_template(
+    template: str | Template | None,
+    tuning: str | None = None,
+    own: ChatTemplates | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Template:
+    """A template by name, as a Jinja text, or as it is.
+
+    Args:
+      template: a name; "auto" or None takes the checkpoint's own, or else by its tuning; "jinja" or
+        the name of one of several takes the checkpoint's own; a text with "{{" or "{%" is one.
+      tuning: "instruction" speaks in turns, "base" does not.
+      own: the templates of the checkpoint's files.
+      tokenizer: of the checkpoint.
 
     Raises:
       ValueError: an unknown name.
+      TemplateError: a chat template that cannot be followed.
     """
     if isinstance(template, Template):
         return template
-    if template == "auto":
+    template = "auto" if template is None else template
+    if template == "auto" and own is None:
         return GemmaTemplate() if tuning == "instruction" else TranscriptTemplate()
-    if template not in _BY_NAME:
+    if isinstance(template, str) and template in _BY_NAME:
+        return _BY_NAME[template]()
+    names = () if own is None else ("auto", "jinja", *(name for name, _ in own.sources))
+    is_source = isinstance(template, str) and ("{{" in template or "{%" in template)
+    if not isinstance(template, str) or not (is_source or template in names):
+        known = dict.fromkeys((*(names or ("auto",)), *_BY_NAME))
         raise ValueError(
-            f"unknown template {template!r}; expected 'auto', {', '.join(map(repr, _BY_NAME))} or "
-            "a Template of your own"
+            f"unknown template {template!r}; expected {', '.join(map(repr, known))} or a Template "
+            "of your own, which may be a text in Jinja"
         )
-    return _BY_NAME[template]()
+    from gemma_nb.text import chat_template  # which needs Jinja
+
+    if is_source:
+        return chat_template.from_text(template, own, tokenizer)
+    assert own is not None
+    found = chat_template.from_files(own, "default" if template == "auto" else template, tokenizer)
+    return found or GemmaTemplate()
+
+
+def template_class(name: str) -> type[Template] | None:
+    """This package's template of a name."""
+    if name == "jinja":
+        from gemma_nb.text.chat_template import JinjaTemplate
+
+        return JinjaTemplate
+    return _BY_NAME.get(name)

@@ -125,9 +125,98 @@ def test_text_parts_are_joined(tiny_model):
     assert chat.turns[0].text == "Hello"
 
 
+CHATGPT = {
+    "title": "A talk",
+    "current_node": "c",
+    "mapping": {
+        "root": {"id": "root", "message": None, "parent": None, "children": ["s"]},
+        "s": {
+            "message": {
+                "author": {"role": "system"},
+                "content": {"content_type": "text", "parts": [""]},
+            },
+            "parent": "root",
+        },
+        "a": {
+            "message": {
+                "id": "a",
+                "author": {"role": "user", "name": None},
+                "content": {"content_type": "text", "parts": ["Hello"]},
+                "metadata": {"timestamp_": "absolute"},
+            },
+            "parent": "s",
+        },
+        "b": {
+            "message": {
+                "author": {"role": "assistant"},
+                "content": {"content_type": "text", "parts": ["Another"]},
+            },
+            "parent": "a",
+        },
+        "c": {
+            "message": {
+                "author": {"role": "assistant"},
+                "content": {"content_type": "text", "parts": ["Hi"]},
+            },
+            "parent": "a",
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "exported",
+    [
+        [
+            {"id": 1, "role": "user", "content": "Hello", "timestamp": 1.5, "name": None},
+            {
+                "role": "assistant",
+                "content": "Hi",
+                "model": "gpt",
+                "tool_calls": None,
+                "function_call": None,
+                "refusal": None,
+                "audio": None,
+                "annotations": [],
+            },
+        ],
+        [
+            {"role": "User", "content": [{"type": "input_text", "text": "Hello"}]},
+            {"role": "MODEL", "parts": [{"text": "H"}, {"text": "i"}]},
+        ],
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]},
+        {"id": "x", "messages": [{"role": "user", "content": ["Hel", "lo"]}, *MESSAGES[9:]]},
+        CHATGPT,
+        [CHATGPT],
+    ],
+)
+def test_messages_of_other_programs_are_read(tiny_model, tmp_path, exported):
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps(exported), encoding="utf-8")
+    for source in (exported, path):
+        chat = gnb.ChatSession.from_messages(*tiny_model, source)
+        assert [turn.text for turn in chat.turns] == ["Hello", "Hi"][: len(chat.turns)]
+        assert chat.system == chat.template.default_system
+
+
+def test_several_system_messages_lead_together(tiny_model):
+    listed = [{"role": "developer", "content": "Sing."}, *MESSAGES]
+    assert gnb.ChatSession.from_messages(*tiny_model, listed).system == "Sing.\n\nBe brief."
+
+
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
+        ([CHATGPT, CHATGPT], "this holds 2 conversations: pass one, such as"),
+        ({"text": "Hello"}, "expected a list of messages"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            "got one of type 'image_url': images and files are not read",
+        ),
+        ([{"role": "user", "content": "x", "images": ["aGk="]}], "got also images"),
+        ([{"role": "user", "content": {"content_type": "code", "text": "x"}}], "of type 'code'"),
+        ([{"role": None, "content": "x"}], "message 0: expected {"),
+        ([{"role": ["user"], "content": "x"}], "message 0: expected a role of system"),
         (["Hello"], "message 0: expected {"),
         ([{"role": "tool", "content": "x"}], "message 0: expected a role of system"),
         ([{"role": "assistant", "content": "x"}], "message 0: expected the user"),

@@ -209,11 +209,29 @@ def test_sources_that_cannot_be_loaded_say_what_to_do(source, message):
         ({"dtype": "float16"}, "expected dtype 'bfloat16', 'float32' or 'int8', got 'float16'"),
         ({"mesh": object()}, 'expected a jax.sharding.Mesh, "auto" or None'),
         ({"revision": "main"}, "expected revision=None for a path, got 'main'"),
+        ({"revision": 1}, "revision must be a string or None; got 1"),
+        ({"dtype": 16}, "dtype must be 'bfloat16', 'float32', 'int8' or None; got 16"),
+        ({"dtype": float}, "expected dtype .* got 'float64'"),
+        ({"force": "yes"}, "force must be True or False"),
+        ({"progress": "bar"}, "progress must be None, False or a function"),
+        ({"upcast_activations_to_float32": 1}, "upcast_activations_to_float32 must be True"),
     ],
 )
 def test_arguments_that_are_not_available_are_refused(tiny_gguf, arguments, message):
     with pytest.raises(ValueError, match=message):
         gnb.load(tiny_gguf, **arguments)
+
+
+@pytest.mark.parametrize("source", [None, 5, b"gemma3-270m", "", "a\0b"])
+def test_what_is_no_path_is_refused_by_name(source):
+    with pytest.raises(ValueError, match="source must be a released name or a path"):
+        gnb.load(source)
+
+
+def test_a_dtype_may_be_one_of_numpys_or_jaxs(tiny_gguf):
+    for dtype in (np.float32, np.dtype("float32"), jax.numpy.float32):
+        model, _ = gnb.load(tiny_gguf, dtype=dtype, progress=False)
+        assert model.params["embedder"]["input_embedding"].dtype == np.float32
 
 
 def test_int8_is_a_storage_beside_the_same_parameters(tiny_gguf):
@@ -237,6 +255,7 @@ def test_a_file_tells_its_tuning_by_its_chat_template(tmp_path):
     assert (info.name, info.tuning) == ("my-model", "instruction")
     assert dict(info.sampling) == dict(presets.GEMMA3_SAMPLING)
     assert info.source == str(path)
+    assert dict(info.chat_templates.sources) == {"default": "{{ '<start_of_turn>' }}"}
 
 
 @pytest.mark.usefixtures("cache", "no_compilation_cache")

@@ -206,11 +206,69 @@ def test_settings_are_not_compiled_in():
         ("max_new_tokens", 0),
         ("seed", -1),
         ("stop", ("",)),
+        # What JSON of another program, a form or a slip may give.
+        ("temperature", True),
+        ("temperature", "0.5"),
+        ("temperature", [1.0]),
+        ("top_k", "40"),
+        ("top_k", 40.5),
+        ("top_k", True),
+        ("seed", "7"),
+        ("seed", 2**32),
+        ("stop", 3),
+        ("stop", [None]),
+        ("stop", b"END"),
+        ("stop", {"END": 1}),
+        ("forbidden", "12"),  # a text is no list of digits
+        ("forbidden", [1.5]),
+        ("forbidden", {"1": 2}),
+        # What float32 rounds to 0 or infinity, or what logits become when divided by it.
+        ("temperature", 1e-46),
+        ("temperature", 1e-40),
+        ("temperature", 1e39),
+        ("temperature", 10**400),
+        ("top_p", 1e-46),
+        ("min_p", 1e-40),
+        ("repetition_penalty", 1e-46),
+        ("repetition_penalty", 1e39),
     ],
 )
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"stop": None, "forbidden": None, "temperature": None, "max_new_tokens": None}, {}),
+        ({"stop": ["a", "b"], "forbidden": [1, 2]}, {"stop": ("a", "b"), "forbidden": (1, 2)}),
+        ({"top_k": 40.0, "seed": 3.0}, {"top_k": 40, "seed": 3}),
+        ({"top_k": np.int64(40), "top_p": np.float64(0.5)}, {"top_k": 40, "top_p": 0.5}),
+        (
+            {"temperature": np.array(0.5), "min_p": jnp.float32(0.5)},
+            {"temperature": 0.5, "min_p": 0.5},
+        ),
+        ({"forbidden": np.arange(3)}, {"forbidden": (0, 1, 2)}),
+        ({"forbidden": 7}, {"forbidden": (7,)}),
+    ],
+)
+def test_settings_are_taken_as_json_and_numpy_spell_them(given, plain):
+    sampling = Sampling(**given)
+    assert sampling == Sampling(**plain)
+    kinds = {type(value) for value in dataclasses.astuple(sampling)}
+    assert kinds <= {int, float, tuple, type(None)}  # so that they can be stored and hashed
+
+
+@pytest.mark.parametrize("temperature", [1e-24, 1e24])
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_a_token_is_drawn_at_the_edge_of_what_is_allowed(temperature, penalty):
+    """Logits of 1e5 are far beyond those of any model."""
+    logits = jnp.asarray(random_logits(0, 3e4, 512))
+    sampling = Sampling(temperature, min_p=1e-24, top_p=0.9, repetition_penalty=penalty, seed=0)
+    seen = jnp.arange(512) % 2 == 0
+    p = np.asarray(probabilities(logits, Controls.of(sampling, 512), seen))
+    assert p.sum() == pytest.approx(1, abs=1e-4)
 
 
 def test_a_lone_stop_string_is_one_stop_string():
