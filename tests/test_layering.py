@@ -19,6 +19,7 @@ ROOMS = [
         "lazy",
         "errors",
         "typing",
+        "indices",
         "cache",
         "processor",
         "executables",

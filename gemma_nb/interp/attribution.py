@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.indices import Indices
 from gemma_nb.interp.lens import model_of
-from gemma_nb.interp.sizes import Indices, check_positions
+from gemma_nb.interp.sizes import check_position
 from gemma_nb.interp.trace import Trace
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import check_heads, check_layers
@@ -72,9 +73,7 @@ def direct_logit_attribution(
 
     query = None
     if by == "token":
-        given = check_positions(-1 if position is None else position, len(trace.tokens))
-        assert given is not None
-        query = given[0]
+        query = check_position(-1 if position is None else position, len(trace.tokens))
     shares = _Shares(trace, model, head, query)
     names, rows = shares.rows(by)
     layers, kinds, heads = zip(*names, strict=True)

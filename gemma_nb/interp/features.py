@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gemma_nb.interp.sizes import Indices, check_positions
+from gemma_nb.indices import Indices
+from gemma_nb.interp.sizes import check_positions
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interventions import Steer
 from gemma_nb.interventions.base import lines_of
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.sites import check_layers, site_of
+from gemma_nb.sites import check_layer, site_of
 from gemma_nb.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def top_activations(
     width = {"F": model.config.hidden_dim, "D": model.config.embed_dim}.get(found.dims[2], 0)
     if not 0 <= neuron < width:
         raise ValueError(f"neuron {neuron} does not exist: {site} has 0 to {width - 1}")
-    check_layers(layer, model.config.num_layers)
+    layer = check_layer(layer, model.config.num_layers)
     what: dict[str, int | str] = {"layer": layer, "neuron": neuron, "site": site}
     return _strongest(
         *(model, tokenizer, texts, k, what),

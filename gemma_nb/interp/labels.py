@@ -95,7 +95,7 @@ class Labels:
           dims: names of axes.
           layers: which layers the axis "layer" holds; None for all, as below.
           positions: which positions "position" or "query" holds; "key" always holds all.
-          heads: which query heads "head" holds.
+          heads: which query heads "head" holds, or "kv_head" key-value heads.
         """
         c, found = self.config, dict[str, Any]()
         if "layer" in dims:
@@ -110,7 +110,7 @@ class Labels:
             which = np.arange(c.num_heads) if heads is None else np.asarray(heads)
             found |= {"head": which, "kv_group": ("head", which * c.num_kv_heads // c.num_heads)}
         if "kv_head" in dims:
-            found["kv_head"] = np.arange(c.num_kv_heads)
+            found["kv_head"] = np.arange(c.num_kv_heads) if heads is None else np.asarray(heads)
         return found
 
     def _positions(self, dim: str, positions: Any) -> dict[str, Any]:

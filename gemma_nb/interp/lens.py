@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_nb.interp.sizes import Indices, check_positions
+from gemma_nb.indices import Indices
+from gemma_nb.interp.sizes import check_positions
 from gemma_nb.interp.trace import Trace
 from gemma_nb.interp.vocabulary import normalise, read
 from gemma_nb.model import GemmaTransformer

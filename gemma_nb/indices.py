@@ -1,0 +1,209 @@
+"""Indices as people write them: numbers, lists, slices, boolean masks and arrays of any library.
+
+Layers, heads, positions, neurons, features and tokens are all named through these functions, so
+that what is an index is so everywhere: whole numbers of Python, numpy, JAX and xarray (0-d arrays
+are numbers), lists, ranges and arrays of them, slices, and boolean masks as long as what they
+choose from.  A lone truth value and floating-point numbers are none, even where `int` would take
+them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, SupportsIndex, TypeAlias
+
+import numpy as np
+
+# Which layers, positions, heads, ... a user asks for; None means all.
+Indices: TypeAlias = SupportsIndex | slice | Iterable[Any] | None
+# One of them.
+Index: TypeAlias = SupportsIndex | Iterable[Any]
+
+
+def indices(
+    given: Indices, count: int, what: str, *, owner: str = "there are", argument: str = ""
+) -> tuple[int, ...]:
+    """`given` as indices from 0 to `count` - 1, in its own order and as often as it names them.
+
+    Args:
+      given: what a user wrote; None means all.  Negative numbers count from the end.
+      count: of how many.
+      what: the noun for one, such as "layer".
+      owner: how an error says what there is, such as "the model has layers".
+      argument: the name of the argument; "" for the plural of `what`.
+
+    Raises:
+      ValueError: no index, one out of range, none at all, or a mask of another length; the message
+        names the argument.
+    """
+    argument = argument or f"{what}s"
+    if given is None:
+        return tuple(range(count))
+    if isinstance(given, slice):
+        found = list(range(*_bounds(given, argument).indices(count)))
+    else:
+        numbers = listed(given, argument)
+        found = _chosen(numbers, count, argument, what) if is_mask(numbers) else numbers
+    for i in found:
+        if not -count <= i < count:
+            raise ValueError(f"{what} {i} does not exist: {owner} 0 to {count - 1}")
+    if not found:
+        raise ValueError(f"{argument} is empty: name at least one {what}, or pass None for all")
+    return tuple(i % count for i in found)
+
+
+def ascending(
+    given: Indices, count: int, what: str, *, owner: str = "there are", argument: str = ""
+) -> tuple[int, ...]:
+    """`indices` in ascending order, each once."""
+    found = indices(given, count, what, owner=owner, argument=argument)
+    return tuple(sorted(set(found)))
+
+
+def one(
+    given: Index, count: int, what: str, *, owner: str = "there are", argument: str = ""
+) -> int:
+    """`given` as a single index; a list or mask that names one is as good.
+
+    Raises:
+      ValueError: as of `indices`, or several.
+    """
+    argument = argument or what
+    if given is None:
+        raise ValueError(f"{argument} must name one {what}, got None")
+    found = indices(given, count, what, owner=owner, argument=argument)
+    return _single(found, given, what, argument)
+
+
+def among(given: Indices, known: Sequence[int], what: str, *, argument: str = "") -> list[int]:
+    """Those of the numbers `known` that `given` names, in its order; None means all.
+
+    For arrays that hold some layers, heads or positions: numbers are what the array calls them,
+    a mask is as long as `known`, and a slice takes those of its range.
+
+    Raises:
+      ValueError: no index, one that is not known, none at all, or a mask of another length.
+    """
+    argument = argument or f"{what}s"
+    if given is None:
+        return list(known)
+    if isinstance(given, slice):
+        within = range(*_bounds(given, argument).indices(max(known, default=-1) + 1))
+        found = [i for i in within if i in known]
+    else:
+        found = listed(given, argument)
+        if is_mask(found):
+            found = [known[i] for i in _chosen(found, len(known), argument, what)]
+    if missing := [i for i in found if i not in known]:
+        names = f"{what} {missing[0]} is" if len(missing) == 1 else f"{what}s {missing} are"
+        raise ValueError(f"{names} not here; the {what}s are {span(known)}")
+    if not found:
+        raise ValueError(f"{argument} is empty: name at least one {what}, or pass None for all")
+    return found
+
+
+def one_among(given: Index, known: Sequence[int], what: str, *, argument: str = "") -> int:
+    """`among` of a single number."""
+    argument = argument or what
+    if given is None:
+        raise ValueError(f"{argument} must name one {what}; the {what}s are {span(known)}")
+    return _single(among(given, known, what, argument=argument), given, what, argument)
+
+
+def number(given: Any, argument: str) -> int:
+    """A whole number: of Python, numpy, JAX or xarray.
+
+    Raises:
+      ValueError: a truth value, a floating-point number, or several.
+    """
+    found = _single(listed(given, argument), given, "whole number", argument)
+    if isinstance(found, bool):
+        raise ValueError(f"{argument} must be a whole number, got {given!r:.60}")
+    return found
+
+
+def listed(given: Any, argument: str) -> list[Any]:
+    """`given` as Python numbers, or as truth values where it is a mask; see `is_mask`.
+
+    Of how many is not known here: negative numbers stay what they are.
+
+    Raises:
+      ValueError: no whole numbers, a lone truth value, or truth values among numbers.
+    """
+    values = _array(given)
+    if values is None:
+        single = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else None
+        if single is None:
+            raise _no_indices(given, argument)
+        values = [_array(x, inside=True) for x in single]
+        if any(x is None or x.ndim or x.dtype.kind not in "iub" for x in values):
+            raise _no_indices(given, argument)
+        values = [x.item() for x in values]
+        if len({isinstance(x, bool) for x in values}) > 1:
+            raise ValueError(
+                f"{argument} mixes truth values and numbers, got {given!r:.60}: pass a mask or "
+                "indices"
+            )
+        return values
+    if values.ndim == 0 and values.dtype.kind == "b":
+        raise ValueError(
+            f"{argument} must be whole numbers or a mask, got the truth value {bool(values)}"
+        )
+    if values.size == 0 and values.ndim == 1:
+        return []
+    if values.ndim > 1 or values.dtype.kind not in "iub":
+        raise _no_indices(given, argument)
+    found: list[Any] = np.atleast_1d(values).tolist()
+    return found
+
+
+def is_mask(values: Collection[Any]) -> bool:
+    """Whether `listed` found truth values."""
+    return bool(values) and isinstance(next(iter(values)), bool)
+
+
+def span(known: Sequence[int]) -> str:
+    """Numbers in words: "0 to 17", or a list of them where there are gaps."""
+    if len(known) > 2 and list(known) == list(range(known[0], known[0] + len(known))):
+        return f"{known[0]} to {known[-1]}"
+    return ", ".join(map(str, known)) or "none"
+
+
+def _array(given: Any, *, inside: bool = False) -> np.ndarray | None:
+    """A number or an array of any library as numpy's; None for a list, and for what is neither."""
+    if isinstance(given, bool | int | float | np.generic | np.ndarray):
+        return np.asarray(given)
+    if isinstance(given, range) and not inside:
+        return np.arange(given.start, given.stop, given.step)
+    if hasattr(given, "dtype") and hasattr(given, "shape"):
+        return np.asarray(given)
+    if isinstance(given, SupportsIndex):
+        return np.asarray(operator.index(given))
+    return None
+
+
+def _bounds(given: slice, argument: str) -> slice:
+    parts = (given.start, given.stop, given.step)
+    return slice(*(None if x is None else number(x, argument) for x in parts))
+
+
+def _chosen(mask: Sequence[bool], count: int, argument: str, what: str) -> list[int]:
+    if len(mask) != count:
+        raise ValueError(
+            f"{argument} is a mask of {len(mask)}, and there are {count} {what}s: a mask has one "
+            f"truth value for each {what}"
+        )
+    return [i for i, chosen in enumerate(mask) if chosen]
+
+
+def _single(found: Sequence[int], given: Any, what: str, argument: str) -> int:
+    if len(found) != 1:
+        raise ValueError(f"{argument} takes one {what}, got {len(found)}: {given!r:.60}")
+    return found[0]
+
+
+def _no_indices(given: Any, argument: str) -> ValueError:
+    return ValueError(
+        f"{argument} must be whole numbers, a slice or a boolean mask, got {given!r:.60}"
+    )
