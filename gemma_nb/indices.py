@@ -19,6 +19,7 @@ import numpy as np
 Indices: TypeAlias = SupportsIndex | slice | Iterable[Any] | None
 # One of them.
 Index: TypeAlias = SupportsIndex | Iterable[Any]
+_MISSING = "{what} {given} is not here; the {what}s are {known}"
 
 
 def indices(
@@ -76,11 +77,20 @@ def one(
     return _single(found, given, what, argument)
 
 
-def among(given: Indices, known: Sequence[int], what: str, *, argument: str = "") -> list[int]:
+def among(
+    given: Indices, known: Sequence[int], what: str, *, argument: str = "", missing: str = _MISSING
+) -> list[int]:
     """Those of the numbers `known` that `given` names, in its order; None means all.
 
     For arrays that hold some layers, heads or positions: numbers are what the array calls them,
     a mask is as long as `known`, and a slice takes those of its range.
+
+    Args:
+      given: what a user wrote.
+      known: ascending numbers.
+      what: the noun for one, such as "layer".
+      argument: the name of the argument; "" for the plural of `what`.
+      missing: what an error says of a number that is not known, with {what}, {given} and {known}.
 
     Raises:
       ValueError: no index, one that is not known, none at all, or a mask of another length.
@@ -95,32 +105,40 @@ def among(given: Indices, known: Sequence[int], what: str, *, argument: str = ""
         found = listed(given, argument)
         if is_mask(found):
             found = [known[i] for i in _chosen(found, len(known), argument, what)]
-    if missing := [i for i in found if i not in known]:
-        names = f"{what} {missing[0]} is" if len(missing) == 1 else f"{what}s {missing} are"
-        raise ValueError(f"{names} not here; the {what}s are {span(known)}")
+    for i in found:
+        if i not in known:
+            raise ValueError(missing.format(what=what, given=i, known=span(known)))
     if not found:
         raise ValueError(f"{argument} is empty: name at least one {what}, or pass None for all")
     return found
 
 
-def one_among(given: Index, known: Sequence[int], what: str, *, argument: str = "") -> int:
+def one_among(
+    given: Index | None, known: Sequence[int], what: str, *, missing: str = _MISSING
+) -> int:
     """`among` of a single number."""
-    argument = argument or what
     if given is None:
-        raise ValueError(f"{argument} must name one {what}; the {what}s are {span(known)}")
-    return _single(among(given, known, what, argument=argument), given, what, argument)
+        raise ValueError(missing.format(what=what, given=given, known=span(known)))
+    return _single(among(given, known, what, argument=what, missing=missing), given, what, what)
 
 
-def number(given: Any, argument: str) -> int:
-    """A whole number: of Python, numpy, JAX or xarray.
+def number(given: Any, argument: str, what: str = "whole number") -> int:
+    """A whole number: of Python, numpy, JAX or xarray; of a list the only one.
+
+    Args:
+      given: what a user wrote.
+      argument: its name, for errors.
+      what: the noun for what it names, such as "layer".
 
     Raises:
       ValueError: a truth value, a floating-point number, or several.
     """
-    found = _single(listed(given, argument), given, "whole number", argument)
-    if isinstance(found, bool):
+    found = [] if isinstance(given, slice | str) else listed(given, argument)
+    if len(found) > 1 and not is_mask(found):
+        raise _several(found, given, what, argument)
+    if len(found) != 1 or is_mask(found):
         raise ValueError(f"{argument} must be a whole number, got {given!r:.60}")
-    return found
+    return int(found[0])
 
 
 def listed(given: Any, argument: str) -> list[Any]:
@@ -164,10 +182,8 @@ def is_mask(values: Collection[Any]) -> bool:
 
 
 def span(known: Sequence[int]) -> str:
-    """Numbers in words: "0 to 17", or a list of them where there are gaps."""
-    if len(known) > 2 and list(known) == list(range(known[0], known[0] + len(known))):
-        return f"{known[0]} to {known[-1]}"
-    return ", ".join(map(str, known)) or "none"
+    """Numbers in words: "0 to 17" of a range, or a list of them."""
+    return f"{known[0]} to {known[-1]}" if isinstance(known, range) else str(list(known))
 
 
 def _array(given: Any, *, inside: bool = False) -> np.ndarray | None:
@@ -199,8 +215,15 @@ def _chosen(mask: Sequence[bool], count: int, argument: str, what: str) -> list[
 
 def _single(found: Sequence[int], given: Any, what: str, argument: str) -> int:
     if len(found) != 1:
-        raise ValueError(f"{argument} takes one {what}, got {len(found)}: {given!r:.60}")
+        raise _several(found, given, what, argument)
     return found[0]
+
+
+def _several(found: Sequence[int], given: Any, what: str, argument: str) -> ValueError:
+    return ValueError(
+        f"{argument} takes one {what}, got {len(found)}: {given!r:.60}; for several, repeat it for "
+        "each"
+    )
 
 
 def _no_indices(given: Any, argument: str) -> ValueError:

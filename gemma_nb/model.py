@@ -17,7 +17,7 @@ from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
-from gemma_nb.interventions.base import check
+from gemma_nb.interventions.base import check, warn_of_unreached
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
 from gemma_nb.structure import ArrayStructure, ParamTree, draw
@@ -244,7 +244,8 @@ class GemmaTransformer:
     def __call__(self, inputs: GemmaInputs) -> xarray.DataArray:
         """float32 logits ("seq", "vocabulary"), led by "batch" where the tokens are.
 
-        The logits at position t are for the token at position t + 1.
+        The logits at position t are for the token at position t + 1.  An intervention that names
+        positions which the tokens do not reach is an InterventionWarning.
 
         Raises:
           ValueError: tokens outside the vocabulary, or not of one or two axes; positions or a mask
@@ -254,6 +255,9 @@ class GemmaTransformer:
 
         tokens = jnp.asarray(inputs.tokens, jnp.int32)
         self._check(tokens, inputs)
+
+        length = tokens.shape[-1] if inputs.positions is None else int(inputs.positions.max()) + 1
+        warn_of_unreached(self.interventions, length)
 
         def batched(x: jax.Array | None) -> jax.Array | None:
             x = x if x is None or tokens.ndim == 2 else jnp.asarray(x)[None]

@@ -64,6 +64,11 @@ def direct_logit_attribution(
     model = model_of(trace)
     if by not in ("component", "head", "token"):
         raise ValueError(f'by must be "component", "head" or "token", got {by!r}')
+    if by != "token" and position is not None:
+        raise ValueError(
+            f'position= is for by="token"; by="{by}" has all positions: take one with '
+            ".sel(position=...)"
+        )
     token = trace.labels_of.id_of(token)
     against = None if against is None else trace.labels_of.id_of(against)
     table = model.params["embedder"]["input_embedding"]

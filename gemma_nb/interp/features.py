@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gemma_nb.indices import Indices
+from gemma_nb.indices import Indices, one
 from gemma_nb.interp.sizes import check_positions
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interventions import Steer
@@ -64,9 +64,9 @@ def top_activations(
     found = site_of(model, site)
     if len(found.dims) != 3 or not found.per_layer:
         raise ValueError(f"neurons are looked for in sites of one vector per position, not {site}")
-    width = {"F": model.config.hidden_dim, "D": model.config.embed_dim}.get(found.dims[2], 0)
-    if not 0 <= neuron < width:
-        raise ValueError(f"neuron {neuron} does not exist: {site} has 0 to {width - 1}")
+    c = model.config
+    sizes = {"F": c.hidden_dim, "D": c.embed_dim, "N": c.num_heads, "K": c.num_kv_heads}
+    neuron = one(neuron, sizes[found.dims[2]], "neuron", owner=f"{site} has")
     layer = check_layer(layer, model.config.num_layers)
     what: dict[str, int | str] = {"layer": layer, "neuron": neuron, "site": site}
     return _strongest(

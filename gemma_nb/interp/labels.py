@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_nb.config import TransformerConfig
+from gemma_nb.indices import number
 from gemma_nb.sites import Site
 
 if TYPE_CHECKING:
@@ -75,11 +76,10 @@ class Labels:
                     "belongs to it"
                 )
             (token,) = ids
-        if not 0 <= int(token) < self.config.num_embed:
-            raise ValueError(
-                f"token ids must lie in 0 to {self.config.num_embed - 1}, got {int(token)}"
-            )
-        return int(token)
+        token = number(token, "token", "token")
+        if not 0 <= token < self.config.num_embed:
+            raise ValueError(f"token ids must lie in 0 to {self.config.num_embed - 1}, got {token}")
+        return token
 
     def coords(
         self,

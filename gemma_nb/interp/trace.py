@@ -17,7 +17,7 @@ from gemma_nb.interp.labels import Labels, dims_of
 from gemma_nb.interp.passes import Pass
 from gemma_nb.interp.pieces import Selection
 from gemma_nb.interp.sizes import Chosen, refuse_too_large
-from gemma_nb.interventions.base import lines_of
+from gemma_nb.interventions.base import lines_of, warn_of_unreached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import SITES, Site, check_layer, site_of
 from gemma_nb.structure import draw
@@ -248,7 +248,8 @@ def trace(
     """Runs a text through the model and keeps what the `sites` saw.
 
     The pass is the plain linen module in the precision of the model's parameters, under the model's
-    interventions.  Only the sites and layers asked for are ever materialised; the residual stream
+    interventions; one that names positions which the text does not reach is an InterventionWarning.
+    Only the sites and layers asked for are ever materialised; the residual stream
     is kept besides, so that everything else can be had later without another pass.
 
     Args:
@@ -272,9 +273,36 @@ def trace(
       ValueError: an unknown site or layer, an empty text, ids outside the vocabulary, or a request
         larger than the limit; the message says what to ask for instead.
     """
+    ids = token_ids(model, tokens_or_text, tokenizer)
+    warn_of_unreached(model.interventions, len(ids))
+    return captured(
+        *(model, ids, tokenizer),
+        sites=sites,
+        layers=layers,
+        positions=positions,
+        heads=heads,
+        dtype=dtype,
+        turns=turns,
+        roles=roles,
+    )
+
+
+def captured(
+    model: GemmaTransformer,
+    ids: np.ndarray,
+    tokenizer: Tokenizer | None,
+    *,
+    sites: Sequence[str] | str,
+    layers: Indices = None,
+    positions: Indices = None,
+    heads: Indices = None,
+    dtype: str = "float32",
+    turns: Sequence[int] | None = None,
+    roles: Sequence[str] | None = None,
+) -> Trace:
+    """`trace` of (T,) int32 ids, which are not the end of the text where a conversation goes on."""
     names = [sites] if isinstance(sites, str) else list(sites)
     wanted = [site_of(model, name) for name in names]
-    ids = token_ids(model, tokens_or_text, tokenizer)
     chosen = Chosen.of(wanted, model.config, len(ids), layers, positions, heads)
     refuse_too_large(wanted, chosen, len(ids), model.config, dtype)
     labels = Labels(
