@@ -151,19 +151,7 @@ def listed(given: Any, argument: str) -> list[Any]:
     """
     values = _array(given)
     if values is None:
-        single = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else None
-        if single is None:
-            raise _no_indices(given, argument)
-        values = [_array(x, inside=True) for x in single]
-        if any(x is None or x.ndim or x.dtype.kind not in "iub" for x in values):
-            raise _no_indices(given, argument)
-        values = [x.item() for x in values]
-        if len({isinstance(x, bool) for x in values}) > 1:
-            raise ValueError(
-                f"{argument} mixes truth values and numbers, got {given!r:.60}: pass a mask or "
-                "indices"
-            )
-        return values
+        return _of_list(given, argument)
     if values.ndim == 0 and values.dtype.kind == "b":
         raise ValueError(
             f"{argument} must be whole numbers or a mask, got the truth value {bool(values)}"
@@ -173,6 +161,23 @@ def listed(given: Any, argument: str) -> list[Any]:
     if values.ndim > 1 or values.dtype.kind not in "iub":
         raise _no_indices(given, argument)
     found: list[Any] = np.atleast_1d(values).tolist()
+    return found
+
+
+def _of_list(given: Any, argument: str) -> list[Any]:
+    """`listed` of what is no array."""
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise _no_indices(given, argument)
+    found: list[Any] = []
+    for each in given:
+        value = _array(each, inside=True)
+        if value is None or value.ndim or value.dtype.kind not in "iub":
+            raise _no_indices(given, argument)
+        found.append(value.item())
+    if len({isinstance(x, bool) for x in found}) > 1:
+        raise ValueError(
+            f"{argument} mixes truth values and numbers, got {given!r:.60}: pass a mask or indices"
+        )
     return found
 
 
@@ -204,7 +209,7 @@ def _bounds(given: slice, argument: str) -> slice:
     return slice(*(None if x is None else number(x, argument) for x in parts))
 
 
-def _chosen(mask: Sequence[bool], count: int, argument: str, what: str) -> list[int]:
+def _chosen(mask: Sequence[Any], count: int, argument: str, what: str) -> list[int]:
     if len(mask) != count:
         raise ValueError(
             f"{argument} is a mask of {len(mask)}, and there are {count} {what}s: a mask has one "

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from treescope import renderers, rendering_parts
 
+# Between a model's name and what of it was edited, in titles.
+EDITED = ", edited ("
+_SHOWN_EDITS = 3
+
 
 @flax.struct.dataclass
 class GemmaTransformer:
@@ -48,6 +52,8 @@ class GemmaTransformer:
         rounded to it where they meet weights (mean KL 1.9e-4, of which the vocabulary head alone
         makes 1.4e-4; 996 of 1,000 first choices the same).
       interventions: what is changed in every computation, see `intervene`; None changes nothing.
+      edits: what of the parameters is no longer what `info` names, in order: the globs given to
+        `edit`, and "other parameters" where they were replaced.
     """
 
     params: Params
@@ -56,6 +62,7 @@ class GemmaTransformer:
     info: ModelInfo | None = flax.struct.field(pytree_node=False, default=None)
     storage: Literal["exact", "int8"] = flax.struct.field(pytree_node=False, default="exact")
     interventions: Interventions | None = None
+    edits: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     @classmethod
     def from_config(cls, config: TransformerConfig, *, key: Any = None) -> GemmaTransformer:
@@ -140,10 +147,13 @@ class GemmaTransformer:
 
     def place(self, mesh: placement.MeshLike) -> GemmaTransformer:
         """A copy whose parameters are split over `mesh`, see `gemma_nb.placement`."""
-        return self.replace(params=placement.place(self.params, self.config, mesh))
+        placed = placement.place(self.params, self.config, mesh)
+        return self.replace(params=placed, edits=self.edits)
 
     def edit(self, path_glob: str, fn: Callable[[Any], Any]) -> GemmaTransformer:
         """A copy with `fn` applied to some parameters; all others are shared with this model.
+
+        The copy's `title` says what was edited, in its repr and in all that is computed with it.
 
             model.edit("layer_*/attn/q_einsum/w", lambda w: 0.5 * w)
 
@@ -171,7 +181,8 @@ class GemmaTransformer:
                     f"got {new.shape}"
                 )
             flat[path] = new
-        return self.replace(params=flax.traverse_util.unflatten_dict(flat))
+        edits = (*self.edits, "/".join(pattern))
+        return self.replace(params=flax.traverse_util.unflatten_dict(flat), edits=edits)
 
     def intervene(self, *interventions: Intervention, start: int = 0) -> GemmaTransformer:
         """A copy that computes differently; the weights are shared, this model is untouched.
@@ -311,8 +322,13 @@ class GemmaTransformer:
 
     @property
     def title(self) -> str:
-        """What the model is called: its released name, or "Gemma"."""
-        return self.info.title if self.info else "Gemma"
+        """What the model is called: its released name, or "Gemma", and what of it was edited."""
+        name = self.info.title if self.info else "Gemma"
+        edits = list(dict.fromkeys(self.edits))
+        if not edits:
+            return name
+        shown = edits if len(edits) <= _SHOWN_EDITS else [*edits[:_SHOWN_EDITS], "..."]
+        return f"{name}{EDITED}{', '.join(shown)})"
 
     def __treescope_repr__(
         self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
@@ -330,7 +346,13 @@ class GemmaTransformer:
         return {"text/plain": repr(self), "text/html": treescope.render_to_html(self)}
 
     def replace(self, **changes: Any) -> GemmaTransformer:
-        """A copy with some fields changed; everything else is shared."""
+        """A copy with some fields changed; everything else is shared.
+
+        Other parameters in the place of a checkpoint's show in the copy's `title`.
+        """
+        named = self.info is not None and "info" not in changes and "edits" not in changes
+        if named and changes.get("params", self.params) is not self.params:
+            changes["edits"] = (*self.edits, "other parameters")
         return dataclasses.replace(self, **changes)
 
 

@@ -211,9 +211,8 @@ class Conversation:
             self._planner.when_full = policy
 
     def __repr__(self) -> str:
-        title = self.model.info.title if self.model.info else "Gemma"
         return (
-            f"<ChatSession {title}, {self.template.name}: {len(self.turns)} turns, "
+            f"<ChatSession {self.model.title}, {self.template.name}: {len(self.turns)} turns, "
             f"{self.cache_used} of {self.cache_length} positions>"
         )
 

@@ -116,8 +116,8 @@ class AblateHeads(Intervention):
         positions: Positions = None,
     ) -> None:
         try:
-            given = [
-                (number(i, "a layer in heads"), of if isinstance(of, slice) else list(of))
+            given: list[tuple[int, Any]] = [
+                (number(i, "a layer in heads"), of if isinstance(of, slice) else list(of))  # type: ignore[arg-type]
                 for i, of in heads.items()
             ]
         except (AttributeError, TypeError):

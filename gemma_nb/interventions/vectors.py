@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
@@ -242,7 +243,8 @@ class Steer(Intervention):
 
     Attributes:
       layer: () int32; `EVERYWHERE` at a site that the model has once.
-      vector: (D,).
+      vector: (D,), or as the site's value of one position is; of z and others with heads, all
+        heads side by side are as good.
       scale: () float32.
       where: at which positions.
       site: by default the residual stream after the layer.
@@ -277,14 +279,15 @@ class Steer(Intervention):
         """The site with the vector added."""
         del keys
         acts = wide(self.where(positions) & (self.layer == layer), value.ndim)
-        return jnp.where(acts, value + (self.scale * self.vector).astype(value.dtype), value)
+        added = (self.scale * self.vector).reshape(value.shape[2:])
+        return jnp.where(acts, value + added.astype(value.dtype), value)
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or a vector of another length."""
         if SITES[self.site].per_layer:
             check_places(config, self.layer)
         expected = shape_of(self.site, config)
-        if self.vector.shape != expected:
+        if self.vector.shape not in (expected, (math.prod(expected),)):
             raise ValueError(f"a vector for {self.site} is {expected}, got {self.vector.shape}")
 
     def __str__(self) -> str:

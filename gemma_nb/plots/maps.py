@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon
 
 from gemma_nb.indices import one_among
+from gemma_nb.model import EDITED
 from gemma_nb.plots.colors import FAINT, LOCAL
 from gemma_nb.plots.tokens import Tokens
 
@@ -124,9 +125,11 @@ def _listed(numbers: list[int]) -> str:
 
 
 def computed_under(array: xarray.DataArray | xarray.Dataset) -> list[str]:
-    """The remark that tells the interventions an array was computed under; none without any."""
+    """Remarks that tell an edited model and interventions; none of a model as it was released."""
     interventions = str(array.attrs.get("interventions", "")).splitlines()
-    return [f"computed under {', '.join(interventions)}"] if interventions else []
+    model = str(array.attrs.get("model", ""))
+    found = [f"computed with {model}"] if EDITED in model else []
+    return [*found, f"computed under {', '.join(interventions)}"] if interventions else found
 
 
 def layers_and_heads(source: Any) -> tuple[Sequence[int], Sequence[int], dict[int, int]]:
