@@ -17,7 +17,8 @@ from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
-from gemma_nb.interventions.base import check, warn_of_unreached
+from gemma_nb.interventions.base import check
+from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
 from gemma_nb.structure import ArrayStructure, ParamTree, draw
@@ -267,7 +268,11 @@ class GemmaTransformer:
         tokens = jnp.asarray(inputs.tokens, jnp.int32)
         self._check(tokens, inputs)
 
-        length = tokens.shape[-1] if inputs.positions is None else int(inputs.positions.max()) + 1
+        length = (
+            tokens.shape[-1]
+            if inputs.positions is None
+            else int(jnp.max(jnp.asarray(inputs.positions))) + 1
+        )
         warn_of_unreached(self.interventions, length)
 
         def batched(x: jax.Array | None) -> jax.Array | None:

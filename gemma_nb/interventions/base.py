@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_nb.errors import InterventionWarning
 from gemma_nb.indices import Indices, is_mask, listed, number
 from gemma_nb.sites import SITES, check_heads, check_layers, site
 from gemma_nb.structure import DrawnArray
@@ -326,31 +324,6 @@ def _num_heads(item: Intervention, config: TransformerConfig) -> int:
     return shapes[0][0] if shapes and len(shapes[0]) > 1 else config.num_heads
 
 
-def unreached(
-    under: Interventions | None, length: int, text: str = "the text has {} tokens"
-) -> tuple[str, ...]:
-    """One sentence for each intervention that names positions beyond a text of `length` tokens."""
-    if under is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(under)):
-        return ()
-    text = f"{text.format(length)}, positions 0 to {length - 1}"
-    if int(under.start) >= length:
-        return (f"{under}: position {int(under.start)} is not reached; {text}",)
-    said = ((item, item.unreached(length)) for item in under.items)
-    return tuple(f"{item}: {words}; {text}" for item, words in said if words)
-
-
-def warn_of_unreached(under: Interventions | None, length: int, *text: str) -> None:
-    """Warns, where the caller was called, of what a whole text of `length` tokens does not reach.
-
-    Args:
-      under: what is changed.
-      length: of the text, to which nothing will be added.
-      *text: what has that length, as of `unreached`.
-    """
-    for sentence in unreached(under, length, *text):
-        warnings.warn(sentence, InterventionWarning, stacklevel=3)
-
-
 def fill(target: Any, **fields: Any) -> None:
     """Sets fields of a frozen dataclass in its own `__init__`."""
     for name, value in fields.items():
@@ -501,14 +474,6 @@ def replacements(method: str, values: Callable[[int], Any] | None, count: int) -
     if method == "mean":
         taken = [x.mean(axis=0, keepdims=True) for x in taken]
     return jnp.asarray(np.stack(taken), jnp.float32)
-
-
-def unsampled(item: Any, length: int) -> str:
-    """That the reference of a resampling ablation ends before a text of `length`; "" otherwise."""
-    end = item.values.shape[1]
-    if item.method != "resample" or not item.where(jnp.arange(end, max(length, end))[None]).any():
-        return ""
-    return f"its reference has {end} positions, and nothing is replaced from position {end} on"
 
 
 def needs_reference(reference: Any, method: str) -> None:

@@ -22,9 +22,9 @@ from gemma_nb.interventions.base import (
     replacements,
     static,
     taken,
-    unsampled,
     wide,
 )
+from gemma_nb.interventions.reach import unsampled
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig

@@ -27,9 +27,9 @@ from gemma_nb.interventions.base import (
     single,
     static,
     taken,
-    unsampled,
     wide,
 )
+from gemma_nb.interventions.reach import unsampled
 from gemma_nb.sites import EVERYWHERE, SITES
 
 if TYPE_CHECKING:
