@@ -119,7 +119,7 @@ def test_first_positions_and_repeated_texts_are_no_examples(tiny_model):
     packed = gnb.top_activations(model, tokenizer, [[*ids, *ids]], **call)
     assert sorted(packed.position.values) == [1, 2, 4, 5]
     everything = gnb.top_activations(model, tokenizer, [[*ids, *ids]], **call, include_first=True)
-    assert everything.position.values[0] == 0
+    assert set(everything.position.values) >= {0, 3}
     assert everything.sizes["rank"] == 6
     twice = gnb.top_activations(model, tokenizer, ["ab", "cd", "ab"], **call)
     assert sorted(zip(twice.text.values, twice.position.values, strict=True)) == [

@@ -54,6 +54,7 @@ def test_ablating_a_head_equals_zeroing_its_rows_of_the_projection(case):
     assert_close(logits(model.intervene(gnb.ScaleHeads({2: {1: 0.5}})), ids), logits(half, ids))
 
 
+@pytest.mark.filterwarnings("ignore::gemma_nb.errors.InterventionWarning")
 def test_no_intervention_is_none_bit_for_bit_and_the_original_is_untouched(case):
     model, ids = case
     before = logits(model, ids)
