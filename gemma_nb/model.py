@@ -18,7 +18,7 @@ from gemma_nb.config import TransformerConfig
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.interventions.base import check
-from gemma_nb.interventions.reach import warn_of_unreached
+from gemma_nb.interventions.reach import warn_of_too_late, warn_of_unreached
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
 from gemma_nb.structure import ArrayStructure, ParamTree, draw
@@ -190,6 +190,8 @@ class GemmaTransformer:
 
             model.intervene(gnb.AblateHeads({5: [2]}), gnb.Steer(9, vector, scale=4.0))
 
+        An intervention at positions that all come before `start` is an InterventionWarning.
+
         The copy's interventions follow this model's own, in order, in every pass: scoring, traces,
         prefill and cached decoding.
 
@@ -220,7 +222,9 @@ class GemmaTransformer:
                 f"start={int(before.start)}, or call intervene() first, which takes them away"
             )
         items = (*(before.items if before is not None else ()), *interventions)
-        return self.replace(interventions=Interventions(items, jnp.int32(start)))
+        under = Interventions(items, jnp.int32(start))
+        warn_of_too_late(under)
+        return self.replace(interventions=under)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes an Orbax checkpoint in the official layout, which `gnb.load(path)` reads back.

@@ -111,6 +111,7 @@ def test_saved_and_loaded_it_is_the_same(tiny_model, tmp_path, monkeypatch):
     tokenizer.save_model(folder / "tokenizer.model")
     again, _ = gnb.load(folder, dtype="float32", progress=False)
     assert again.config == model.config
+    assert again.title.endswith(f"({tmp_path.name}/saved)")  # beside another of its size
     assert jax.tree.all(jax.tree.map(np.array_equal, dict(model.params), dict(again.params)))
     with pytest.raises(gnb.CheckpointError, match="exists already"):
         model.save(folder)

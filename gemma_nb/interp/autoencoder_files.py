@@ -193,7 +193,7 @@ class AutoencoderFile:
         Raises:
           ValueError: one is missing or of another shape.
         """
-        found = dict(self.found)
+        found: dict[str, Any] = {n: a.astype(np.float32, copy=False) for n, a in self.found.items()}
         if self.kind == "gated":
             self._need(found, "b_gate", "b_mag", "r_mag")
             found["b_enc"] = found["b_mag"]
@@ -263,6 +263,7 @@ class AutoencoderFile:
 
 
 _GATE = ("r_mag", "b_gate")
+_SCOPE = re.compile(r"gemma-scope.*transcoder")
 
 
 def read(path: str | os.PathLike[str]) -> AutoencoderFile:
@@ -297,7 +298,7 @@ def read(path: str | os.PathLike[str]) -> AutoencoderFile:
         or "w_skip" in found
         or (there[1] is not None and there[1] != there[0])
         # Gemma Scope's own folders are all that tells.
-        or (not config and any("transcoder" in part.lower() for part in path.absolute().parts))
+        or (not config and any(_SCOPE.search(part.lower()) for part in path.absolute().parts))
     )
     if str(config.get("type") or "sae") not in ("sae", "transcoder"):
         raise ValueError(f"{source}: a {config['type']} is not known here")

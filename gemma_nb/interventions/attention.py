@@ -74,6 +74,11 @@ class KnockOut(Intervention):
             mine = (jnp.arange(mask.shape[2])[:, None] == self.heads).any(axis=-1)
         return mask & ~(edge & mine[:, None] & (self.layer == layer))
 
+    @property
+    def last(self) -> int:
+        """The last query; keys may stand anywhere before."""
+        return self.queries.last
+
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head."""
         check_places(config, self.layer, self.heads)
@@ -116,6 +121,11 @@ class ReplaceAttention(Intervention):
             raise ValueError(f"a query's weights can be replaced once, got {short(at)}")
         fill(self, layer=single(layer, "layer"), head=single(head, "head"), weights=rows)
         fill(self, queries=from_zero(at, queries, "queries"))
+
+    @property
+    def last(self) -> int:
+        """The last query."""
+        return max(plain(self.queries))
 
     def beyond(self, length: int) -> list[int]:
         """The queries that a text of `length` tokens does not have."""

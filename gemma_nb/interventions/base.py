@@ -111,6 +111,11 @@ class Where:
         ranged = (self.start <= positions) & (positions < self.stop)
         return ranged | (positions[..., None] == self.listed).any(axis=-1)
 
+    @property
+    def last(self) -> int:
+        """The last position, -1 for none."""
+        return max([*plain(self.listed), int(self.stop) - 1 if self.stop > self.start else -1])
+
     def __str__(self) -> str:
         if self.listed.size:
             return f"positions {short(plain(self.listed))}"
@@ -140,6 +145,11 @@ class Intervention:
     def beyond(self, length: int) -> list[int]:
         """The positions that it names and a text of `length` tokens does not reach."""
         return sorted({p for where in self._wheres() for p in where.beyond(length)})
+
+    @property
+    def last(self) -> int | None:
+        """The last position at which it acts; None where it names none."""
+        return max((where.last for where in self._wheres()), default=None)
 
     def unreached(self, length: int) -> str:
         """What of it a text of `length` tokens does not reach, in words; "" for nothing."""

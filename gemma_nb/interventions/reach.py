@@ -25,6 +25,17 @@ def unreached(
     return tuple(f"{item}: {words}; {text}" for item, words in said if words)
 
 
+def warn_of_too_late(under: Interventions) -> None:
+    """Warns, where the caller was called, of what would act before all may, and so nowhere."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(under)):
+        return
+    start = int(under.start)
+    for item in under.items if start else ():
+        if item.last is not None and item.last < start:
+            words = f"{item}: it acts nowhere, as interventions act from position {start} on here"
+            warnings.warn(words, InterventionWarning, stacklevel=3)
+
+
 def warn_of_unreached(under: Interventions | None, length: int, *text: str) -> None:
     """Warns, where the caller was called, of what a whole text of `length` tokens does not reach.
 

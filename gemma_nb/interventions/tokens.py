@@ -37,6 +37,11 @@ class ForceToken(Intervention):
             at = from_zero([int(at)], position, "position")[0]
         fill(self, position=at, token=single(token, "token"))
 
+    @property
+    def last(self) -> int:
+        """The position."""
+        return int(self.position)
+
     def beyond(self, length: int) -> list[int]:
         """The position, where a text of `length` tokens does not reach it."""
         return [p for p in [int(self.position)] if p >= length]

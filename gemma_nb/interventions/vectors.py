@@ -187,6 +187,11 @@ class Patch(Intervention):
         some = None if heads is None or dim is None else found[dim].values
         return cls(site, layer, at, value, heads=some)
 
+    @property
+    def last(self) -> int:
+        """The last position patched, -1 for none."""
+        return max(plain(self.positions), default=-1)
+
     def beyond(self, length: int) -> list[int]:
         """The positions that a text of `length` tokens does not have."""
         return [p for p in plain(self.positions) if p >= length]

@@ -171,6 +171,15 @@ def test_interventions_that_begin_behind_the_text_and_short_references_are_said(
         gnb.trace(late, IDS[0], sites=())
     with pytest.warns(InterventionWarning, match="position 12 is not reached"):
         late(gnb.GemmaInputs(IDS[0]))
+    for early in (
+        gnb.Steer(0, VECTOR, positions=[3]),
+        gnb.AblateMLP(0, positions=slice(2, 7)),
+        gnb.ForceToken(2, 9),
+        gnb.KnockOut(0, queries=[6], keys=[0]),
+    ):
+        with pytest.warns(InterventionWarning, match="acts nowhere.* from position 7 on"):
+            model.intervene(early, start=7)
+    model.intervene(gnb.KnockOut(0, queries=[8], keys=[0]), gnb.Steer(0, VECTOR), start=7)
     reference = gnb.trace(model, IDS[0][:5], sites=())
     resampled = gnb.AblateMLP(0, "resample", reference=reference)
     with pytest.warns(InterventionWarning, match="nothing is replaced from position 5 on"):
