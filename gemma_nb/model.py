@@ -359,10 +359,19 @@ class GemmaTransformer:
 
         Other parameters in the place of a checkpoint's show in the copy's `title`.
         """
-        named = self.info is not None and "info" not in changes and "edits" not in changes
-        if named and changes.get("params", self.params) is not self.params:
-            changes["edits"] = (*self.edits, "other parameters")
-        return dataclasses.replace(self, **changes)
+        return _replaced(self, **changes)
+
+
+def _replaced(model: GemmaTransformer, **changes: Any) -> GemmaTransformer:
+    """`GemmaTransformer.replace`."""
+    named = model.info is not None and "info" not in changes and "edits" not in changes
+    if named and changes.get("params", model.params) is not model.params:
+        changes["edits"] = (*model.edits, "other parameters")
+    return dataclasses.replace(model, **changes)
+
+
+# flax's decorator has put a `replace` of its own over the class's.
+setattr(GemmaTransformer, "replace", _replaced)  # noqa: B010
 
 
 def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
