@@ -19,6 +19,7 @@ import numpy as np
 Indices: TypeAlias = SupportsIndex | slice | Iterable[Any] | None
 # One of them.
 Index: TypeAlias = SupportsIndex | Iterable[Any]
+_LISTED = 12  # numbers that an error lists
 _MISSING = "{what} {given} is not here; the {what}s are {known}"
 
 
@@ -188,7 +189,10 @@ def is_mask(values: Collection[Any]) -> bool:
 
 def span(known: Sequence[int]) -> str:
     """Numbers in words: "0 to 17" of a range, or a list of them."""
-    return f"{known[0]} to {known[-1]}" if isinstance(known, range) else str(list(known))
+    if isinstance(known, range):
+        return f"{known[0]} to {known[-1]}"
+    cut = len(known) > _LISTED
+    return f"{list(known[:_LISTED])}{f' and {len(known) - _LISTED} more' if cut else ''}"
 
 
 def _array(given: Any, *, inside: bool = False) -> np.ndarray | None:

@@ -114,7 +114,8 @@ def entropy_curves(
     chosen = lens[value].transpose("layer", "position")
     if positions is not None:
         known = chosen["position"].values.tolist()
-        chosen = chosen.sel(position=among(positions, known, "position"))
+        missing = f"positions [{{given}}] are not among {known[0]} to {known[-1]}"
+        chosen = chosen.sel(position=among(positions, known, "position", missing=missing))
     figure, ax = canvas(ax, 4.4, 2.6, left=0.55, right=0.2, bottom=0.45)
     layers, count = chosen["layer"].values, chosen.sizes["position"]
     handles: list[Line2D] = []
