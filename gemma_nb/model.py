@@ -18,6 +18,7 @@ from gemma_nb.config import TransformerConfig
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.interventions.base import check
+from gemma_nb.interventions.reach import warn_of_too_late, warn_of_unreached
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
 from gemma_nb.structure import ArrayStructure, ParamTree, draw
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     import xarray
     from jax.sharding import Mesh
     from treescope import renderers, rendering_parts
+
+# Between a model's name and what of it was edited, in titles.
+EDITED = ", edited ("
+_SHOWN_EDITS = 3
 
 
 @flax.struct.dataclass
@@ -48,6 +53,8 @@ class GemmaTransformer:
         rounded to it where they meet weights (mean KL 1.9e-4, of which the vocabulary head alone
         makes 1.4e-4; 996 of 1,000 first choices the same).
       interventions: what is changed in every computation, see `intervene`; None changes nothing.
+      edits: what of the parameters is no longer what `info` names, in order: the globs given to
+        `edit`, and "other parameters" where they were replaced.
     """
 
     params: Params
@@ -56,6 +63,7 @@ class GemmaTransformer:
     info: ModelInfo | None = flax.struct.field(pytree_node=False, default=None)
     storage: Literal["exact", "int8"] = flax.struct.field(pytree_node=False, default="exact")
     interventions: Interventions | None = None
+    edits: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     @classmethod
     def from_config(cls, config: TransformerConfig, *, key: Any = None) -> GemmaTransformer:
@@ -140,10 +148,13 @@ class GemmaTransformer:
 
     def place(self, mesh: placement.MeshLike) -> GemmaTransformer:
         """A copy whose parameters are split over `mesh`, see `gemma_nb.placement`."""
-        return self.replace(params=placement.place(self.params, self.config, mesh))
+        placed = placement.place(self.params, self.config, mesh)
+        return self.replace(params=placed, edits=self.edits)
 
     def edit(self, path_glob: str, fn: Callable[[Any], Any]) -> GemmaTransformer:
         """A copy with `fn` applied to some parameters; all others are shared with this model.
+
+        The copy's `title` says what was edited, in its repr and in all that is computed with it.
 
             model.edit("layer_*/attn/q_einsum/w", lambda w: 0.5 * w)
 
@@ -171,12 +182,15 @@ class GemmaTransformer:
                     f"got {new.shape}"
                 )
             flat[path] = new
-        return self.replace(params=flax.traverse_util.unflatten_dict(flat))
+        edits = (*self.edits, "/".join(pattern))
+        return self.replace(params=flax.traverse_util.unflatten_dict(flat), edits=edits)
 
     def intervene(self, *interventions: Intervention, start: int = 0) -> GemmaTransformer:
         """A copy that computes differently; the weights are shared, this model is untouched.
 
             model.intervene(gnb.AblateHeads({5: [2]}), gnb.Steer(9, vector, scale=4.0))
+
+        An intervention at positions that all come before `start` is an InterventionWarning.
 
         The copy's interventions follow this model's own, in order, in every pass: scoring, traces,
         prefill and cached decoding.
@@ -208,7 +222,9 @@ class GemmaTransformer:
                 f"start={int(before.start)}, or call intervene() first, which takes them away"
             )
         items = (*(before.items if before is not None else ()), *interventions)
-        return self.replace(interventions=Interventions(items, jnp.int32(start)))
+        under = Interventions(items, jnp.int32(start))
+        warn_of_too_late(under)
+        return self.replace(interventions=under)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes an Orbax checkpoint in the official layout, which `gnb.load(path)` reads back.
@@ -244,7 +260,8 @@ class GemmaTransformer:
     def __call__(self, inputs: GemmaInputs) -> xarray.DataArray:
         """float32 logits ("seq", "vocabulary"), led by "batch" where the tokens are.
 
-        The logits at position t are for the token at position t + 1.
+        The logits at position t are for the token at position t + 1.  An intervention that names
+        positions which the tokens do not reach is an InterventionWarning.
 
         Raises:
           ValueError: tokens outside the vocabulary, or not of one or two axes; positions or a mask
@@ -254,6 +271,13 @@ class GemmaTransformer:
 
         tokens = jnp.asarray(inputs.tokens, jnp.int32)
         self._check(tokens, inputs)
+
+        length = (
+            tokens.shape[-1]
+            if inputs.positions is None
+            else int(jnp.max(jnp.asarray(inputs.positions))) + 1
+        )
+        warn_of_unreached(self.interventions, length)
 
         def batched(x: jax.Array | None) -> jax.Array | None:
             x = x if x is None or tokens.ndim == 2 else jnp.asarray(x)[None]
@@ -307,8 +331,13 @@ class GemmaTransformer:
 
     @property
     def title(self) -> str:
-        """What the model is called: its released name, or "Gemma"."""
-        return self.info.title if self.info else "Gemma"
+        """What the model is called: its released name, or "Gemma", and what of it was edited."""
+        name = self.info.title if self.info else "Gemma"
+        edits = list(dict.fromkeys(self.edits))
+        if not edits:
+            return name
+        shown = edits if len(edits) <= _SHOWN_EDITS else [*edits[:_SHOWN_EDITS], "..."]
+        return f"{name}{EDITED}{', '.join(shown)})"
 
     def __treescope_repr__(
         self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
@@ -326,8 +355,23 @@ class GemmaTransformer:
         return {"text/plain": repr(self), "text/html": treescope.render_to_html(self)}
 
     def replace(self, **changes: Any) -> GemmaTransformer:
-        """A copy with some fields changed; everything else is shared."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed; everything else is shared.
+
+        Other parameters in the place of a checkpoint's show in the copy's `title`.
+        """
+        return _replaced(self, **changes)
+
+
+def _replaced(model: GemmaTransformer, **changes: Any) -> GemmaTransformer:
+    """`GemmaTransformer.replace`."""
+    named = model.info is not None and "info" not in changes and "edits" not in changes
+    if named and changes.get("params", model.params) is not model.params:
+        changes["edits"] = (*model.edits, "other parameters")
+    return dataclasses.replace(model, **changes)
+
+
+# flax's decorator has put a `replace` of its own over the class's.
+setattr(GemmaTransformer, "replace", _replaced)  # noqa: B010
 
 
 def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

@@ -20,6 +20,7 @@ ROOMS = [
         "errors",
         "settings",
         "typing",
+        "indices",
         "cache",
         "trust",
         "processor",

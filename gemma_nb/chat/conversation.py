@@ -23,7 +23,8 @@ from gemma_nb.chat.keeping import Keeper
 from gemma_nb.chat.places import turn_of
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
-from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning
+from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning, InterventionWarning
+from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.decode import Decoder
@@ -98,12 +99,16 @@ class Conversation:
             raise ValueError(
                 f"cache_length must lie in 2 to {longest} (the model's context), got {cache_length}"
             )
+        room = "there is room for {} tokens (cache_length)"
+        warn_of_unreached(model.interventions, cache_length, room)
         self.model = model
         self.tokenizer = tokenizer
         info = model.info
         own = info.chat_templates if info else None
         self.template = resolve_template(template, info.tuning if info else "base", own, tokenizer)
-        self.capture = settings.record(Capture, "capture", {} if capture is None else capture)
+        self.capture = settings.record(
+            Capture, "capture", {} if capture is None else capture
+        ).resolved(model.config.num_layers)
         self.tree = ConversationTree()
         system = self.template.default_system if system is None else system
         self._check_system(system)
@@ -126,6 +131,7 @@ class Conversation:
         self._reader: int | None = None  # the thread that read the last token
         self._ids_given = 0
         self._told_evicted = False
+        self._unreached: tuple[str, ...] = ()  # of the last reply, not yet told
         self.keeper = Keeper()
         self.keeper.autosave(self, autosave)
 
@@ -220,9 +226,8 @@ class Conversation:
             self._planner.when_full = policy
 
     def __repr__(self) -> str:
-        title = self.model.info.title if self.model.info else "Gemma"
         return (
-            f"<ChatSession {title}, {self.template.name}: {len(self.turns)} turns, "
+            f"<ChatSession {self.model.title}, {self.template.name}: {len(self.turns)} turns, "
             f"{self.cache_used} of {self.cache_length} positions>"
         )
 
@@ -303,7 +308,7 @@ class Conversation:
         """The stream of the reply that `make()` plans, once it is read."""
         self._refuse_if_busy()
         self.keeper.warn()
-        self._tell_evicted()
+        self._tell()
         stream = self._generate(make)
         # Weak, so that a stream that its reader drops is closed at once.
         self._stream = weakref.ref(stream)
@@ -338,6 +343,7 @@ class Conversation:
             finally:
                 reply.flush()
                 self.tree.add(plan.parent, reply.turn())
+                self._unreached = reply.unreached
                 self._making = None
             if generation.out_of_room and self.when_full == "error":
                 raise ContextFullError(reply.finish_detail)
@@ -352,7 +358,7 @@ class Conversation:
             plan.sampling,
             origin=plan.origin,
             context=plan.context,
-            interventions=() if plan.interventions is None else plan.interventions.describe(),
+            under=plan.interventions,
         )
 
     def _events(self, records: Sequence[TokenRecord], reply: Reply) -> Iterator[TokenEvent]:
@@ -398,10 +404,14 @@ class Conversation:
     def _exhaust(self, events: Iterator[TokenEvent]) -> Turn:
         for _ in events:
             pass
-        self._tell_evicted()
+        self._tell()
         return turn_of(self.tree.tip)
 
-    def _tell_evicted(self) -> None:
+    def _tell(self) -> None:
+        """Warns of what came up while a reply was made; called on the user's thread."""
+        sentences, self._unreached = self._unreached, ()
+        for sentence in sentences:
+            warnings.warn(sentence, InterventionWarning, stacklevel=4)
         warning = "" if self._told_evicted else self.attention_kept.warning
         if warning:
             self._told_evicted = True

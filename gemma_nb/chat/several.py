@@ -136,6 +136,8 @@ class SamplingConversation(KeptConversation):
             for reply in replies:
                 reply.finish("cancelled", STOPPED)  # all that have not come to an end
                 reply.flush()
+        self._unreached = tuple(dict.fromkeys(x for reply in replies for x in reply.unreached))
+        self._tell()
         return [reply.turn() for reply in replies]
 
     def _aside(self, prompt: str, sampling: Sampling) -> Plan:

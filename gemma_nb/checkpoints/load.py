@@ -254,7 +254,10 @@ class _Job:
         [first, *_] = self.source.files
         own = orbax_steps.own_name(first) if self.source.format == "Orbax" else first.stem
         name = f"{size}{suffix}" if size else own
-        info = catalog.describe(name, title or name, tuning, source=self.source.name)
+        # Two files of one size are told apart by where they lie.
+        where = "/".join(Path(self.source.name).parts[-2:])
+        title = f"{title or name} ({where})"
+        info = catalog.describe(name, title, tuning, source=self.source.name)
         return dataclasses.replace(info, chat_templates=templates)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma_nb.interp.lens import model_of
 from gemma_nb.interp.passes import padded_length
-from gemma_nb.interp.sizes import check_positions
+from gemma_nb.interp.sizes import check_position
 from gemma_nb.interp.trace import Trace
 from gemma_nb.nn import Transformer
 from gemma_nb.sites import EVERYWHERE
@@ -64,9 +64,7 @@ def token_attribution(
         raise ValueError(
             f'method must be "gradient_x_input" or "integrated_gradients", got {method!r}'
         )
-    where = check_positions(position, len(ids))
-    assert where is not None
-    query = where[0]
+    query = check_position(position, len(ids))
     if target is None:
         last = query + 1 == len(ids)
         choice = int(np.argmax(trace.get("logits", positions=query).values)) if last else 0

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_nb.interp.sizes import Indices, check_positions
+from gemma_nb.indices import Indices
+from gemma_nb.interp.sizes import check_positions
 from gemma_nb.interp.trace import Trace
 from gemma_nb.interp.vocabulary import normalise, read
 from gemma_nb.model import GemmaTransformer
@@ -67,8 +68,9 @@ def logit_lens(
     model, config = model_of(trace), trace.config
     chosen = check_layers(layers, config.num_layers)
     at = check_positions(positions, len(trace.tokens)) or tuple(range(len(trace.tokens)))
-    listed = [watch] if isinstance(watch, int | str) else watch
-    ids = np.array([trace.labels_of.id_of(token) for token in listed], np.int32)
+    single = isinstance(watch, str) or np.ndim(watch) == 0
+    wanted: Any = [watch] if single else watch
+    ids = np.array([trace.labels_of.id_of(token) for token in wanted], np.int32)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     k = min(k, config.num_embed)

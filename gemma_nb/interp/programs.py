@@ -131,7 +131,7 @@ def run_block(
         array = array[0]
         if rows is not None:
             array = array[rows]
-        if heads is not None and "N" in s.dims and array.shape[1] != heads.shape[0]:
+        if heads is not None and {"N", "K"} & set(s.dims) and array.shape[1] != heads.shape[0]:
             array = array[:, heads]
         return array.astype(dtype)
 

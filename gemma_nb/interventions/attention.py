@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from gemma_nb.indices import Indices
 from gemma_nb.interventions.base import (
     Intervention,
     Positions,
     Where,
     check_places,
     fill,
+    from_zero,
     ints,
-    listed,
     node,
     plain,
     short,
+    single,
+    taken,
 )
 
 if TYPE_CHECKING:
@@ -49,13 +51,14 @@ class KnockOut(Intervention):
     def __init__(
         self,
         layer: int,
-        heads: Sequence[int] | int | None = None,
+        heads: Indices = None,
         *,
         queries: Positions = None,
         keys: Positions = None,
     ) -> None:
-        heads = [heads] if isinstance(heads, int) else heads
-        fill(self, layer=jnp.int32(layer), heads=None if heads is None else ints(heads))
+        some, mask = (None, None) if heads is None else taken(heads, "heads")
+        fill(self, layer=single(layer, "layer"), heads=None if some is None else ints(some))
+        fill(self, masks=() if mask is None else (("heads", mask),))
         fill(self, queries=Where.of(queries), keys=Where.of(keys))
 
     @property
@@ -70,6 +73,11 @@ class KnockOut(Intervention):
         if self.heads is not None:
             mine = (jnp.arange(mask.shape[2])[:, None] == self.heads).any(axis=-1)
         return mask & ~(edge & mine[:, None] & (self.layer == layer))
+
+    @property
+    def last(self) -> int:
+        """The last query; keys may stand anywhere before."""
+        return self.queries.last
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head."""
@@ -101,16 +109,27 @@ class ReplaceAttention(Intervention):
 
     edits_attention: ClassVar[bool] = True
 
-    def __init__(
-        self, layer: int, head: int, weights: Any, *, queries: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, layer: int, head: int, weights: Any, *, queries: Indices = None) -> None:
         rows = jnp.asarray(weights, jnp.float32)
-        if rows.ndim != 2 or (queries is not None and len(queries) != len(rows)):
+        at = list(range(len(rows))) if queries is None else taken(queries, "queries")[0]
+        if rows.ndim != 2 or len(at) != len(rows):
             raise ValueError(
-                f"weights must be (queries, keys), one row for each query, got {rows.shape}"
+                f"weights must be (queries, keys), one row for each of {len(at)} queries, got "
+                f"{rows.shape}"
             )
-        fill(self, layer=jnp.int32(layer), head=jnp.int32(head), weights=rows)
-        fill(self, queries=listed(range(len(rows)) if queries is None else queries))
+        if len(set(at)) < len(at):
+            raise ValueError(f"a query's weights can be replaced once, got {short(at)}")
+        fill(self, layer=single(layer, "layer"), head=single(head, "head"), weights=rows)
+        fill(self, queries=from_zero(at, queries, "queries"))
+
+    @property
+    def last(self) -> int:
+        """The last query."""
+        return max(plain(self.queries))
+
+    def beyond(self, length: int) -> list[int]:
+        """The queries that a text of `length` tokens does not have."""
+        return [p for p in plain(self.queries) if p >= length]
 
     @property
     def sites(self) -> tuple[str, ...]:

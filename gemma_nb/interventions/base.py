@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.indices import Indices, is_mask, listed, number
 from gemma_nb.sites import SITES, check_heads, check_layers, site
 from gemma_nb.structure import DrawnArray
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
     from gemma_nb.config import TransformerConfig
 
-# Positions: None is all, a slice from start up to stop, or a list of them.
-Positions: TypeAlias = slice | Sequence[int] | int | None
+# Positions: None is all, a slice from start up to stop, a list of them, or a mask of a text.
+Positions: TypeAlias = Indices
 
 _T = TypeVar("_T")
 _LAST = 2**30  # a position that no text reaches
@@ -63,35 +64,57 @@ class Where:
       start: () int32.
       stop: () int32.
       listed: (P,) int32; empty where a range says it all.
+      mask: length of the mask that it was made from; None for others, and once JAX has rebuilt it.
     """
 
     start: jax.Array
     stop: jax.Array
     listed: jax.Array
+    mask: ClassVar[int | None] = None
 
     @classmethod
     def of(cls, positions: Positions) -> Where:
         """From what a user writes.
 
         Raises:
-          ValueError: a step, or positions counted from an end that is not known here.
+          ValueError: a step, positions counted from an end that is not known here, or none.
         """
         if positions is None:
             positions = slice(None)
         if isinstance(positions, slice):
-            start, stop = positions.start or 0, _LAST if positions.stop is None else positions.stop
+            ends = (positions.start, positions.stop)
+            start, stop = (None if end is None else number(end, "positions") for end in ends)
+            start, stop = start or 0, _LAST if stop is None else stop
             if positions.step not in (None, 1) or start < 0 or stop < 0:
                 raise ValueError(
                     f"positions={positions} must count up from the beginning of the context, "
                     "one by one: slice(start, stop)"
                 )
             return cls(jnp.int32(start), jnp.int32(stop), jnp.zeros(0, jnp.int32))
-        return cls(jnp.int32(0), jnp.int32(0), listed(positions))
+        at, mask = taken(positions, "positions")
+        found = cls(jnp.int32(0), jnp.int32(0), from_zero(at, positions))
+        fill(found, mask=mask)
+        return found
+
+    def beyond(self, length: int) -> list[int]:
+        """The positions named that a text of `length` tokens does not reach.
+
+        Of a range only its start counts; one that holds no position has no other.
+        """
+        if self.listed.size:
+            return [p for p in plain(self.listed) if p >= length]
+        start, stop = int(self.start), int(self.stop)
+        return [start] if start >= min(length, stop) else []
 
     def __call__(self, positions: jax.Array) -> jax.Array:
         """Bool, like `positions`."""
         ranged = (self.start <= positions) & (positions < self.stop)
         return ranged | (positions[..., None] == self.listed).any(axis=-1)
+
+    @property
+    def last(self) -> int:
+        """The last position, -1 for none."""
+        return max([*plain(self.listed), int(self.stop) - 1 if self.stop > self.start else -1])
 
     def __str__(self) -> str:
         if self.listed.size:
@@ -111,11 +134,36 @@ class Intervention:
     """
 
     edits_attention: ClassVar[bool] = False
+    # Name and length of each argument that was a mask; none once JAX has rebuilt it.
+    masks: ClassVar[tuple[tuple[str, int], ...]] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites where it acts."""
         raise NotImplementedError
+
+    def beyond(self, length: int) -> list[int]:
+        """The positions that it names and a text of `length` tokens does not reach."""
+        return sorted({p for where in self._wheres() for p in where.beyond(length)})
+
+    @property
+    def last(self) -> int | None:
+        """The last position at which it acts; None where it names none."""
+        return max((where.last for where in self._wheres()), default=None)
+
+    def unreached(self, length: int) -> str:
+        """What of it a text of `length` tokens does not reach, in words; "" for nothing."""
+        masks = {where.mask for where in self._wheres()} - {None, length}
+        if masks:
+            return f"its mask of positions is {masks.pop()} long"
+        beyond = self.beyond(length)
+        if not beyond:
+            return ""
+        many = "positions" if len(beyond) > 1 else "position"
+        return f"{many} {short(beyond)} {'are' if len(beyond) > 1 else 'is'} not reached"
+
+    def _wheres(self) -> list[Where]:
+        return [x for x in vars(self).values() if isinstance(x, Where)]
 
     def apply(
         self, value: jax.Array, layer: Any, positions: jax.Array, keys: jax.Array | None
@@ -269,7 +317,21 @@ def check(item: Any, config: TransformerConfig) -> None:
             f"{name} names the sites {', '.join(sorted(unknown))}, which cannot be changed; what "
             f"can be is {', '.join(editable)}"
         )
+    for argument, length in item.masks:
+        what = "layer" if argument.startswith("layer") else "head"
+        count = config.num_layers if what == "layer" else _num_heads(item, config)
+        if length != count:
+            raise ValueError(
+                f"{argument} is a mask of {length}, and there are {count} {what}s: a mask has one "
+                f"truth value for each {what}"
+            )
     item.check(config)
+
+
+def _num_heads(item: Intervention, config: TransformerConfig) -> int:
+    """How many heads there are where it acts."""
+    shapes = [shape_of(name, config) for name in item.sites if name in patchable()]
+    return shapes[0][0] if shapes and len(shapes[0]) > 1 else config.num_heads
 
 
 def fill(target: Any, **fields: Any) -> None:
@@ -283,16 +345,46 @@ def ints(values: Iterable[int]) -> jax.Array:
     return jnp.asarray(list(values), jnp.int32)
 
 
-def listed(positions: Sequence[int] | int) -> jax.Array:
+def taken(given: Any, argument: str) -> tuple[list[int], int | None]:
+    """Indices into what is not known yet, and the length of the mask that they were, or None.
+
+    Raises:
+      ValueError: no indices, or a slice without an end.
+    """
+    if isinstance(given, slice):
+        if given.stop is None:
+            raise ValueError(f"{argument}={given} needs an end here: name the {argument}")
+        ends = (given.start or 0, given.stop, 1 if given.step is None else given.step)
+        given = range(*(number(end, argument) for end in ends))
+    found = listed(given, argument)
+    mask = len(found) if is_mask(found) else None
+    return found if mask is None else [i for i, chosen in enumerate(found) if chosen], mask
+
+
+def single(given: Any, argument: str) -> jax.Array:
+    """() int32 of an argument that names one thing.
+
+    Raises:
+      ValueError: no index, or several.
+    """
+    if isinstance(given, jax.core.Tracer):
+        return given.astype(jnp.int32)
+    return jnp.int32(number(given, argument, argument))
+
+
+def from_zero(positions: Sequence[int], given: Any, argument: str = "positions") -> jax.Array:
     """(P,) int32 absolute positions.
 
     Raises:
-      ValueError: none, or one that is no whole number from 0 on.
+      ValueError: none, or one that is not from 0 on; the message shows what was `given`.
     """
-    found = np.atleast_1d(np.asarray(positions))
-    if found.dtype.kind not in "iu" or found.ndim != 1 or (found < 0).any():
-        raise ValueError(f"positions must be whole numbers from 0 on, got {positions!r:.80}")
-    return jnp.asarray(found, jnp.int32)
+    if not positions:
+        raise ValueError(
+            f"{argument} is empty, so that nothing would be changed: name at least one"
+        )
+    if min(positions) < 0:
+        raise ValueError(f"{argument} must be whole numbers from 0 on, got {given!r:.80}")
+    return ints(positions)
 
 
 def plain(values: jax.Array) -> list[Any]:

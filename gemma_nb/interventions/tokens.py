@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from gemma_nb.interventions.base import (
     Intervention,
     fill,
-    listed,
+    from_zero,
     node,
+    single,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +32,19 @@ class ForceToken(Intervention):
     token: jax.Array
 
     def __init__(self, position: int, token: int) -> None:
-        fill(self, position=listed(position)[0], token=jnp.int32(token))
+        at = single(position, "position")
+        if not isinstance(at, jax.core.Tracer):
+            at = from_zero([int(at)], position, "position")[0]
+        fill(self, position=at, token=single(token, "token"))
+
+    @property
+    def last(self) -> int:
+        """The position."""
+        return int(self.position)
+
+    def beyond(self, length: int) -> list[int]:
+        """The position, where a text of `length` tokens does not reach it."""
+        return [p for p in [int(self.position)] if p >= length]
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -222,6 +222,26 @@ def test_what_is_not_there_is_refused(sixty, plot, args, message):
         plot(sixty, 0, 0, start=10, stop=10)
 
 
+def test_positions_with_gaps_are_not_drawn_as_neighbours(sixty):
+    with pytest.raises(ValueError, match=r"neighbouring positions.*\[2, 3, 20\]"):
+        gnb.plots.attention(sixty.sel(query=[2, 3, 20]), 0, 0)
+    whole = gnb.plots.attention(sixty.sel(query=[2, 3, 20]), 0, 0, start=2, stop=4)
+    np.testing.assert_array_equal(
+        drawn(whole.axes[0]),
+        sixty.sel(layer=0, head=0, query=[2, 3], key=[2, 3]).values[[0, 1, 1], [0, 0, 1]],
+    )
+
+
+def test_masks_choose_what_a_grid_shows(sixty):
+    chosen = gnb.plots.attention_grid(sixty, layers=[True, False, True], heads=slice(1, 3))
+    same = gnb.plots.attention_grid(sixty, layers=[0, 2], heads=[1, 2])
+    np.testing.assert_array_equal(*(f.axes[0].images[0].get_array() for f in (chosen, same)))
+    with pytest.raises(ValueError, match="layers is a mask of 2, and there are 3 layers"):
+        gnb.plots.attention_grid(sixty, layers=[True, False])
+    with pytest.raises(ValueError, match="layer must be whole numbers or a mask"):
+        gnb.plots.attention(sixty, True, 0)
+
+
 def test_notebooks_show_the_figure(sixty):
     assert gnb.plots.attention(sixty, 0, 0)._repr_png_().startswith(b"\x89PNG")
 

@@ -56,6 +56,21 @@ def test_lens_frames_what_does_follow():
     assert "the token that follows in the text" in notes(axes)
 
 
+def test_lens_leaves_rows_of_positions_that_it_has_not_empty():
+    lens = make.make_lens(60)
+    gaps = lens.isel(position=[0, 1, 20])
+    axes = P.logit_lens(gaps).axes[0]
+    values = gaps.probability.isel(rank=0).transpose("position", "layer").values
+    np.testing.assert_array_equal(drawn(axes), values.ravel())
+    (cells,) = axes.collections
+    middles = {round(path.vertices[:4, 1].mean()) for path in cells.get_paths()}
+    assert middles == {0, 1, 20}
+    # Framed is what follows in the text, not in the picture.
+    words = gaps.token.isel(rank=0).transpose("position", "layer").values
+    hits = np.flatnonzero(words[0] == gaps.input_token.values[1])
+    assert len(axes.patches) == len(hits)
+
+
 @pytest.mark.parametrize("value", ["logprob", "logit", "entropy", "kl"])
 def test_lens_in_other_numbers(value):
     lens = make.make_lens(5)
