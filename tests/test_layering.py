@@ -18,6 +18,7 @@ ROOMS = [
     *(
         "lazy",
         "errors",
+        "ending",
         "typing",
         "cache",
         "processor",
