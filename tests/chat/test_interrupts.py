@@ -55,6 +55,12 @@ def make(tiny_model, **kwargs):
     return chat
 
 
+def go_back(chat, turn):
+    """To where nothing was said after a turn."""
+    chat.select(turn)
+    chat.tree.hide_after(chat.tree.find(turn))
+
+
 def assert_goes_on(chat, tiny_model, score):
     """The next message is answered as by a session that computes all of it from nothing."""
     assert not chat.busy
@@ -93,9 +99,9 @@ def test_an_interrupt_at_any_moment_leaves_a_session_that_goes_on(tiny_model, sc
     lengths = {}
     for name, operate in OPERATIONS.items():
         operate(chat, path)  # compiled
-        chat.select(last)
+        go_back(chat, last)
         lengths[name] = count(chat, operate, path)
-        chat.select(last)
+        go_back(chat, last)
     raised = 0
     for number in range(MOMENTS):
         name = list(OPERATIONS)[number % len(OPERATIONS)]
@@ -112,7 +118,7 @@ def test_an_interrupt_at_any_moment_leaves_a_session_that_goes_on(tiny_model, sc
             assert_nothing_lost(chat, before)
             assert_goes_on(chat, tiny_model, score)
             restore.read(path)
-            chat.select(last)
+            go_back(chat, last)
         except BaseException as error:
             error.add_note(f"{name}, interrupted at moment {at} of {lengths[name]}")
             raise
