@@ -27,9 +27,11 @@ _ENDS_ELSEWHERE = """
 import sys, threading, time
 import gemma_nb as gnb
 from gemma_nb.app import ChatApp
+from gemma_nb.checkpoints.load import use_compilation_cache
 from gemma_nb.text.tokenizer import Tokenizer
 from tests.chat.autosaving import model_for
 
+use_compilation_cache()
 tokenizer = Tokenizer.from_file(sys.argv[1])
 model = model_for(tokenizer)
 sampling = gnb.Sampling(seed=1, max_new_tokens=900, forbidden=(0, 1, 5))
