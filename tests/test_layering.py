@@ -19,6 +19,7 @@ ROOMS = [
         "lazy",
         "errors",
         "settings",
+        "ending",
         "typing",
         "indices",
         "cache",

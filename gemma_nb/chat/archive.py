@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,7 +40,10 @@ DAMAGE = (
 
 
 def write(
-    path: Path, structure: dict[str, Any], evidence: Iterable[tuple[int, bytes]]
+    path: Path,
+    structure: dict[str, Any],
+    evidence: Iterable[tuple[int, bytes]],
+    check: Callable[[], None] | None = None,
 ) -> dict[int, tuple[int, int]]:
     """Replaces the file at `path`; it is the old one or the new one at any moment.
 
@@ -48,6 +51,7 @@ def write(
       path: what to write.
       structure: the content of conversation.json.
       evidence: (id of a turn, safetensors bytes) pairs.
+      check: see `replacing`.
 
     Returns:
       Where the evidence of each turn begins in the file, and its size.
@@ -60,7 +64,10 @@ def write(
     raw = text.encode("utf-8", "backslashreplace")
     now = time.localtime()[:6]
     places = {}
-    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        replacing(path, check) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
         archive.writestr(zipfile.ZipInfo(STRUCTURE, now), raw)
         for turn_id, data in evidence:
             archive.writestr(zipfile.ZipInfo(f"evidence/{turn_id}.safetensors", now), data)
@@ -122,13 +129,25 @@ def opened(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
+def real(path: Path) -> Path:
+    """The file that a link leads to, also where there is none yet; else the same."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, check: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
     """A file that becomes `path`, on the disk, when the block ends well; else nothing changes.
+
+    Where `path` is a link, what it leads to is replaced, and the link stays.
+
+    Args:
+      path: what to replace.
+      check: called before it is replaced; what it raises leaves it as it is.
 
     Raises:
       ConversationError: it cannot be written.
     """
+    path = real(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         _remove_leftovers(path)
@@ -137,6 +156,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            if check is not None:
+                check()
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -21,6 +21,7 @@ from gemma_nb.chat.generation import STOPPED, Generation
 from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.keeping import Keeper
 from gemma_nb.chat.places import turn_of
+from gemma_nb.chat.reading import Reading, close, close_at_end
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning, InterventionWarning
@@ -127,8 +128,7 @@ class Conversation:
         self._generation = Generation(self._decoder, self._planner)
         self._lock = threading.Lock()
         self._making: tuple[int, Reply] | None = None  # the message's id, and the reply to it
-        self._stream: weakref.ref[Generator[TokenEvent, None, None]] | None = None
-        self._reader: int | None = None  # the thread that read the last token
+        self._reading: Reading | None = None  # of the last reply
         self._ids_given = 0
         self._told_evicted = False
         self._unreached: tuple[str, ...] = ()  # of the last reply, not yet told
@@ -274,8 +274,9 @@ class Conversation:
         Called on the thread that was reading `stream`, it ends a reply that nobody reads on, too.
         """
         self._generation.stop.set()
-        if self._stream is not None and self._reader == threading.get_ident():
-            _close(self._stream)
+        reading = self._reading
+        if reading is not None and reading.thread is threading.current_thread():
+            close(reading.stream)
 
     def warmup(self, progress: Callable[[float, str], None] | None = None) -> None:
         """Compiles what a conversation needs and computes the template's own beginning.
@@ -293,7 +294,7 @@ class Conversation:
             if progress is not None:
                 progress(fraction, "Compiling the model for this machine")
 
-        with self._alone(), between_steps():
+        with self._alone():
             report(0.0)
             self._decoder.compile(report)
             opening = self._planner.contexts.opening(self.system)
@@ -309,26 +310,53 @@ class Conversation:
         self._refuse_if_busy()
         self.keeper.warn()
         self._tell()
-        stream = self._generate(make)
+        reading = Reading()
+        stream = self._generate(make, reading)
         # Weak, so that a stream that its reader drops is closed at once.
-        self._stream = weakref.ref(stream)
+        reading.stream = weakref.ref(stream)
         # One that is still open when Python ends is closed while that still works, and before the
         # autosave is: what was made last is finalized first.
-        weakref.finalize(stream, _close, self._stream)
+        weakref.finalize(stream, close_at_end, reading.stream)
         return stream
 
-    def _generate(self, make: Callable[[], Plan]) -> Generator[TokenEvent, None, None]:
+    def _generate(
+        self, make: Callable[[], Plan], reading: Reading
+    ) -> Generator[TokenEvent, None, None]:
+        """The stream of a reply, which an interrupt ends between two of its steps.
+
+        What happens in between is the reader's, and may be interrupted anywhere.
+        """
+        making = self._make_reply(make, reading)
+        try:
+            while True:
+                with between_steps():
+                    event = next(making, None)
+                if event is None:
+                    return
+                yield event
+        except GeneratorExit:
+            with between_steps():
+                making.close()
+            raise
+        except KeyboardInterrupt as interrupt:
+            with between_steps():
+                making.throw(interrupt)
+
+    def _make_reply(
+        self, make: Callable[[], Plan], reading: Reading
+    ) -> Generator[TokenEvent, None, None]:
         generation = self._generation
-        with self._alone():
+        with self._locked():
             generation.stop.clear()
             plan = make()
             reply = self._new_reply(plan)
             self.tree.select(plan.parent)
             self.tree.show_after(plan.parent, None)  # until the reply is there
             self._making = (plan.parent.id, reply)
+            self._reading = reading
             try:
                 for records in generation.run(plan, reply):
-                    self._reader = threading.get_ident()
+                    reading.thread = threading.current_thread()
                     yield from self._events(records, reply)
             except GeneratorExit:
                 stopped = generation.stop.is_set()
@@ -392,7 +420,13 @@ class Conversation:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Holds the session's lock; refuses rather than waits."""
+        """Holds the session's lock, and interrupts back; refuses rather than waits."""
+        with between_steps(), self._locked():
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the session's lock; while interrupts are held back, or it might stay locked."""
         if not self._lock.acquire(blocking=False):
             self._refuse_if_busy()
             raise BusyError("the session is in use by another thread: try again")
@@ -402,8 +436,9 @@ class Conversation:
             self._lock.release()
 
     def _exhaust(self, events: Iterator[TokenEvent]) -> Turn:
-        for _ in events:
-            pass
+        with between_steps():  # one between two tokens ends the reply, too
+            for _ in events:
+                pass
         self._tell()
         return turn_of(self.tree.tip)
 
@@ -416,12 +451,3 @@ class Conversation:
         if warning:
             self._told_evicted = True
             warnings.warn(warning, ConversationWarning, stacklevel=4)
-
-
-def _close(stream: weakref.ref[Generator[TokenEvent, None, None]]) -> None:
-    """Ends a reply that nobody reads on, if it is still there."""
-    open_stream = stream()
-    if open_stream is not None:
-        # Closing fails while the generator runs; then it looks at its flag itself.
-        with suppress(ValueError):
-            open_stream.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from gemma_nb.chat.branches import Plan, Planner
@@ -10,6 +9,7 @@ from gemma_nb.chat.context import ran_full, too_long
 from gemma_nb.chat.events import PrefillEvent, TokenRecord
 from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.reply import Reply
+from gemma_nb.ending import Ending
 from gemma_nb.errors import NonFiniteLogitsError
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
@@ -23,13 +23,14 @@ class Generation:
     """Makes replies, one at a time.
 
     Attributes:
-      stop: when set, the reply being made ends after the current token, or piece of its prompt.
+      stop: when set, or when Python ends, the reply being made ends after the current token, or
+        piece of its prompt.
       listeners: called with each piece of a prompt that was read.
       out_of_room: whether the last reply ended because the context was full.
     """
 
     def __init__(self, decoder: Decoder, planner: Planner) -> None:
-        self.stop = threading.Event()
+        self.stop = Ending()
         self.listeners: list[Callable[[PrefillEvent], None]] = []
         self.out_of_room = False
         self._decoder = decoder

@@ -11,7 +11,6 @@ import numpy as np
 
 from gemma_nb.chat import diff as diffs
 from gemma_nb.chat.events import TokenRecord, Turn
-from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.kept import KeptConversation
 from gemma_nb.chat.places import locate
 from gemma_nb.chat.speakers import speakers
@@ -197,7 +196,7 @@ class InspectedConversation(KeptConversation):
 
         source, decoder = Pass.of(model, np.asarray(ids, np.int32)), self._decoder
         if len(ids) >= WORTH:
-            with suppress(BusyError), self._alone(), between_steps():
+            with suppress(BusyError), self._alone():
                 if decoder.interventions is model.interventions:
                     source.learn(decoder.residuals(ids))
         return source
@@ -205,9 +204,9 @@ class InspectedConversation(KeptConversation):
     def _look(self, turn: Turn, ids: Sequence[int], position: int) -> Look | None:
         """What the decoder shows at a position of `ids`; None where it cannot now."""
         decoder, stop = self._decoder, position + 1
-        with suppress(BusyError), self._alone(), between_steps():
+        with suppress(BusyError), self._alone():
             same = decoder.interventions is self._planner.under(turn)
-            if decoder.looks and same and decoder.ids[:stop] == ids[:stop]:
+            if decoder.looks and same and decoder.holds(ids[:stop]):
                 return decoder.look(position)
         return None
 

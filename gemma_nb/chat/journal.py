@@ -31,8 +31,9 @@ Record = tuple[dict[str, Any], dict[str, bytes]]
 
 
 def path_of(path: Path) -> Path:
-    """Where the journal of the file at `path` is."""
-    return path.with_name(f"{path.name}.journal")
+    """Where the journal of the file at `path` is: beside the file itself, not a link to it."""
+    real = archive.real(path)
+    return real.with_name(f"{real.name}.journal")
 
 
 def remove(path: Path) -> None:
@@ -42,9 +43,22 @@ def remove(path: Path) -> None:
 
 def set_aside(path: Path) -> None:
     """Keeps the journal of the file at `path` under another name: not all of it was read."""
-    kept = path.with_name(f"{path.name}.journal.left-out")
+    beside, number = path_of(path), 1
+    kept = beside.with_name(f"{beside.name}.left-out")
+    while os.path.lexists(kept):
+        number += 1
+        kept = beside.with_name(f"{beside.name}.left-out-{number}")
     with contextlib.suppress(FileNotFoundError):
-        os.replace(path_of(path), kept)
+        os.replace(beside, kept)
+
+
+def generation_of(path: Path) -> str | None:
+    """What the journal at `path` continues; None where there is none, or something else."""
+    with contextlib.suppress(OSError), archive.opened(path) as file:
+        header = file.read(_HEADER_SIZE)
+        if len(header) == _HEADER_SIZE and header.startswith(_MAGIC):
+            return header[len(_MAGIC) : -1].decode("ascii", "replace")
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +127,22 @@ class Writer:
         self._file.seek(0, os.SEEK_END)
         return data
 
-    def still_there(self) -> bool:
+    def is_where_it_was(self) -> bool:
         """Whether the path still leads to this journal, rather than to somebody else's."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         except OSError:
             return False
+
+    def still_there(self) -> bool:
+        """Whether it is where it was, and as long as it was left."""
+        return self.is_where_it_was() and os.fstat(self._file.fileno()).st_size == self.size
+
+    def remove(self) -> None:
+        """Removes the file, whose content is elsewhere, and lets go of it."""
+        if self.is_where_it_was():
+            self._path.unlink(missing_ok=True)
+        self.close()
 
     def close(self) -> None:
         """Lets go of the file."""

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from gemma_nb import settings
 from gemma_nb.cache import expanded
-from gemma_nb.chat import altered, journal, restore, store
+from gemma_nb.chat import altered, archive, journal, restore, store
 from gemma_nb.chat.autosave import Autosave
 from gemma_nb.chat.identity import Identity
+from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.recompute import Recomputation
 from gemma_nb.chat.restore import Saved
 from gemma_nb.errors import ConversationError, ConversationWarning, ModelMismatchError
@@ -43,7 +44,7 @@ class Keeper:
         self.conversation = store.new_id()
         self.identity: Identity | None = None
         self._autosave: Autosave | None = None
-        self._told: Exception | None = None
+        self._told: list[Exception] = []
         # What this session wrote or read, by file: it may be replaced.
         self._known: dict[Path, str | None] = {}
 
@@ -60,10 +61,11 @@ class Keeper:
     def save(self, chat: Conversation, path: PathLike) -> Path:
         """See `ChatSession.save`."""
         target = absolute(path)
-        if self._autosave is not None and target == self._autosave.path:
-            self._autosave.fold()
-        else:
-            self._known[target] = store.save(chat, target, self.conversation, self.identity)
+        with between_steps():
+            if self._autosave is not None and target == self._autosave.path:
+                self._autosave.fold()
+            else:
+                self._known[target] = store.save(chat, target, self.conversation, self.identity)
         return target
 
     def autosave(self, chat: Conversation, path: PathLike | None) -> None:
@@ -73,17 +75,20 @@ class Keeper:
         target = None if path is None else absolute(path)
         if target is not None and target == self.path:
             return
-        if target is not None and target.exists():
+        if target is not None and os.path.lexists(archive.real(target)):
             self._check_own(target)
-        before, self._autosave = self._autosave, None
-        if before is not None:
-            before.close()
-            self._known[before.path] = before.generation
-            self._tell(before)
-        if target is not None:
-            self._autosave = Autosave(
-                chat, target, self.conversation, self._known.get(target), self.identity
-            )
+        elif target is not None:
+            journal.set_aside(target)  # of a file that is not there: it may come back
+        with between_steps():
+            before, self._autosave = self._autosave, None
+            if before is not None:
+                before.close()
+                self._known[before.path] = before.generation
+                self._tell(before)
+            if target is not None:
+                self._autosave = Autosave(
+                    chat, target, self.conversation, self._known.get(target), self.identity
+                )
 
     def warn(self) -> None:
         """Says so, once, if the conversation is not being saved."""
@@ -91,16 +96,17 @@ class Keeper:
             self._tell(self._autosave)
 
     def _tell(self, autosave: Autosave) -> None:
-        error = autosave.error
-        if error is not None and error is not self._told:
-            self._told = error
-            warnings.warn(f"Autosave: {error}", ConversationWarning, stacklevel=4)
+        for said in (autosave.notice, autosave.error):
+            if said is not None and said not in self._told:
+                self._told.append(said)
+                warnings.warn(f"Autosave: {said}", ConversationWarning, stacklevel=4)
 
     def _check_own(self, path: Path) -> None:
         """Refuses to replace a file that may hold something else."""
         try:
-            structure, _ = restore.archive.read(path)
-            own = structure.get("generation") == self._known.get(path)
+            structure, _ = archive.read(path)
+            known = self._known.get(path)
+            own = known is not None and structure.get("generation") == known
         except ConversationError:
             own = False
         if not own:
@@ -172,7 +178,7 @@ def _check_ids(saved: Saved, count: int) -> None:
     for turn in saved.tree:
         ids = [*(turn.ids or ()), *(record.token_id for record in turn.tokens)]
         if ids and not 0 <= min(ids) <= max(ids) < count:
-            raise restore.archive.damaged(
+            raise archive.damaged(
                 saved.path, f"turn {turn.id} has token ids outside of 0 to {count - 1}"
             )
 

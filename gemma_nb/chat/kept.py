@@ -97,6 +97,11 @@ class KeptConversation(Conversation):
         file, as happens too when the session or the kernel ends in good order.
 
         If the file cannot be written later on, the next reply begins with a ConversationWarning.
+        So it does when somebody else has changed something there: what was deleted is written
+        again; what was put there instead (another file, an older version, another session's) is
+        left as it is, and the conversation is saved to a file beside it, which this property then
+        names.  What cannot be written there at the end is written to the folder for temporary
+        files.  Where the path is a link, what it leads to is written.
 
         Raises:
           ConversationError: when set: the file cannot be written, or exists and is not this

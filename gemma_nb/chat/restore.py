@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import safetensors.numpy
 from gemma_nb.chat import altered, archive, codec, journal
 from gemma_nb.chat.codec import Tables
 from gemma_nb.chat.columns import Columns, from_columns
-from gemma_nb.chat.events import TokenRecord, Turn
+from gemma_nb.chat.events import Context, Origin, TokenRecord, Turn
 from gemma_nb.chat.identity import Identity
 from gemma_nb.chat.store import FORMAT, LINKS, VERSION, Settings, is_evidence
 from gemma_nb.chat.tree import ConversationTree, Node
@@ -168,7 +169,7 @@ def _decode(
         conversation=_hexadecimal(structure["conversation"]),
         generation=_hexadecimal(structure["generation"]),
         identity=identity,
-        settings=codec.from_json(Settings, settings, tables, "settings"),
+        settings=_settings(settings, tables),
         template=template,
         tree=tree,
         recovered=recovered,
@@ -199,6 +200,7 @@ def _tree(nodes: dict[str, Any], turns: dict[int, Turn], tables: Tables) -> Conv
         for name, value in values.items():
             setattr(node, name, value)
         _check_indices(node)
+        _check_turn(node)
     tree.show_after(tree.root, tree.root.active)  # and what was active after that
     return tree
 
@@ -209,6 +211,47 @@ def _check_indices(node: Node) -> None:
         if index is not None and not 0 <= index < len(node.children):
             count = len(node.children)
             raise ValueError(f"nodes.{node.id}.{name}: expected one of {count}, got {index}")
+
+
+def _check_turn(node: Node) -> None:
+    """Refuses numbers that no reply can have, and text that no tokenizer takes."""
+    turn = node.turn
+    if turn is None:
+        return
+    origin, context, timing = (
+        turn.origin or Origin("edit", 0),
+        turn.context or Context(),
+        turn.timing,
+    )
+    seconds = (timing.prefill_seconds, timing.decode_seconds)
+    counts = {
+        "timing.prompt_tokens": timing.prompt_tokens,
+        "timing.new_tokens": timing.new_tokens,
+        "origin.turn": origin.turn,
+        "origin.index": origin.index,
+        "origin.given": origin.given,
+        "context.used": context.used,
+        "context.length": context.length,
+    }
+    where = f"turns.{turn.id}"
+    for name, count in counts.items():
+        codec.expect(0 <= count < 2**63, "a number from 0 on", count, f"{where}.{name}")
+    codec.expect(all(0 <= s < math.inf for s in seconds), "seconds", seconds, f"{where}.timing")
+    if turn.context is not None:
+        path, dropped = [n.role for n in node.path()], context.dropped
+        begins = 0 <= dropped < len(path) and path[dropped] == "user"
+        wanted = "how many turns were left out, up to one of the user's"
+        codec.expect(begins, wanted, dropped, f"{where}.context.dropped")
+    for name, text in {"text": turn.text, "context.system": context.system or ""}.items():
+        codec.expect(_is_text(text), "text without lone surrogates", text, f"{where}.{name}")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _recover(tree: ConversationTree, data: Any, parts: list[Any], tables: Tables) -> bool:
@@ -231,7 +274,7 @@ def _recover(tree: ConversationTree, data: Any, parts: list[Any], tables: Tables
         finish_reason="interrupted",
         finish_detail="The kernel ended while this reply was being made.",
     )
-    tree.add(parent, ended)
+    _check_turn(tree.add(parent, ended))
     return True
 
 
@@ -253,6 +296,14 @@ def _answer(tree: ConversationTree) -> bool:
 
 def _columns(blob: bytes) -> Columns:
     return safetensors.numpy.load(blob) if blob else {}
+
+
+def _settings(data: Any, tables: Tables) -> Settings:
+    settings: Settings = codec.from_json(Settings, data, tables, "settings")
+    length, system = settings.cache_length, settings.system or ""
+    codec.expect(2 <= length < 2**63, "a length from 2 on", length, "settings.cache_length")
+    codec.expect(_is_text(system), "text without lone surrogates", system, "settings.system")
+    return settings
 
 
 def _template(data: Any, tables: Tables) -> Template | str:

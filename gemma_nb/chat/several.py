@@ -118,27 +118,36 @@ class SamplingConversation(KeptConversation):
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"a message must be a string, got {type(prompt).__name__}")
-        with self._alone():
-            self._generation.stop.clear()
-            pairs = list(zip(prompts, samplings, strict=True))
-            plans = [self._aside(prompt, sampling) for prompt, sampling in pairs]
-            replies: list[Reply] = []
-            try:
-                for first in range(0, len(plans), MOST):
-                    group = plans[first : first + MOST]
-                    begun = [self._new_reply(plan, 0) for plan in group]
-                    replies += begun
-                    self._make(list(zip(group, begun, strict=True)))
-            except KeyboardInterrupt:
-                replies += [self._new_reply(plan, 0) for plan in plans[len(replies) :]]
-                for reply in replies:
-                    reply.finish("interrupted", "The kernel was interrupted.")
-            for reply in replies:
-                reply.finish("cancelled", STOPPED)  # all that have not come to an end
-                reply.flush()
+        replies: list[Reply] = []
+        try:
+            with self._alone():
+                self._generation.stop.clear()
+                pairs = list(zip(prompts, samplings, strict=True))
+                plans = [self._aside(prompt, sampling) for prompt, sampling in pairs]
+                self._make_all(plans, replies)
+        except KeyboardInterrupt:
+            if not replies:
+                raise
+            # It came when they were all there.
         self._unreached = tuple(dict.fromkeys(x for reply in replies for x in reply.unreached))
         self._tell()
         return [reply.turn() for reply in replies]
+
+    def _make_all(self, plans: Sequence[Plan], replies: list[Reply]) -> None:
+        """Makes a reply for each plan, in `replies`; an interrupt ends them."""
+        try:
+            for first in range(0, len(plans), MOST):
+                group = plans[first : first + MOST]
+                begun = [self._new_reply(plan, 0) for plan in group]
+                replies += begun
+                self._make(list(zip(group, begun, strict=True)))
+        except KeyboardInterrupt:
+            replies += [self._new_reply(plan, 0) for plan in plans[len(replies) :]]
+            for reply in replies:
+                reply.finish("interrupted", "The kernel was interrupted.")
+        for reply in replies:
+            reply.finish("cancelled", STOPPED)  # all that have not come to an end
+            reply.flush()
 
     def _aside(self, prompt: str, sampling: Sampling) -> Plan:
         """The plan of a reply to a message that is not in the tree."""

@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
@@ -135,6 +136,11 @@ class Encoder:
         self._under: dict[str, Any] = {}
         self._settings: Any = None
         self._partial: tuple[int, int] | None = None  # id, tokens written
+
+    @property
+    def turns(self) -> Collection[int]:
+        """Ids of the turns that were written."""
+        return self._turns.keys()
 
     def structure(self) -> dict[str, Any]:
         """All that was written so far, as conversation.json has it; the evidence stays as it is."""

@@ -77,6 +77,8 @@ class Decoder:
         self._alone = False  # whether the program of a first prompt has just run
         self._settled = False  # whether the weights have been moved to where they are read faster
         self._cache: StreamCache | None = None
+        self._written = 0  # see `_take_back`
+        self._torn = False  # see `_changing`
         self._archive = Archive()
         self._residuals = Residuals(model.config)
         self._seen: Any = None
@@ -108,24 +110,20 @@ class Decoder:
     def reset(self) -> None:
         """Forgets everything; the next prompt is computed from its first token."""
         self.ids, self._cache, self._next, self._ahead = [], None, None, None
+        self._written = 0
         self._archive = Archive()
         self._residuals = Residuals(self._config)
+        self._torn = False
+
+    def holds(self, ids: Sequence[int]) -> bool:
+        """Whether the tokens in the cache begin with `ids`."""
+        self._start_over_if_torn()
+        return self.ids[: len(ids)] == list(ids)
 
     def keep(self, ids: Sequence[int]) -> None:
         """Takes back what is in the cache beyond the prefix that it shares with `ids`."""
-        shared = shared_prefix(self.ids, ids)
-        held = len(self.ids) + (self._ahead is not None)
-        if self._cache is not None and shared < held:
-            ring = self._cache.ring_size
-            # A ring has lost what the token before the last saw first.
-            if held > ring > 0 and shared + 1 < held:
-                self._cache = self._cache.with_rings(self._archive, shared)
-            else:
-                self._cache = rewind(self._cache, jnp.int32(shared))
-        if shared < len(self.ids):
-            # Another list: attention rows refer to the old one.
-            self.ids = self.ids[:shared]
-        self._next = self._ahead = None
+        with self._changing():
+            self._take_back(shared_prefix(self.ids, ids))
 
     def intervene(self, interventions: Interventions | None) -> None:
         """Computes under other interventions from now on; None takes them away.
@@ -134,8 +132,10 @@ class Decoder:
         """
         if interventions is not self._interventions:
             both = (self._interventions, interventions)
-            self.keep(self.ids[: min(int(x.start) for x in both if x is not None)])
-        self._interventions = interventions
+            start = min(int(x.start) for x in both if x is not None)
+            with self._changing():
+                self._take_back(min(start, len(self.ids)))
+                self._interventions = interventions
 
     def begin(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """Readies the stream to continue `ids`, reusing what the cache already holds of it.
@@ -152,18 +152,21 @@ class Decoder:
         """
         if not 0 < len(ids) <= self.limit:
             raise ValueError(f"a context must hold 1 to {self.limit} tokens, got {len(ids)}")
-        self.keep(ids[:-1])
         config, room = self._config, min(len(ids) + 1, _AT_ONCE)
-        if self._cache is None:
-            size = size_for(room, self.limit)
-            # Rings of a spread cache would have to be gathered; somebody else's module knows none.
-            self._cache = StreamCache.empty(config, size, self._mesh, own=self.looks)
-        self._make_room(room)
-        self._controls, self._short = Controls.of(sampling, config.num_embed), may_suffice(sampling)
-        seen = np.zeros(config.num_embed, bool)
-        seen[self.ids] = True
-        where = placement.vocabulary_sharding(config, self._mesh)
-        self._seen = placement.put(seen, where)
+        controls = Controls.of(sampling, config.num_embed)
+        with self._changing():
+            self._take_back(shared_prefix(self.ids, ids[:-1]))
+            if self._cache is None:
+                size = size_for(room, self.limit)
+                # Rings of a spread cache would have to be gathered; somebody else's module knows
+                # none.
+                self._cache = StreamCache.empty(config, size, self._mesh, own=self.looks)
+            self._make_room(room)
+            self._controls, self._short = controls, may_suffice(sampling)
+            seen = np.zeros(config.num_embed, bool)
+            seen[self.ids] = True
+            where = placement.vocabulary_sharding(config, self._mesh)
+            self._seen = placement.put(seen, where)
         return list(ids[len(self.ids) :])
 
     def prefill(
@@ -195,10 +198,11 @@ class Decoder:
         for i, (tokens, positions, last) in enumerate(pieces):
             fed = [int(token) for token in tokens[0, : last + 1]]
             wanted = i == len(pieces) - 1
-            if wanted:
-                self._make_room(len(self.ids) + len(fed) + 1)  # with what is chosen after it
-            made = self._feed(tokens, positions, last, controls, first=first, wanted=wanted)
-            result = self._take(fed, made)
+            with self._changing():
+                if wanted:
+                    self._make_room(len(self.ids) + len(fed) + 1)  # with what is chosen after it
+                made = self._feed(tokens, positions, last, controls, first=first, wanted=wanted)
+                result = self._take(fed, made)
             done += len(fed)
             if between is not None and not between(done, len(ids)) and done < len(ids):
                 return None
@@ -217,20 +221,22 @@ class Decoder:
           RuntimeError: nothing was chosen yet, or the cache is full.
           ValueError: `token` lies outside the vocabulary.
         """
+        self._start_over_if_torn()
         if self._next is None or self.full:
             raise RuntimeError("step() needs a prefilled stream with room for one more token")
         controls, fed = self._forcing(token), self._next
         self._steps += 1
         if self._steps > _ALONE:
             self._prepare_others()
-        if token is not None:
-            self.keep(self.ids)  # a step ahead has chosen already
-        made = self._ahead or self._feed_one(np.array([[fed]], np.int32), len(self.ids), controls)
-        self._ahead = None
-        position = len(self.ids) + 1
-        if token is None and not last and position < self.limit:
-            self._ahead = self._feed_one(made.token, position, controls)
-        return cast(Evidence, self._take([fed], made))
+        with self._changing():
+            at = len(self.ids)
+            if token is not None:
+                self._take_back(at)  # a step ahead has chosen already
+            made = self._ahead or self._feed_one(np.array([[fed]], np.int32), at, controls)
+            self._ahead = None
+            if token is None and not last and at + 1 < self.limit:
+                self._ahead = self._feed_one(made.token, at + 1, controls)
+            return cast(Evidence, self._take([fed], made))
 
     def look(self, position: int) -> Look:
         """What the model computes at a position that is in the cache, in about the time of a step.
@@ -251,6 +257,7 @@ class Decoder:
         """
         if not self.looks:
             raise RuntimeError("another library's module, or one on a mesh, cannot be looked into")
+        self._start_over_if_torn()
         if self._cache is None or not 0 <= position < len(self.ids):
             raise ValueError(f"the cache holds positions 0 to {len(self.ids) - 1}, not {position}")
         self._programs.looking = True
@@ -266,16 +273,18 @@ class Decoder:
         The last token of a reply was chosen but not fed.  Where it is all that `ids` has beyond the
         cache it is fed now, and taken back: the stream is left as it is.
         """
+        self._start_over_if_torn()
         shared = shared_prefix(self.ids, ids)
         kept = self._residuals.first(shared)
         if 0 < kept.length == len(self.ids) == len(ids) - 1 and not self.full:
             assert self._controls is not None
             token = np.array([ids[-1:]], np.int32)
-            self._ahead = self._feed_one(token, shared, self._controls)
-            with self._undone():
+            with self._changing():
+                self._take_back(shared)  # a step ahead may stand there
+                self._ahead = self._feed_one(token, shared, self._controls)
                 self._residuals.write(shared, jax.device_get(self._ahead.residuals), 1)
-            kept = self._residuals.first(len(ids))
-            self.keep(self.ids)
+                kept = self._residuals.first(len(ids))
+                self._take_back(shared)
         return kept
 
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
@@ -362,23 +371,23 @@ class Decoder:
           first: nothing is cached.
           wanted: the choice is; not after a prompt's pieces but the last.
         """
-        cache = self._make_room(int(positions[0, last]) + 1)
+        end = int(positions[0, last]) + 1
+        cache = self._make_room(end)
         program = self._programs.feeding(tokens.shape[1], first=first)
         fed = (tokens, positions, last, controls, self._interventions)
-        with self._undone():
-            self._cache, self._seen, made = program.run(
-                cache, self._seen, *fed, wanted=wanted, short=self._short
-            )
+        self._cache, self._seen, made = program.run(
+            cache, self._seen, *fed, wanted=wanted, short=self._short
+        )
+        self._written = max(self._written, end)
         return made
 
     def _take(self, fed: Sequence[int], made: Made) -> Evidence | None:
         """Waits for what a step has made of `fed`, and keeps it; None where nothing was chosen."""
         start = len(self.ids)
-        with self._undone():
-            # Not `jax.device_get`, which takes longer, and every token has these two.
-            words, rows = (None if x is None else np.asarray(x) for x in (made.words, made.rows))
-            attention, residuals = jax.device_get((made.attention, made.residuals))
-            evidence = None if words is None else Evidence.unpack(words)
+        # Not `jax.device_get`, which takes longer, and every token has these two.
+        words, rows = (None if x is None else np.asarray(x) for x in (made.words, made.rows))
+        attention, residuals = jax.device_get((made.attention, made.residuals))
+        evidence = None if words is None else Evidence.unpack(words)
         if rows is not None:
             self._archive.write(start, rows[:, :, : len(fed)])
         if residuals is not None:
@@ -400,14 +409,45 @@ class Decoder:
             ahead.begin([*steps, *looks])
         return evidence
 
+    def _take_back(self, length: int) -> None:
+        """Leaves the first `length` tokens in the cache, and no step ahead.
+
+        `_written` is the position behind the last one that the rings of W slots were written at, or
+        were made anew up to.  They hold the W before it, except for what was taken back since, and
+        whoever goes on after `length` tokens looks at W - 1: so one token can be taken back as it
+        is, and no second one.
+        """
+        cache, held = self._cache, len(self.ids) + (self._ahead is not None)
+        if cache is not None and length < held:
+            if cache.ring_size and self._written > max(cache.ring_size, length + 1):
+                self._cache = cache.with_rings(self._archive, length)
+                self._written = length
+            else:
+                self._cache = rewind(cache, jnp.int32(length))
+        if length < len(self.ids):
+            # Another list: attention rows refer to the old one.
+            self.ids = self.ids[:length]
+        self._next = self._ahead = None
+
     @contextlib.contextmanager
-    def _undone(self) -> Iterator[None]:
-        """A step that fails has been given the cache, so what is left cannot be trusted."""
+    def _changing(self) -> Iterator[None]:
+        """A change of the stream, which happens as a whole: what is torn starts over.
+
+        A step is given the cache, so where one fails what is left cannot be trusted.  That is noted
+        before anything is changed, since an interrupt may end the handling of an exception, too.
+        """
+        self._start_over_if_torn()
+        self._torn = True
         try:
             yield
         except BaseException:
             self.reset()
             raise
+        self._torn = False
+
+    def _start_over_if_torn(self) -> None:
+        if self._torn:
+            self.reset()
 
     def _make_room(self, length: int) -> StreamCache:
         """The cache, grown where so many tokens need it."""

@@ -1,11 +1,12 @@
-"""One worker thread per panel, so that the kernel stays free while the model works."""
+"""A worker thread per panel, so that the kernel stays free while the model works."""
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable
 from typing import Any
+
+from gemma_nb.ending import Ending
 
 
 class Job:
@@ -13,7 +14,7 @@ class Job:
 
     def __init__(self, work: Callable[[Job], Any]) -> None:
         self.work = work
-        self.cancelled = threading.Event()
+        self.cancelled = Ending()
         self.finished = threading.Event()
 
     def cancel(self) -> None:
@@ -22,9 +23,10 @@ class Job:
 
 
 class Runner:
-    """Runs jobs one after another on a daemon thread that starts with the first of them.
+    """Runs jobs one after another on a thread that is there as long as there are any.
 
-    A worker thread never gets KeyboardInterrupt: jobs end through `Job.cancel` or `close`.
+    A worker thread never gets KeyboardInterrupt: jobs end through `Job.cancel` or `close`, and when
+    Python ends, which waits for them.
 
     Args:
       name: the thread's name, for debuggers.
@@ -34,11 +36,10 @@ class Runner:
     def __init__(self, name: str, on_error: Callable[[Exception], Any]) -> None:
         self._name = name
         self._on_error = on_error
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._jobs: list[Job] = []
+        self._jobs: list[Job] = []  # the one that runs, and those that wait
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = Ending()
 
     @property
     def busy(self) -> bool:
@@ -48,8 +49,8 @@ class Runner:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
+        """Whether `close` was called, or Python ends."""
+        return self._closed.is_set()
 
     def submit(self, work: Callable[[Job], Any]) -> Job:
         """Queues `work(job)`.
@@ -59,34 +60,39 @@ class Runner:
         """
         job = Job(work)
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise RuntimeError("this panel was closed; make a new one")
             self._jobs.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+            if len(self._jobs) == 1:
+                # Not a daemon: XLA must not be stopped in the middle of a step when Python ends.
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=False)
                 self._thread.start()
-        self._queue.put(job)
         return job
 
     def close(self, timeout: float = 0.0) -> None:
         """Cancels every job and ends the thread; waits for it up to `timeout` seconds."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             jobs, thread = list(self._jobs), self._thread
         for job in jobs:
             job.cancel()
-        self._queue.put(None)
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
-    def _loop(self) -> None:
-        while (job := self._queue.get()) is not None:
+    def _run(self) -> None:
+        """Runs jobs until none is left."""
+        job: Job | None = self._jobs[0]
+        while job is not None:
             try:
-                if not self._closed:  # a job that was cancelled cleans up after itself
+                if not self.closed:  # a job that was cancelled cleans up after itself
                     job.work(job)
             except Exception as error:
                 self._on_error(error)
+            except SystemExit:
+                pass  # it ends the job, as it ends a thread
             finally:
                 with self._lock:
                     self._jobs.remove(job)
+                    following = self._jobs[0] if self._jobs else None
                 job.finished.set()
+            job = following

@@ -2,8 +2,10 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -182,12 +184,19 @@ def test_loading_goes_on_with_the_same_file(make, tmp_path, tiny_model, by_hand)
     second.chat("More")
     flush(second)
     assert_saved(second, path)
-    # The first session notices that the file is another's now, writes nothing, and says so.
+    # The first session notices that the file is another's now, and writes nothing.
+    flush(chat)
+    assert list(tmp_path.glob("*.gnb")) == [path]
+    # What it has more goes elsewhere, and that is said.
     chat.chat("Lost?")
     flush(chat)
     assert_saved(second, path)
-    with pytest.warns(ConversationWarning, match=r"taken over by another session.*still in memory"):
+    assert chat.autosave == tmp_path / "talk-2.gnb"
+    assert_saved(chat, chat.autosave)
+    with pytest.warns(ConversationWarning, match=r"another session goes on.*saved to .*talk-2.gnb"):
         chat.chat("Really?")
+    flush(chat)
+    assert_saved(chat, chat.autosave)
     chat.autosave = tmp_path / "other.gnb"
     assert_saved(chat, tmp_path / "other.gnb")
     second.autosave = None
@@ -215,6 +224,172 @@ def test_another_conversation_is_never_replaced(make, tmp_path, by_hand):
     with pytest.raises(ConversationError, match="exists already"):
         first.autosave = path.with_name("x")
     assert first.autosave == path
+
+
+# --- others write there, too ----------------------------------------------------------------------
+
+
+def restore_older(path, older):
+    path.write_bytes(older)
+
+
+def replace_by_notes(path, older):
+    path.with_name("notes").write_bytes(b"somebody else's notes")
+    os.replace(path.with_name("notes"), path)
+
+
+def put_a_folder_there(path, older):
+    path.unlink()
+    path.mkdir()
+
+
+def replace_the_journal(path, older):
+    journal.path_of(path).unlink()
+    journal.path_of(path).write_bytes(b"somebody else's journal")
+
+
+def foreign(path):
+    """What others have put there."""
+    files = (path, journal.path_of(path))
+    return [file.read_bytes() if file.is_file() else file.is_dir() for file in files]
+
+
+@pytest.mark.parametrize(
+    "happens", [restore_older, replace_by_notes, put_a_folder_there, replace_the_journal]
+)
+@pytest.mark.parametrize("end", ["goes on", "ends at once"])
+def test_what_others_put_there_stays(make, tmp_path, by_hand, happens, end):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    chat.chat("one")
+    chat.save(path)
+    older = path.read_bytes()
+    chat.chat("two")
+    chat.save(path)
+    chat.chat("three")
+    flush(chat)
+    happens(path, older)
+    before = foreign(path)
+    if end == "goes on":
+        flush(chat)
+        with pytest.warns(ConversationWarning, match=r"something else.*saved to .*talk-2.gnb"):
+            chat.chat("four")
+        flush(chat)
+        assert_saved(chat, tmp_path / "talk-2.gnb")
+        chat.autosave = None
+    else:
+        with pytest.warns(ConversationWarning, match=r"something else.*saved to .*talk-2.gnb"):
+            chat.autosave = None
+    assert_saved(chat, tmp_path / "talk-2.gnb")
+    kept = foreign(path)
+    assert kept[0] == before[0]
+    assert happens is not replace_the_journal or kept[1] == before[1]
+    names = {file.name for file in tmp_path.iterdir()} - {"talk.gnb.journal"}
+    assert names == {"talk.gnb", "talk-2.gnb"}
+
+
+def delete_the_file(path):
+    path.unlink()
+
+
+def delete_the_journal(path):
+    journal.path_of(path).unlink()
+
+
+def delete_both(path):
+    path.unlink()
+    journal.path_of(path).unlink()
+
+
+def cut_the_journal_off(path):
+    with open(journal.path_of(path), "r+b") as file:
+        file.truncate(80)
+
+
+def copy_the_same_back(path):
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+    journal.path_of(path).unlink()
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [delete_the_file, delete_the_journal, delete_both, cut_the_journal_off, copy_the_same_back],
+)
+def test_what_is_lost_is_written_again(make, tmp_path, by_hand, happens):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    chat.chat("one")
+    flush(chat)
+    happens(path)
+    flush(chat)
+    assert_saved(chat, path)
+    with pytest.warns(ConversationWarning, match="written there again"):
+        chat.chat("two")
+    happens(path)
+    with pytest.warns(ConversationWarning, match="written there again"):
+        chat.autosave = None
+    assert_saved(chat, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bytes_that_changed_in_place_are_not_folded(make, tmp_path, by_hand):
+    path = tmp_path / "talk.gnb"
+    chat = make(autosave=path)
+    chat.chat("one")
+    flush(chat)
+    size = journal.path_of(path).stat().st_size
+    with open(journal.path_of(path), "r+b") as file:
+        file.seek(size // 2)
+        file.write(b"x" * 100)
+    chat.autosave = None
+    assert_saved(chat, path)
+
+
+def test_a_folder_that_is_gone_is_told_and_the_end_saves_elsewhere(
+    make, tmp_path, by_hand, monkeypatch
+):
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    chat = make(autosave=folder / "talk.gnb")
+    chat.chat("one")
+    shutil.rmtree(folder)
+    flush(chat)
+    with pytest.warns(ConversationWarning, match="cannot be written.*still in memory"):
+        chat.chat("two")
+    with pytest.warns(ConversationWarning, match=r"saved to .*spare.* instead"):
+        chat.autosave = None
+    (saved,) = spare.iterdir()
+    assert_saved(chat, saved)
+
+
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(make, tmp_path, tiny_model, by_hand):
+    file, link = tmp_path / "elsewhere.gnb", tmp_path / "talk.gnb"
+    link.symlink_to(file)
+    chat = make(autosave=link)
+    chat.chat("one")
+    flush(chat)
+    assert link.is_symlink()
+    for path in (link, file):
+        assert_saved(chat, path)
+    chat.autosave = None
+    assert link.is_symlink()
+    assert {each.name for each in tmp_path.iterdir()} == {"elsewhere.gnb", "talk.gnb"}
+
+
+def test_a_journal_whose_file_is_gone_is_kept(make, tmp_path, by_hand):
+    path = tmp_path / "talk.gnb"
+    journal.path_of(path).write_bytes(b"of a file that may come back")
+    chat = make(autosave=path)
+    chat.chat("one")
+    chat.autosave = None
+    kept = tmp_path / "talk.gnb.journal.left-out"
+    assert kept.read_bytes() == b"of a file that may come back"
+    assert_saved(chat, path)
 
 
 def test_saving_by_hand_folds_the_journal(make, tmp_path, by_hand):
@@ -253,6 +428,8 @@ def test_a_crash_between_file_and_journal_loses_nothing(make, tmp_path, by_hand,
     chat.save(path)
     beside.write_bytes(before)  # the file is new, the journal still the old one
     assert_saved(chat, path)
+    with pytest.warns(ConversationWarning, match="changed by somebody else"):
+        chat.autosave = None
 
 
 def test_a_full_disk_is_told_and_overcome(make, tmp_path, by_hand, monkeypatch):

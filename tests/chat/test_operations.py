@@ -139,6 +139,25 @@ class Operations(RuleBasedStateMachine):
         assert [r.token_id for r in again.tokens] == [r.token_id for r in turn.tokens]
         assert [r.key for r in again.tokens] == [r.key for r in turn.tokens]
 
+    @precondition(lambda self: self.replies())
+    @rule(data=st.data(), how=st.sampled_from(["look", "lens", "trace", "trace all"]))
+    def look_inside(self, data, how):
+        """Whatever is looked at, of the reply that is there or of another one."""
+        turn = data.draw(st.just(self.replies()[-1]) | st.sampled_from(self.replies()), "turn")
+        held = list(self.chat._decoder.ids)
+        if how == "trace":
+            self.chat.trace(turn, sites=())
+        elif how == "trace all":
+            attention = self.chat.trace(turn, layers=[0, 2]).attention.values
+            np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-5)
+        else:
+            record = data.draw(st.sampled_from(turn.tokens), "at")
+            expected = self.score(self.chat.tokens(turn))[record.position - 1]
+            lens = self.chat.lens(record.index, turn=turn)
+            found = lens.watched_logprob.values.reshape(-1)[-1]
+            np.testing.assert_allclose(found, expected[record.token_id], atol=5e-5)
+        assert self.chat._decoder.ids == held
+
     @precondition(lambda self: self.said("model"))
     @rule()
     def save_and_load(self):
@@ -219,7 +238,8 @@ class Operations(RuleBasedStateMachine):
         return [turn for turn in self.chat.tree if turn.tokens]
 
 
-def test_any_sequence_of_operations(tiny_model, score):
+def test_any_sequence_of_operations(tiny_model, score, monkeypatch):
+    monkeypatch.setattr("gemma_nb.interp.passes.WORTH", 8)  # what replying has computed is used
     model, tokenizer = tiny_model
     fields = {"model": model, "tokenizer": tokenizer, "score": staticmethod(score)}
     machine = type("Machine", (Operations,), fields)

@@ -206,6 +206,33 @@ def test_a_keyboard_interrupt_keeps_the_partial_turn(make, score):
     assert_parity(chat, chat.chat("Go on"), score)
 
 
+def test_stop_closes_no_stream_that_another_thread_reads(make):
+    """It read one before: what it stops now is another thread's, which ends after its token."""
+    chat = make(sampling=gnb.Sampling(seed=1, max_new_tokens=4, forbidden=(0, 1, 5)))
+    chat.chat("Hello")
+    unread = chat.stream("Not begun")
+    chat.stop()
+    assert len(list(unread)) == 4, "nor does it close what nobody reads yet"
+    reads, stopped, ended = threading.Event(), threading.Event(), []
+
+    def read():
+        stream = chat.stream("More")
+        assert next(stream)
+        reads.set()
+        assert stopped.wait(30)
+        ended.append(chat.busy)
+        ended.append(len(list(stream)))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert reads.wait(30)
+    chat.stop()
+    stopped.set()
+    thread.join()
+    assert ended[0], "it was still open"
+    assert chat.turns[-1].finish_reason == "cancelled"
+
+
 def test_an_interrupt_inside_a_step_waits_for_its_end(make, monkeypatch, score):
     chat = make()
     step = chat._decoder.step

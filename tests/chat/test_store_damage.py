@@ -1,6 +1,7 @@
 """What is not whole is refused by name, and never half loaded."""
 
 import json
+import math
 import os
 import random
 import warnings
@@ -12,6 +13,9 @@ import gemma_nb as gnb
 from gemma_nb.chat import archive, journal, restore, store
 from gemma_nb.errors import ConversationError, ConversationWarning
 from tests.chat.checks import assert_same, assert_same_tree, rewritten
+
+# How many bad values are tried: 2,000 show it, a few guard it.
+BAD_VALUES = int(os.environ.get("GEMMA_NB_BAD_VALUES", "120"))
 
 # --- what is refused ------------------------------------------------------------------------------
 
@@ -64,6 +68,87 @@ def test_a_changed_byte_is_noticed_or_changes_nothing(grown, saved):
             assert_same_tree(grown.tree, read.tree)
             assert read.settings == store.Settings.of(grown)
     assert refused > len(places) / 2
+
+
+_VALUES = (-1, 0, 7, 10**30, 2**63, 0.5, math.inf, math.nan, "x", "\ud800", None, True, [], [1])
+_OBJECTS = ({}, {"x": 1}, {"list": 99}, {"list": -1}, {"string": 0}, {"string": 10**9})
+
+
+def places_in(data, at=()):
+    """The keys that lead to every value of a JSON file, but not to the later ones of long lists."""
+    if at:
+        yield at
+    items = data.items() if isinstance(data, dict) else enumerate(data[:3])
+    for key, value in items:
+        yield from places_in(value, (*at, key)) if isinstance(value, dict | list) else [(*at, key)]
+
+
+def with_value(structure, at, value):
+    """A copy in which something else stands in one place."""
+    changed = json.loads(json.dumps(structure))
+    inner = changed
+    for key in at[:-1]:
+        inner = inner[key]
+    inner[at[-1]] = value
+    return changed
+
+
+def write_raw(path, structure, evidence):
+    """Also what `archive.write` would not write, such as NaN."""
+    members = [("conversation.json", json.dumps(structure))]
+    zip_of(path, members + [(f"evidence/{i}.safetensors", data) for i, data in evidence.items()])
+
+
+def assert_refused_or_of_use(path, tiny_model, what):
+    """A ConversationError that names the file, or a conversation that goes on and is saved."""
+    try:
+        chat = gnb.ChatSession.load(path, *tiny_model, recompute=False)
+    except ConversationError as error:
+        return path.name in str(error)
+    except BaseException as error:
+        error.add_note(what)
+        raise
+    for turn in chat.tree:
+        assert repr(turn)
+        assert chat.tokens(turn) is not None, what
+        assert turn.timing.tokens_per_second >= 0
+    assert chat.context.warning is not None
+    restore.read(chat.save(path.with_name("again.gnb")))
+    return False
+
+
+def test_a_bad_value_anywhere_is_refused_by_name(saved, tiny_model):
+    structure, evidence = archive.read(saved)
+    places = list(places_in(structure))
+    draw, refused = random.Random(2), 0
+    for number in range(BAD_VALUES):
+        at, value = draw.choice(places), draw.choice([*_VALUES, *_OBJECTS])
+        write_raw(saved, with_value(structure, at, value), evidence)
+        refused += assert_refused_or_of_use(saved, tiny_model, f"{number}: {at} is {value!r}")
+    assert refused > BAD_VALUES / 2
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (("settings", "cache_length"), -5),
+        (("settings", "cache_length"), 2**70),
+        (("settings", "system"), "\ud800"),
+        (("turns", "1", "text"), "\ud800"),
+        (("turns", "2", "context", "dropped"), 1),
+        (("turns", "2", "context", "dropped"), -2),
+        (("turns", "2", "context", "used"), -1),
+        (("turns", "2", "context", "system"), "\ud800"),
+        (("turns", "2", "timing", "prefill_seconds"), math.nan),
+        (("turns", "2", "timing", "new_tokens"), -1),
+        (("turns", "3", "origin", "index"), -1),
+    ],
+)
+def test_what_no_session_writes_is_refused_by_name(saved, tiny_model, at, value):
+    structure, evidence = archive.read(saved)
+    write_raw(saved, with_value(structure, at, value), evidence)
+    with pytest.raises(ConversationError, match=rf"talk\.gnb is not a whole .*({at[-1]}|{at[-2]})"):
+        gnb.ChatSession.load(saved, *tiny_model)
 
 
 def test_any_bytes_are_refused(saved, tiny_model):

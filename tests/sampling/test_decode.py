@@ -1,6 +1,7 @@
 """The compiled step: cache reuse, buckets and evidence, against passes without a cache."""
 
 import logging
+import random
 import threading
 
 import jax
@@ -254,6 +255,72 @@ def test_a_step_ahead_that_nobody_asks_for_is_taken_back(decoder, score):
     other = [*decoder.ids, chosen + 1]
     assert decoder.begin(other, GREEDY) == other[-1:]
     assert_evidence(decoder.prefill(other[-1:]), score(other)[-1])
+
+
+class Asked:
+    """A stream that is asked for one thing after another, each checked against a pass."""
+
+    def __init__(self, decoder, score, draw):
+        self.decoder, self.score, self.draw = decoder, score, draw
+        self.say()
+
+    @property
+    def text(self):
+        """What is cached, and what was chosen after it."""
+        chosen = self.decoder._next
+        return [*self.decoder.ids, *([] if chosen is None else [chosen])]
+
+    def say(self):
+        """Goes on with a part of the text, or all of it."""
+        text = self.text
+        kept = text[: self.draw.choice([0, len(text), *[self.draw.randint(0, len(text))] * 2])]
+        ids = [*kept, *random_ids(self.draw.choice([1, 1, 2, 12]), seed=self.draw.randint(0, 9))]
+        evidence = self.decoder.prefill(self.decoder.begin(ids[:150], GREEDY))
+        assert_evidence(evidence, self.score(ids[:150])[-1])
+
+    def again(self):
+        """The same once more, as another reply to a message does."""
+        ids = list(self.decoder.ids) or random_ids(3)
+        assert_evidence(self.decoder.prefill(self.decoder.begin(ids, GREEDY)), self.score(ids)[-1])
+
+    def step(self):
+        for left in reversed(range(self.draw.choice([1, 2, 9]))):
+            if self.decoder._next is not None and not self.decoder.full:
+                evidence = self.decoder.step(last=left == 0 and self.draw.random() < 0.5)
+                assert_evidence(evidence, self.score(self.decoder.ids)[-1])
+
+    def put(self):
+        if self.decoder._next is not None and not self.decoder.full:
+            evidence = self.decoder.step(token=self.draw.randint(6, 259))
+            expected = self.score(self.decoder.ids)[-1][int(evidence.token)]
+            assert float(evidence.logprob) == pytest.approx(expected, abs=1e-5)
+
+    def look(self):
+        if self.decoder.ids:
+            position = self.draw.randrange(len(self.decoder.ids))
+            rows = self.decoder.look(position).attention
+            np.testing.assert_allclose(rows.sum(-1), 1, atol=1e-5)
+
+    def residuals(self):
+        """As a trace does after a reply, whose last token was chosen, but not fed."""
+        ids = list(self.decoder.ids)
+        text = [*ids, *random_ids(1, seed=len(ids))] if self.draw.random() < 0.3 else self.text
+        self.decoder.residuals(text)
+        assert self.decoder.ids == ids
+
+    def keep(self):
+        self.decoder.keep(self.decoder.ids[: self.draw.randint(0, len(self.decoder.ids))])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_a_stream_is_asked_for_it_goes_on_exactly(decoder, score, seed):
+    """Whatever takes tokens back, the rings have what the next one sees; the window is 8."""
+    draw = random.Random(seed)
+    stream = Asked(decoder, score, draw)
+    for _ in range(25):
+        draw.choice([stream.say, stream.again, stream.step, stream.put, stream.look,
+                     stream.residuals, stream.residuals, stream.keep])()  # fmt: skip
+    stream.say()
 
 
 def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, caplog):

@@ -1,0 +1,55 @@
+"""Who reads a reply, and how one ends that nobody reads on."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+import time
+import weakref
+from collections.abc import Generator
+from contextlib import suppress
+
+from gemma_nb.chat.events import TokenEvent
+
+Stream = Generator[TokenEvent, None, None]
+
+# How long Python waits, at its end, for a step of a reply on a daemon thread.
+_LAST_STEP_SECONDS = 60.0
+
+
+@dataclasses.dataclass
+class Reading:
+    """Who reads a reply.
+
+    Attributes:
+      stream: what is read; None before it is made.
+      thread: that read the last token; None before the first.
+    """
+
+    stream: weakref.ref[Stream] | None = None
+    thread: threading.Thread | None = None
+
+
+def close(stream: weakref.ref[Stream] | None) -> None:
+    """Ends a reply that nobody reads on, if it is still there."""
+    open_stream = None if stream is None else stream()
+    if open_stream is not None:
+        # Closing fails while the generator runs; then it looks at its flag itself.
+        with suppress(ValueError):
+            open_stream.close()
+
+
+def close_at_end(stream: weakref.ref[Stream]) -> None:
+    """Ends a reply that is still there when Python ends; waits for a daemon thread's step.
+
+    A thread that is cut off inside of XLA takes the whole process down.
+    """
+    deadline = time.monotonic() + _LAST_STEP_SECONDS
+    while _runs(stream()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    close(stream)
+
+
+def _runs(stream: Stream | None) -> bool:
+    return stream is not None and inspect.getgeneratorstate(stream) == inspect.GEN_RUNNING

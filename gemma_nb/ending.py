@@ -1,0 +1,26 @@
+"""The end of Python, which waits for the threads that compute.
+
+A thread that is cut off inside of XLA takes the whole process down.  So none that computes is a
+daemon, and all look, between their steps, whether Python ends.
+"""
+
+from __future__ import annotations
+
+import threading
+
+
+class Ending(threading.Event):
+    """An event that is set from the moment on when Python ends, too, on any but its main thread."""
+
+    def is_set(self) -> bool:
+        """Whether it was set, or Python ends."""
+        return super().is_set() or _python_ends()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for at most so many seconds; see `is_set`."""
+        return super().wait(timeout) or self.is_set()
+
+
+def _python_ends() -> bool:
+    main = threading.main_thread()
+    return not main.is_alive() and threading.current_thread() is not main
