@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 import weakref
@@ -65,6 +66,7 @@ class Loader:
         expected, self._expected = _found(key), None
         if expected is not None:
             return expected
+        gc.collect()  # closed sessions: their memory is what the model needs
         model, tokenizer = load(source, progress=self._progress("loading", job))
         if key is not None and key == _key(source):  # nobody has replaced the files meanwhile
             for stale in [k for k in list(_alive) if _found(k) is None]:
