@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 
 from gemma_nb.plots.colors import GLOBAL, INK, LOCAL
-from gemma_nb.plots.ink import Ink
+from gemma_nb.plots.ink import Ink, take_literally
 from gemma_nb.plots.labels import character, families
 from gemma_nb.plots.settings import own_settings
 
@@ -141,7 +141,8 @@ def headline(ax: Axes, text: str, badge: str = "", pad: float | None = None) -> 
         color = GLOBAL if badge.startswith("global") else LOCAL
         box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "none"}
         name = ax.set_title(badge, loc="right", fontsize=SMALL, color="white", bbox=box)
-        name.set(weight="bold", usetex=False, parse_math=False)
+        name.set_weight("bold")
+        take_literally(name)
 
 
 def footer(

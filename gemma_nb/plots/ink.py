@@ -89,7 +89,7 @@ class Ink(Artist):
 
     def _adopt(self, artist: Any, face: RGB | None) -> None:
         if isinstance(artist, Text):
-            _take_literally(artist)
+            take_literally(artist)
         edge = isinstance(artist, Patch)
         now = to_hex(artist.get_edgecolor() if edge else artist.get_color())
         if artist not in self._wishes:
@@ -164,9 +164,13 @@ def _ticks(ax: Axes) -> Iterator[Tick]:
         yield from axis.get_minor_ticks()
 
 
-def _take_literally(text: Text) -> None:
-    """A `$` is a dollar sign, also under settings that make it mathematics, or all text TeX."""
+def take_literally(text: Text) -> None:
+    """Takes from a label what settings gave it: a `$` is a dollar sign, in clear letters."""
     if text.get_usetex():
         text.set_usetex(False)
     if text.get_parse_math():
         text.set_parse_math(False)
+    if text.get_path_effects():
+        text.set_path_effects([])
+    if text.get_sketch_params() is not None:
+        text.set_sketch_params(None)

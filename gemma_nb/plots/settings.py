@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec
 
@@ -59,7 +60,11 @@ def _pinned() -> dict[Any, Any]:
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
     """Within it, matplotlib has the settings of a picture; the user's are back afterwards."""
-    with matplotlib.rc_context({**_pinned(), "font.family": chosen_families()}):
+    with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():  # of settings that matplotlib is about to drop
+            warnings.simplefilter("ignore", matplotlib.MatplotlibDeprecationWarning)
+            settings = {**_pinned(), "font.family": chosen_families()}
+            stack.enter_context(matplotlib.rc_context(settings))
         yield
 
 
