@@ -18,7 +18,7 @@ from matplotlib.textpath import TextPath
 
 from gemma_nb.plots.colors import INK, kind_color
 from gemma_nb.plots.figure import SMALL, bare, inches
-from gemma_nb.plots.ink import Ink
+from gemma_nb.plots.ink import Ink, ink_around
 from gemma_nb.plots.labels import families
 from gemma_nb.plots.maps import badge_of
 from gemma_nb.plots.tokens import MOST_LABELS, Tokens, label_axis
@@ -146,7 +146,7 @@ def name_heads(ax: Axes, heads: Sequence[int], groups: Sequence[int | None]) -> 
         ax.plot(
             ends,
             [above, above],
-            color=INK,
+            color=ink_around(ax),
             linewidth=0.8,
             transform=ax.get_xaxis_transform(),
             clip_on=False,

@@ -141,7 +141,7 @@ def headline(ax: Axes, text: str, badge: str = "", pad: float | None = None) -> 
         color = GLOBAL if badge.startswith("global") else LOCAL
         box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "none"}
         name = ax.set_title(badge, loc="right", fontsize=SMALL, color="white", bbox=box)
-        name.set_weight("bold")
+        name.set_fontweight("bold")
         take_literally(name)
 
 
