@@ -7,15 +7,20 @@ from typing import Any
 import ipywidgets
 
 from gemma_nb.widgets.attention import AttentionPanel
-from gemma_nb.widgets.base import reject_unknown, view_mimebundle
+from gemma_nb.widgets.base import close_layout, reject_unknown, view_mimebundle
 from gemma_nb.widgets.chat import ChatPanel
+from gemma_nb.widgets.rerun import close_earlier
 
 
 class ChatApp(ipywidgets.Box):
     """Chat on the left, the attention behind it on the right; stacked where there is little room.
 
     With a name or path the app shows at once, and loads and compiles in the background; a message
-    sent meanwhile waits for the model.
+    sent meanwhile waits for the model.  A model that another app has already loaded from the same
+    files is shared with it.
+
+    Every app holds a session until it is closed.  A notebook cell that runs again closes the app of
+    its last run, unless a variable still has it.
 
     Args:
       chat_or_source: a `ChatSession`, or what `gemma_nb.load` takes.
@@ -29,15 +34,18 @@ class ChatApp(ipywidgets.Box):
         self.chat_panel = ChatPanel(chat_or_source)
         self.attention_panel = AttentionPanel()
         # One child, so that the columns can ask how wide the app is (a container query).
-        columns = ipywidgets.Box([self.chat_panel, self.attention_panel])
-        columns.add_class("gnb-columns")
-        super().__init__([columns])
+        self._columns = ipywidgets.Box([self.chat_panel, self.attention_panel])
+        self._columns.add_class("gnb-columns")
+        super().__init__([self._columns])
+        for panel in (self.chat_panel, self.attention_panel):
+            panel.part_of = self
         self.add_class("gnb-app")
         # In the browser, so that it holds without a kernel.
         self._link = ipywidgets.jslink(
             (self.chat_panel, "selected"), (self.attention_panel, "selected")
         )
         self.chat_panel.on_reply(self._look_inside)
+        close_earlier(self)
 
     def __repr__(self) -> str:
         return f"ChatApp({self.chat_panel!r}, {self.attention_panel!r})"
@@ -51,7 +59,7 @@ class ChatApp(ipywidgets.Box):
         """The `ChatSession`.
 
         Raises:
-          GemmaNbError: the model is still loading, or could not be loaded.
+          GemmaNbError: the model is still loading or could not be loaded, or the app was closed.
         """
         return self.chat_panel.chat
 
@@ -68,12 +76,19 @@ class ChatApp(ipywidgets.Box):
         """The conversation with its evidence and the framed row's attention, without scripts."""
         return self.chat_panel.static_html() + self.attention_panel.static_html()
 
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Takes nothing: what the app consists of is not for a front end to change."""
+        self.send_state([name for name in sync_data if name in self.keys])
+
     def close(self) -> None:
-        """Stops what runs and takes the views away."""
-        for panel in (getattr(self, "chat_panel", None), getattr(self, "attention_panel", None)):
-            if panel is not None:
-                panel.close()
+        """Stops what runs, takes the views away, and lets go of the session and its traces."""
+        for name in ("chat_panel", "attention_panel", "_link", "_columns"):
+            if (part := getattr(self, name, None)) is not None:
+                part.close()
         super().close()
+        for box in (getattr(self, "_columns", None), self):
+            if box is not None:
+                close_layout(box)
 
     def _look_inside(self) -> None:
         self.attention_panel.attach(self.chat_panel.chat)

@@ -383,6 +383,9 @@ def _lab(args: argparse.Namespace) -> int:
         # Not as an argument: then the printed URL would not lead to the notebook.
         f"--LabApp.default_url=/lab/tree/{_notebook().as_posix()}",
         "--ServerApp.log_level=WARN",  # leaves the URL as the last thing on the screen
+        # Nothing is asked of a server elsewhere: neither for a newer version nor for news.
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.news_url=None",
     ]
     if args.no_browser or not _has_browser():
         options.append("--no-browser")

@@ -411,6 +411,22 @@ def test_lab_writes_the_starter_notebook_once(tmp_path, monkeypatch, capsys, lau
     assert "--ServerApp.port=8888" in launched[1]
 
 
+def test_lab_asks_no_server_for_updates_or_news(monkeypatch, tmp_path, launched):
+    """As JupyterLab itself understands the options, and whatever its configuration says."""
+    monkeypatch.chdir(tmp_path)
+    cli.main(["lab"])
+    monkeypatch.undo()  # the real one from here on
+    from jupyterlab import NeverCheckForUpdate
+    from jupyterlab.labapp import LabApp
+    from traitlets.config import Config
+
+    lab = LabApp()
+    lab.update_config(Config(LabApp={"news_url": "https://example.org/feed.xml"}))
+    lab.parse_command_line([o for o in launched[0] if o.startswith("--LabApp.")])
+    assert lab.news_url is None
+    assert lab.check_for_updates_class is NeverCheckForUpdate
+
+
 def test_lab_opens_the_notebook_of_a_checkout(monkeypatch, launched):
     monkeypatch.chdir(REPO)
     assert cli.main(["lab"]) == 0

@@ -14,15 +14,18 @@ from gemma_nb.plots.cells import sheet
 from gemma_nb.plots.colors import FAINT, INK, OTHER, diverging
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
 from gemma_nb.plots.given import attributed
-from gemma_nb.plots.labels import drawable, families, isolated
+from gemma_nb.plots.ink import Ink, ink_inside
+from gemma_nb.plots.labels import drawable, families, isolated, legible
 from gemma_nb.plots.labels import inches as label_width
 from gemma_nb.plots.maps import computed_under
+from gemma_nb.plots.settings import picture
 from gemma_nb.plots.tokens import LABEL, MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:
     import xarray
 
 
+@picture
 def attribution_bars(
     attribution: xarray.DataArray,
     *,
@@ -66,13 +69,14 @@ def attribution_bars(
     )
     rows = np.arange(len(bars))
     ax.barh(rows, bars, color=colors, height=0.78)
-    ax.axvline(0.0, color=INK, linewidth=0.6)
+    ax.axvline(0.0, color=ink_inside(ax), linewidth=0.6)
     bare(ax)
     ax.set_yticks(rows, names, fontfamily=families(names), fontsize=LABEL)
     ax.set_ylim(len(bars) - 0.4, -0.6)
     ax.margins(x=0.12)
+    ink = Ink.of(ax)
     for row, bar in zip(rows, bars, strict=True):
-        ax.annotate(
+        number = ax.annotate(
             f"{bar:+#.2g}".rstrip("."),
             (bar, row),
             xytext=(2 if bar >= 0 else -2, 0),
@@ -82,6 +86,8 @@ def attribution_bars(
             fontsize=LABEL - 1,
             color=INK,
         )
+        if ink is not None:
+            ink.inside(number)
     ax.grid(axis="x", color=FAINT, linewidth=0.4)
     ax.set_axisbelow(True)
     ax.set_xlabel(_unit(attribution), fontsize=SMALL)
@@ -91,6 +97,7 @@ def attribution_bars(
     return figure
 
 
+@picture
 def attribution_matrix(
     attribution: xarray.DataArray,
     *,
@@ -131,7 +138,7 @@ def attribution_matrix(
         )
     tokens = Tokens.along(chosen, "position")
     values = chosen.values.astype(float)
-    names = [str(name) for name in chosen["component"].values]
+    names = [legible(str(name)) for name in chosen["component"].values]
     largest = top or float(np.abs(values).max()) or 1.0
 
     figure, ax = canvas(
@@ -183,7 +190,7 @@ def _one_position(
 
 def _names(chosen: xarray.DataArray, dim: str) -> list[str]:
     if dim == "component":
-        return [str(name) for name in chosen["component"].values]
+        return [legible(str(name)) for name in chosen["component"].values]
     tokens = Tokens.along(chosen, "position")
     return [
         f"{position}  {isolated(drawable(label))}"

@@ -11,10 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.path import Path
+from matplotlib.textpath import TextPath
 
 from gemma_nb.plots.colors import INK, kind_color
 from gemma_nb.plots.figure import SMALL, bare, inches
+from gemma_nb.plots.ink import Ink, ink_around
+from gemma_nb.plots.labels import families
 from gemma_nb.plots.maps import badge_of
 from gemma_nb.plots.tokens import MOST_LABELS, Tokens, label_axis
 
@@ -38,7 +43,9 @@ def cells(
     rows, columns = values.shape
     if max(rows, columns) > MOST_LABELS:
         extent = (*across, *down)
-        return ax.imshow(values, extent=extent, interpolation="none", aspect="auto", **kwargs)
+        return ax.imshow(
+            values, extent=extent, origin="upper", interpolation="none", aspect="auto", **kwargs
+        )
     x, y = np.linspace(*across, columns + 1), np.linspace(down[1], down[0], rows + 1)
     row, column = np.nonzero(~np.ma.getmaskarray(values))
     corners = np.stack([np.stack([x[column + i], y[row + j]], -1) for i, j in _CORNERS], 1)
@@ -133,7 +140,7 @@ def name_heads(ax: Axes, heads: Sequence[int], groups: Sequence[int | None]) -> 
     ax.xaxis.tick_top()
     ax.set_xticks(range(len(heads)), [f"head {h}" if len(heads) < 5 else str(h) for h in heads])
     ax.tick_params(axis="x", labelsize=SMALL, pad=1)
-    above = 1.0 + 0.22 / inches(ax)[1]
+    above, ink = 1.0 + 0.22 / inches(ax)[1], Ink.of(ax)
     runs = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
     for begin, end in zip(runs, [*runs[1:], len(groups)], strict=True):
         if groups[begin] is None:
@@ -142,7 +149,7 @@ def name_heads(ax: Axes, heads: Sequence[int], groups: Sequence[int | None]) -> 
         ax.plot(
             ends,
             [above, above],
-            color=INK,
+            color=ink_around(ax),
             linewidth=0.8,
             transform=ax.get_xaxis_transform(),
             clip_on=False,
@@ -151,7 +158,7 @@ def name_heads(ax: Axes, heads: Sequence[int], groups: Sequence[int | None]) -> 
             gid=f"KV group {groups[begin]}",
         )
         wide = (end - begin) * inches(ax)[0] / len(heads) > 0.6
-        ax.annotate(
+        name = ax.annotate(
             f"KV group {groups[begin]}" if wide else f"KV {groups[begin]}",
             (sum(ends) / 2, above),
             xytext=(0, 1.5),
@@ -162,11 +169,23 @@ def name_heads(ax: Axes, heads: Sequence[int], groups: Sequence[int | None]) -> 
             color=INK,
             annotation_clip=False,
         )
+        if ink is not None:
+            ink.around(name)
 
 
 def kind_handles(kinds: Sequence[str]) -> list[Artist]:
     """Legend entries of the colours in which layers are named."""
+    letter = _letter()
     return [
-        Line2D([], [], linestyle="none", marker="$n$", color=kind_color(kind), label=badge_of(kind))
+        Line2D(
+            [], [], linestyle="none", marker=letter, color=kind_color(kind), label=badge_of(kind)
+        )
         for kind in dict.fromkeys(kinds)
     ]
+
+
+def _letter() -> Path:
+    """An n to be a marker: a letter as matplotlib's markers know it would be mathematics."""
+    path = TextPath((0.0, 0.0), "n", size=1.0, prop=FontProperties(family=families("n")))
+    box = path.get_extents()
+    return Path(path.vertices - ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), path.codes)

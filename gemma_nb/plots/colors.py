@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap, to_hex, to_rgb
+
+RGB = tuple[float, float, float]
 
 # Masataka Okabe and Kei Ito's palette (jfly.uni-koeln.de/color, 2008), told apart with any of the
 # common colour deficiencies.
@@ -83,15 +86,37 @@ def diverging() -> ListedColormap:
     return ListedColormap(_oklab_to_srgb(np.vstack([negative, positive])), name="gnb_blue_rust")
 
 
-def text_on(rgba: np.ndarray | tuple[float, ...] | str) -> str:
-    """Black or white, whichever has the higher contrast on a background.
-
-    Source of the contrast ratio: WCAG 2.2, "relative luminance".
-    """
+def luminance(rgba: np.ndarray | tuple[float, ...] | str) -> float:
+    """Relative luminance, from 0 (black) to 1 (white); alpha is ignored.  Source: WCAG 2.2."""
     rgb = np.array(to_rgb(rgba) if isinstance(rgba, str) else rgba[:3], float)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
-    return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def contrast(one: Any, other: Any) -> float:
+    """Contrast ratio of two colours, from 1 (none) to 21.  Source: WCAG 2.2."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def over(rgba: tuple[float, ...], behind: RGB) -> RGB:
+    """A colour as it looks on an opaque one."""
+    alpha = rgba[3]
+    mixed = [alpha * a + (1 - alpha) * b for a, b in zip(rgba[:3], behind, strict=True)]
+    return mixed[0], mixed[1], mixed[2]
+
+
+def text_on(rgba: np.ndarray | tuple[float, ...] | str) -> str:
+    """Black or white, whichever has the higher contrast on a background."""
+    return "black" if (luminance(rgba) + 0.05) ** 2 > 1.05 * 0.05 else "white"
+
+
+def legible(color: str, face: Any, least: float = 3.0) -> str:
+    """`color`, moved towards black or white until its contrast with `face` is `least`."""
+    start, end = np.array(to_rgb(color)), np.array(to_rgb(text_on(face)))
+    steps = (start + (end - start) * part for part in np.linspace(0.0, 1.0, 41))
+    found: Any = next((c for c in steps if contrast(c, face) >= least), end)
+    return to_hex(found)
 
 
 def kind_color(kind: str) -> str:

@@ -12,11 +12,13 @@ from matplotlib.patches import Patch
 
 from gemma_nb.indices import Indices, among
 from gemma_nb.interp import lens as lens_of
-from gemma_nb.plots.colors import BLACK, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION
-from gemma_nb.plots.figure import SMALL, canvas, footer, headline
+from gemma_nb.plots.colors import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from gemma_nb.plots.figure import SMALL, Numbers, canvas, footer, headline
 from gemma_nb.plots.given import values_of
+from gemma_nb.plots.ink import ink_around, ink_inside
 from gemma_nb.plots.labels import drawable, isolated
 from gemma_nb.plots.maps import computed_under
+from gemma_nb.plots.settings import picture
 from gemma_nb.plots.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from gemma_nb.interp.trace import Trace
 
-_CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
+_CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)  # and what is black on paper
 _DASHES = ("-", "--", ":", "-.")
 # More positions than this are shown by their median and spread.
 _MOST_CURVES = 12
@@ -39,6 +41,7 @@ _ENTROPIES = {
 }
 
 
+@picture
 def residual_norms(
     norms: xarray.Dataset | Trace,
     *,
@@ -64,7 +67,8 @@ def residual_norms(
     layers = norms["layer"].values
     handles: list[Line2D | Patch] = []
     first = int(norms["position"].values[0]) == 0 and norms.sizes["position"] > 1
-    for color, (name, label) in zip((INK, BLUE, VERMILION), _NORMS.items(), strict=True):
+    first_color = ink_inside(ax)
+    for color, (name, label) in zip((first_color, BLUE, VERMILION), _NORMS.items(), strict=True):
         if name not in norms:
             continue
         values = norms[name].transpose("layer", "position").values
@@ -73,17 +77,21 @@ def residual_norms(
         if first and not hide_bos:
             ax.plot(layers, values[:, 0], color=color, linewidth=1.0, linestyle=":")
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(Numbers())
+    ax.yaxis.set_minor_formatter(Numbers())
     _decorate(ax, norms, "L2 norm")
     headline(ax, "Norms by layer")
     notes = [_spread_note(norms.sizes["position"] - first)]
     if first and hide_bos:
         notes.append("position 0 is left out")
     elif first:
-        handles.append(Line2D([], [], color=INK, linestyle=":", label="the same at position 0"))
+        dotted: dict[str, Any] = {"color": ink_around(ax), "linestyle": ":"}
+        handles.append(Line2D([], [], label="the same at position 0", **dotted))
     footer(ax, handles, [*notes, *computed_under(norms)], below=0.35)
     return figure
 
 
+@picture
 def entropy_curves(
     lens: xarray.Dataset | Trace,
     *,
@@ -133,12 +141,12 @@ def entropy_curves(
 
 
 def _one_by_one(ax: Axes, values: xarray.DataArray) -> list[Line2D]:
-    handles = []
+    handles, cycle = [], (*_CYCLE, ink_inside(ax))
     tokens = Tokens.along(values, "position")
     for i, (position, token) in enumerate(zip(tokens.positions, tokens.labels, strict=True)):
         style: dict[str, Any] = {
-            "color": _CYCLE[i % len(_CYCLE)],
-            "linestyle": _DASHES[i // len(_CYCLE)],
+            "color": cycle[i % len(cycle)],
+            "linestyle": _DASHES[i // len(cycle)],
         }
         curve = values.isel(position=i).values
         ax.plot(values["layer"].values, curve, linewidth=1.2, marker=".", markersize=3, **style)

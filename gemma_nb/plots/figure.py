@@ -10,18 +10,21 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 
 from gemma_nb.plots.colors import GLOBAL, INK, LOCAL
-from gemma_nb.plots.labels import families
+from gemma_nb.plots.ink import Ink, take_literally
+from gemma_nb.plots.labels import character, families
+from gemma_nb.plots.settings import own_settings
 
 SMALL, NORMAL = 7.0, 8.0  # points
-_CHARACTER = 0.052  # inches, of an average character of small print
+_DPI = 120.0  # in a notebook, unless matplotlib is set to another resolution
 _LINE = 0.165  # inches, from one line of the footer to the next
 
 
@@ -34,13 +37,20 @@ class NotebookFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+        chosen = self.dpi != matplotlib.rcParamsDefault["figure.dpi"]
+        dpi = self.dpi if chosen else _DPI
+        self.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
         return buffer.getvalue()
 
     def savefig(self, *args: Any, **kwargs: Any) -> None:
         """As matplotlib's, with fonts in PDF that printers take (TrueType rather than Type 3)."""
-        with matplotlib.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
+        with own_settings():
             super().savefig(*args, **kwargs)
+
+    def draw(self, renderer: RendererBase) -> None:
+        """As matplotlib's, under the settings that the picture was made with."""
+        with own_settings():
+            super().draw(renderer)
 
     def grow_below(self, extra: float) -> None:
         """Adds `extra` inches at the bottom; axes stay as large as they are."""
@@ -67,10 +77,42 @@ def canvas(
         size = (left + width + right, bottom + height + top)
         figure = NotebookFigure(figsize=size)
         place = (left / size[0], bottom / size[1], width / size[0], height / size[1])
-        return figure, figure.add_axes(place)
+        ax = figure.add_axes(place)
+        ax.add_artist(Ink())
+        return figure, ax
     root = ax.get_figure(root=True)
     assert root is not None
+    _prepare(ax)
     return root, ax
+
+
+def _prepare(ax: Axes) -> None:
+    """Takes from axes of the user's what their settings had put there when they were made."""
+    if Ink.of(ax) is None:
+        ax.add_artist(Ink())
+    ax.grid(False, which="both")
+    ax.minorticks_off()
+    ax.margins(0.05)
+    sides: dict[str, Any] = {"top": False, "right": False, "bottom": True, "left": True}
+    labelled: dict[str, Any] = {f"label{side}": shown for side, shown in sides.items()}
+    ax.tick_params(which="both", reset=True, **sides, **labelled)
+    ax.xaxis.set_label_position("bottom")
+    ax.yaxis.set_label_position("left")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_inverted(False)
+        axis.label.set_color(INK)
+        if type(axis.get_major_formatter()) is ScalarFormatter:  # one without marks of its own
+            axis.set_major_formatter(ScalarFormatter())
+
+
+class Numbers(LogFormatter):
+    """Labels of a logarithmic axis: 0.01, 10, 1,000, rather than powers in TeX."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of a tick at `x`; empty where there are too many."""
+        if not super().__call__(x, pos):
+            return ""
+        return f"{x:,.0f}" if x >= 1 else f"{x:g}"
 
 
 def inches(ax: Axes) -> tuple[float, float]:
@@ -92,11 +134,15 @@ def bare(ax: Axes) -> None:
 def headline(ax: Axes, text: str, badge: str = "", pad: float | None = None) -> None:
     """A title at the left; at the right, in a box of its colour, the kind of the layer."""
     font = families([text])
-    ax.set_title(text, loc="left", fontsize=NORMAL + 1, color=INK, pad=pad, fontfamily=font)
+    title = ax.set_title(text, loc="left", fontsize=NORMAL + 1, color=INK, pad=pad, fontfamily=font)
+    if (ink := Ink.of(ax)) is not None:
+        ink.around(title)
     if badge:
         color = GLOBAL if badge.startswith("global") else LOCAL
         box = {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "none"}
-        ax.set_title(badge, loc="right", fontsize=SMALL, color="white", weight="bold", bbox=box)
+        name = ax.set_title(badge, loc="right", fontsize=SMALL, color="white", bbox=box)
+        name.set_fontweight("bold")
+        take_literally(name)
 
 
 def footer(
@@ -119,11 +165,12 @@ def footer(
         return
     width, height = inches(ax)
     room = max(width, 1.6) - 0.35
-    longest = max(len(str(entry.get_label())) for entry in entries) * _CHARACTER
+    letter = character(SMALL)
+    longest = max(len(str(entry.get_label())) for entry in entries) * letter
     columns = max(1, min(len(entries), int(room / (longest + 0.35))))
     lines = 0
     for entry in entries:
-        text = textwrap.fill(str(entry.get_label()), max(12, int(room / _CHARACTER)))
+        text = textwrap.fill(str(entry.get_label()), max(12, int(room / letter)))
         entry.set_label(text)
         lines = max(lines, text.count("\n") + 1) if columns > 1 else lines + text.count("\n") + 1
     lines = lines * -(-len(entries) // columns) if columns > 1 else lines
@@ -203,9 +250,11 @@ def _bar(
             bar.locator = MaxNLocator(5)
     else:
         # As long as the bar; a short one's stands out a little.
-        room = max(44, int(inches(ax)[1] * place[3] / _CHARACTER))
+        room = max(44, int(inches(ax)[1] * place[3] / character(SMALL)))
         lines = [textwrap.fill(line, room) for line in label.split("\n")]
         bar.set_label("\n".join(lines), **font)
+    if isinstance(mappable.norm, LogNorm):
+        bar.formatter = Numbers()
     inset.tick_params(labelsize=SMALL, length=2)
     bar.outline.set_visible(False)
     return bar

@@ -24,6 +24,7 @@ from gemma_nb.plots.maps import (
     maps_of_layer,
     window_of,
 )
+from gemma_nb.plots.settings import picture
 from gemma_nb.plots.tokens import MOST_LABELS
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _SIDE = MOST_LABELS
 _FILLED = 0.9
 
 
+@picture
 def attention_grid(
     source: Trace | xarray.DataArray,
     *,
@@ -102,6 +104,7 @@ def attention_grid(
         norm=norm,
         cmap=cmap or sequential(),
         interpolation="none",
+        origin="upper",
         aspect="auto",
     )
     ax.add_patch(_hatched(kinds, len(heads), int(query[0]), int(query[-1])))
@@ -109,7 +112,7 @@ def attention_grid(
     _label(ax, layers, kinds, heads, [groups.get(h) for h in heads])
     headline(ax, f"Attention at positions {query[0]} to {query[-1]}", pad=31.0 if groups else None)
     label = "can never be attended to"
-    handles = [Patch(facecolor="white", edgecolor=FAINT, hatch=HATCH, label=label)]
+    handles = [Patch(facecolor=ax.get_facecolor(), edgecolor=FAINT, hatch=HATCH, label=label)]
     if hide_bos and query[0] == 0:
         ax.add_patch(_left_out(kinds, len(heads), len(query)))
         handles.append(Patch(facecolor=HIDDEN, label="position 0 is left out"))

@@ -21,6 +21,7 @@ from gemma_nb.plots.maps import (
     hatch_unreachable,
     pattern,
 )
+from gemma_nb.plots.settings import picture
 from gemma_nb.plots.tokens import (
     MOST_LABELS,
     PITCH,
@@ -44,6 +45,7 @@ class Group(NamedTuple):
     member: np.ndarray
 
 
+@picture
 def attention(
     source: Trace | xarray.DataArray,
     layer: int,
@@ -176,7 +178,9 @@ def _marks(
     if groups:
         _hatch_turns(ax, p, groups)
         label = "no token of the turn can be attended to"
-        handles.append(Patch(facecolor="white", edgecolor=FAINT, hatch=HATCH, label=label))
+        handles.append(
+            Patch(facecolor=ax.get_facecolor(), edgecolor=FAINT, hatch=HATCH, label=label)
+        )
     else:
         handles += hatch_unreachable(ax, p)
     if hide_bos and p.keys.positions[0] == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib.font_manager
 import matplotlib.ft2font
@@ -27,41 +28,74 @@ _ELSEWHERE = (
     *("Noto Sans Symbols", "Noto Sans Symbols 2", "Nirmala UI", "Leelawadee UI", "Ebrima"),
     *("FreeSans", "FreeSerif", "Unifont"),
 )
+# Families that are lists of others.
+_GENERIC = tuple(f"font.{n}" for n in ("serif", "sans-serif", "cursive", "fantasy", "monospace"))
+_LATIN = range(0x21, 0x7F)
+# Of TeX: fonts that have other characters in the places of some Latin ones.
+_TEX = ("cmr10", "cmb10", "cmex10", "cmmi10", "cmss10", "cmsy10", "cmti10", "cmtt10")
 _VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 _LONGEST = 14
 # Isolates: what is between them keeps its own direction and does not turn its neighbours around.
 _ISOLATE, _END_ISOLATE = "\u2068", "\u2069"
 
 
+def chosen_families() -> list[str]:
+    """The families that matplotlib is set to, as far as they are installed and have Latin letters.
+
+    matplotlib's own default comes last, for what the others lack.
+    """
+    settings: Any = matplotlib.rcParams
+    names = settings["font.family"]
+    names = [names] if isinstance(names, str) else names
+    wanted: list[str] = []
+    for name in names:
+        generic = f"font.{name.lower()}"
+        wanted += settings[generic] if generic in _GENERIC else [name]
+    return list(_usable(tuple(wanted)))
+
+
 @functools.cache
-def _fonts() -> dict[str, matplotlib.ft2font.FT2Font]:
-    """Installed families in the order in which they are tried, with a font of each."""
+def _usable(wanted: tuple[str, ...]) -> tuple[str, ...]:
+    fonts = [(name, _font(name)) for name in wanted if name not in _TEX]
+    whole = [n for n, f in fonts if f is not None and all(map(f.get_char_index, _LATIN))]
+    return tuple(dict.fromkeys((*whole, _OWN[0])))
+
+
+@functools.cache
+def _font(name: str) -> matplotlib.ft2font.FT2Font | None:
+    """The face that matplotlib takes of a family; None where it is not installed.
+
+    Another face of the family may have fewer characters.
+    """
     manager = matplotlib.font_manager
-    installed = {font.name for font in manager.fontManager.ttflist}
-    names = [name for name in (*_OWN, *_ELSEWHERE) if name in installed]
-    # The face that matplotlib would take: another of the family may have fewer characters.
-    return {name: manager.get_font(manager.findfont(name)) for name in names}
+    if name not in {font.name for font in manager.fontManager.ttflist}:
+        return None
+    return manager.get_font(manager.findfont(name))
 
 
 @functools.cache
-def _family(character: str) -> str | None:
-    """The first installed family with a glyph for `character`."""
-    found = (name for name, font in _fonts().items() if font.get_char_index(ord(character)))
-    return next(found, None)
+def _family(character: str, chosen: tuple[str, ...]) -> str | None:
+    """The first installed family with a glyph for `character`, those that are `chosen` first."""
+    for name in (*chosen, *_OWN, *_ELSEWHERE):
+        font = _font(name)
+        if font is not None and font.get_char_index(ord(character)):
+            return name
+    return None
 
 
 def families(texts: Iterable[str] = ()) -> list[str]:
-    """The font families to draw `texts` with: matplotlib's default, then those that are needed."""
-    needed = {_family(c) for text in texts for c in text} - {None}
-    return [name for i, name in enumerate(_fonts()) if i == 0 or name in needed]
+    """The font families to draw `texts` with: those that are chosen, then those that are needed."""
+    chosen = tuple(chosen_families())
+    needed = {_family(c, chosen) for text in texts for c in text}
+    others = [name for name in (*_OWN, *_ELSEWHERE) if name in needed and name not in chosen]
+    return [*chosen, *others]
 
 
 def drawable(label: str, longest: int = _LONGEST) -> str:
     """`label` with white space made visible, cut to a readable length.
 
     A character that no installed font has, or that is invisible by nature, is written as its code
-    point, such as U+4E2D, instead of as a box.  Dollar signs are escaped: matplotlib would read
-    them as mathematics.  An empty label is shown as ∅.
+    point, such as U+4E2D, instead of as a box.  An empty label is shown as ∅.
 
     Args:
       label: a token's text.
@@ -77,15 +111,15 @@ def drawable(label: str, longest: int = _LONGEST) -> str:
                 break
             kept.append(unit)
         units = [*kept, "…"]
-    return "".join(units).replace("$", r"\$")
+    return "".join(units)
 
 
 def _units(label: str) -> Iterable[str]:
     """The parts of a label that are never cut: characters with their marks, and code points."""
-    unit = ""
+    unit, chosen = "", tuple(chosen_families())
     for c in label:
         shown = _VISIBLE.get(c, c)
-        if not shown.isprintable() or _family(shown) is None:
+        if not shown.isprintable() or _family(shown, chosen) is None:
             shown = f"U+{ord(c):04X}"
         elif unit and unicodedata.combining(c):
             unit += c
@@ -121,10 +155,23 @@ def isolated(label: str) -> str:
 
 def inches(labels: Iterable[str], size: float) -> float:
     """Width of the widest of drawable `labels`, in inches, at a font size in points."""
-    texts = [isolated(label).replace(r"\$", "$") for label in labels]
+    texts = [isolated(label) for label in labels]
     font = FontProperties(family=families(texts), size=size)
     measure = TextToPath().get_text_width_height_descent
     return max((measure(text, font, ismath=False)[0] for text in texts), default=0.0) / 72
+
+
+def character(size: float) -> float:
+    """Width of an average character of a sentence, in inches, at a font size in points."""
+    return _average(tuple(chosen_families()), str(matplotlib.rcParams["font.weight"]), size)
+
+
+@functools.cache
+def _average(chosen: tuple[str, ...], weight: str, size: float) -> float:
+    sentence = "weights below 0.05 are not drawn: the largest of each 12 tokens"
+    font = FontProperties(family=list(chosen), weight=weight, size=size)
+    measure = TextToPath().get_text_width_height_descent
+    return float(measure(sentence, font, ismath=False)[0]) / 72 / len(sentence)
 
 
 def _turns(label: str) -> bool:

@@ -13,12 +13,14 @@ from matplotlib.patches import Patch, Rectangle
 
 from gemma_nb.interp import lens as lens_of
 from gemma_nb.plots.cells import kind_handles, sheet
-from gemma_nb.plots.colors import VERMILION, sequential, text_on
+from gemma_nb.plots.colors import INK, VERMILION, sequential, text_on
 from gemma_nb.plots.figure import SMALL, canvas, color_bar, footer, headline, inches
 from gemma_nb.plots.given import values_of
+from gemma_nb.plots.ink import Ink
 from gemma_nb.plots.labels import drawable, families
 from gemma_nb.plots.labels import inches as label_width
 from gemma_nb.plots.maps import computed_under
+from gemma_nb.plots.settings import picture
 from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ _MEASURES = {
 }
 
 
+@picture
 def logit_lens(
     lens: xarray.Dataset | Trace,
     *,
@@ -173,12 +176,15 @@ def _write(
     room = inches(ax)
     size = min(SMALL - 1.0, 72 * room[1] / len(tokens) * 0.8, 72 * room[0] / len(words[0]) / 5.2)
     # What is wider than its cell is written smaller.
-    cell = 0.9 * room[0] / len(words[0])
+    most = 0.9 * room[0] / len(words[0])
+    ink = Ink.of(ax)
     wide = {label: label_width([label], size) for row in labels for label in row}
-    sizes = {label: size * min(1.0, cell / width) for label, width in wide.items() if width}
+    sizes = {label: size * min(1.0, most / width) for label, width in wide.items() if width}
     for y, row, numbers in zip(tokens.positions, labels, values, strict=True):
         for x, (label, number) in enumerate(zip(row, numbers, strict=True)):
-            ax.text(
+            cell = mesh.to_rgba(number)
+            empty = cell[3] < 0.5  # the face of the axes shows
+            text = ax.text(
                 x,
                 y,
                 label,
@@ -186,9 +192,11 @@ def _write(
                 va="center",
                 fontsize=sizes.get(label, size),
                 fontfamily=family,
-                color=text_on(mesh.to_rgba(number)),
+                color=INK if empty else text_on(cell),
                 clip_on=True,
             )
+            if empty and ink is not None:
+                ink.inside(text)
 
 
 def _frame_hits(ax: Axes, words: np.ndarray, tokens: Tokens) -> list[Any]:

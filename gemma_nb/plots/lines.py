@@ -16,8 +16,10 @@ from matplotlib.patches import Rectangle
 from gemma_nb.indices import Indices, among
 from gemma_nb.plots.colors import INK, LOCAL
 from gemma_nb.plots.figure import SMALL, bare, canvas, footer, headline, inches
+from gemma_nb.plots.ink import Ink, ink_around, ink_inside
 from gemma_nb.plots.labels import families
 from gemma_nb.plots.maps import Pattern, pattern
+from gemma_nb.plots.settings import picture
 from gemma_nb.plots.tokens import (
     LABEL,
     MOST_LABELS,
@@ -41,6 +43,7 @@ _OPACITY = 0.6
 _MOST_VECTOR = 4000
 
 
+@picture
 def attention_lines(
     source: Trace | xarray.DataArray,
     layer: int,
@@ -95,8 +98,8 @@ def attention_lines(
     ax.set_ylim(rows[-1] + 0.5, rows[0] - 0.5)
     bare(ax)
     ax.set_xticks([])
-    ax.add_collection(_lines(*bundles, least, widest), autolim=False)
-    handles = _legend(widest)
+    ax.add_collection(_lines(*bundles, least, widest, ink_inside(ax)), autolim=False)
+    handles = _legend(widest, ink_around(ax))
     if len(chosen) == 1 and p.window is not None:
         handles.append(_bracket(ax, p, chosen[0]))
     label_axis(ax, "y", p.queries, always=chosen if len(chosen) < 8 else ())
@@ -145,6 +148,7 @@ def _lines(
     keys: np.ndarray,
     least: float,
     widest: float,
+    color: str,
 ) -> LineCollection:
     row, column = np.nonzero(bundles.filled(-1.0) >= least)
     weights = bundles.data[row, column].astype(float)
@@ -153,16 +157,16 @@ def _lines(
     ends = np.stack([queries[row], keys[column]], 1)
     points = np.stack([np.broadcast_to([0.0, 1.0], ends.shape), ends], 2)
     lines = LineCollection(
-        list(points), colors=INK, alpha=_OPACITY, linewidths=widest * weights, capstyle="butt"
+        list(points), colors=color, alpha=_OPACITY, linewidths=widest * weights, capstyle="butt"
     )
     lines.set_rasterized(len(row) > _MOST_VECTOR)
     lines.set_gid("weights")
     return lines
 
 
-def _legend(widest: float) -> list[Artist]:
+def _legend(widest: float, color: str) -> list[Artist]:
     return [
-        Line2D([], [], color=INK, alpha=_OPACITY, linewidth=widest * w, label=f"weight {w:g}")
+        Line2D([], [], color=color, alpha=_OPACITY, linewidth=widest * w, label=f"weight {w:g}")
         for w in (1.0, 0.5, 0.1)
     ]
 
@@ -209,9 +213,9 @@ def _label_right(ax: Axes, p: Pattern) -> None:
     at, labels = ticks(p.keys, inches(ax)[1])
     draw_strip(ax, p.keys, "right")
     font: dict[str, Any] = {"fontfamily": families(labels), "fontsize": LABEL, "color": INK}
-    shift = 7.0 if p.keys.spans() else 2.0
+    shift, ink = 7.0 if p.keys.spans() else 2.0, Ink.of(ax)
     for position, label in zip(at, labels, strict=True):
-        ax.annotate(
+        name = ax.annotate(
             label,
             (1.0, position),
             xycoords=ax.get_yaxis_transform(),
@@ -221,6 +225,12 @@ def _label_right(ax: Axes, p: Pattern) -> None:
             annotation_clip=False,
             **font,
         )
+        if ink is not None:
+            ink.around(name)
     place = 1.0 + (label_inches(p.keys) + 0.12) / inches(ax)[0]
     label = "key: the position attended to"
-    ax.text(place, 0.5, label, transform=ax.transAxes, rotation=90, va="center", fontsize=SMALL)
+    title = ax.text(
+        place, 0.5, label, transform=ax.transAxes, rotation=90, va="center", fontsize=SMALL
+    )
+    if ink is not None:
+        ink.around(title)

@@ -198,7 +198,12 @@ def hatch_unreachable(ax: Axes, p: Pattern) -> list[Any]:
     top, bottom = rows[0] - 0.5, rows[-1] + 0.5
     _hatch(ax, np.clip(later, low, high), y, [(high, bottom), (high, top)])
     handles: list[Any] = [
-        Patch(facecolor="white", edgecolor=FAINT, hatch=HATCH, label="can never be attended to")
+        Patch(
+            facecolor=ax.get_facecolor(),
+            edgecolor=FAINT,
+            hatch=HATCH,
+            label="can never be attended to",
+        )
     ]
     if p.window is not None and later[-1] - p.window > low:
         edge = later - p.window

@@ -17,6 +17,7 @@ from gemma_nb.plots.colors import diverging, kind_color
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
 from gemma_nb.plots.labels import drawable, isolated, legible
 from gemma_nb.plots.maps import badge_of, computed_under
+from gemma_nb.plots.settings import picture
 from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _OF_LAYER = ("layer", "head")
 
 
+@picture
 def patching(
     sweep: xarray.DataArray,
     *,

@@ -12,7 +12,9 @@ from gemma_nb.interp import heads
 from gemma_nb.plots.colors import FAINT, GLOBAL, INK, LOCAL
 from gemma_nb.plots.figure import SMALL, canvas, footer, headline, inches
 from gemma_nb.plots.given import values_of
+from gemma_nb.plots.ink import Ink
 from gemma_nb.plots.maps import computed_under, window_of
+from gemma_nb.plots.settings import picture
 
 if TYPE_CHECKING:
     import xarray
@@ -28,6 +30,7 @@ _LABELS = {
 }
 
 
+@picture
 def head_statistics(
     statistics: xarray.Dataset | Trace,
     x: str = "previous_token",
@@ -115,6 +118,7 @@ def _name_extremes(
     heads = across.shape[1]
     order = [np.argsort(-np.nan_to_num(v, nan=-np.inf).ravel())[:most] for v in (up, across)]
     taken: list[tuple[float, float]] = []
+    ink = Ink.of(ax)
     width, height = inches(ax)
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
     # Points in inches: a name may cover no other head.
@@ -137,7 +141,7 @@ def _name_extremes(
         else:
             continue  # rather no name than one on top of another
         taken.append(spot)
-        ax.annotate(
+        name = ax.annotate(
             f"L{int(statistics['layer'].values[layer])}.H{int(statistics['head'].values[head])}",
             point,
             xytext=(72 * dx, 72 * dy),
@@ -147,6 +151,8 @@ def _name_extremes(
             fontsize=SMALL - 0.5,
             color=INK,
         )
+        if ink is not None:
+            ink.inside(name)
 
 
 _PLACES = (

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import Colormap, LogNorm, Normalize, to_hex
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
@@ -31,8 +31,10 @@ from gemma_nb.plots.figure import (
     inches,
 )
 from gemma_nb.plots.given import attributed, values_of
+from gemma_nb.plots.ink import Ink, ink_inside
 from gemma_nb.plots.labels import drawable, families, isolated
 from gemma_nb.plots.maps import computed_under
+from gemma_nb.plots.settings import picture
 from gemma_nb.plots.tokens import Tokens, nice_step
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ _MEASURES = {
 }
 
 
+@picture
 def token_probabilities(
     source: Turn | xarray.Dataset | Trace,
     *,
@@ -125,6 +128,7 @@ def token_probabilities(
     )
 
 
+@picture
 def token_strip(
     values: xarray.DataArray,
     *,
@@ -250,17 +254,18 @@ def _draw_words(
         width = min(width, max(3.4, boxes[-1][1] + boxes[-1][2]))
     figure, ax = canvas(ax, width, lines * _LINE, left=0.2, right=0.2)
     mappable = ScalarMappable(norm, cmap)
-    patches, colors = [], []
+    patches, colors, ink = [], [], Ink.of(ax)
     for text, value, (line, x, wide) in zip(texts, values, boxes, strict=True):
         color = (1.0, 1.0, 1.0, 0.0) if np.isnan(value) else mappable.to_rgba(value)
         patches.append(Rectangle((x, line + 0.08), wide, 0.84))
         colors.append(color)
-        ink = INK if np.isnan(value) else text_on(color)
-        ax.text(
+        word = ax.text(
             x + wide / 2, line + 0.52, isolated(text), ha="center", va="center_baseline",
-            fontproperties=font, color=ink, clip_on=True,
+            fontproperties=font, color=INK if np.isnan(value) else text_on(color), clip_on=True,
         )  # fmt: skip
-    edges = [to_hex(INK) if c[3] == 0 else "none" for c in colors]
+        if np.isnan(value) and ink is not None:
+            ink.inside(word)
+    edges = [ink_inside(ax) if c[3] == 0 else "none" for c in colors]
     ax.add_collection(
         PatchCollection(patches, facecolors=colors, edgecolors=edges, linewidths=0.3), autolim=False
     )
@@ -280,7 +285,7 @@ def _wrap(
     measure = TextToPath().get_text_width_height_descent
     boxes, line, x = [], 0, 0.0
     for label, text in zip(labels, texts, strict=True):
-        wide = measure(isolated(text).replace(r"\$", "$"), font, ismath=False)[0] / 72 + 0.05
+        wide = measure(isolated(text), font, ismath=False)[0] / 72 + 0.05
         wide = min(wide, width)
         if x and x + wide > width:
             line, x = line + 1, 0.0

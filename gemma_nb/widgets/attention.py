@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import traitlets
 
+from gemma_nb.errors import GemmaNbError
 from gemma_nb.widgets import heatmap, record
 from gemma_nb.widgets.base import Panel, command, static_text
+from gemma_nb.widgets.received import selection
+from gemma_nb.widgets.rerun import close_earlier
 from gemma_nb.widgets.runner import Job, Runner
 from gemma_nb.widgets.transcript import number
 
@@ -26,6 +29,7 @@ class AttentionPanel(Panel):
 
     _esm = static_text("attention", ".js")
     _css = static_text("attention", ".css")
+    _settable = ("layer", "head", "hide_bos", "show_all", "selected")
 
     status = traitlets.Dict(_IDLE).tag(sync=True)
     shape = traitlets.Dict().tag(sync=True)  # {layers: [label], windows: [n|0], heads, kv_heads}
@@ -52,14 +56,36 @@ class AttentionPanel(Panel):
         self.observe(self._on_hide_bos, "hide_bos")
         if chat is not None:
             self.attach(chat)
+        close_earlier(self)
 
     def __repr__(self) -> str:
         return f"AttentionPanel(layer {self.layer}, head {self.head}, {self.status.get('phase')})"
 
+    @traitlets.validate("layer", "head")
+    def _check_index(self, proposal: Any) -> int:
+        """A layer or head of the model; before there is one, whatever may turn out to be."""
+        name, index = proposal["trait"].name, proposal["value"]
+        layers = self.shape.get("layers")
+        count = len(layers or ()) if name == "layer" else self.shape.get("heads", 0)
+        if isinstance(index, bool) or index < 0 or (layers and index >= count):
+            known = f"0 to {count - 1}" if layers else "counted from 0"
+            raise traitlets.TraitError(f"{name} {index} is not here; the {name}s are {known}")
+        return int(index)
+
+    @traitlets.validate("selected")
+    def _check_selected(self, proposal: Any) -> dict[str, Any]:
+        return selection(proposal["value"])
+
     # -- for Python
 
     def attach(self, chat: Any) -> None:
-        """Looks into `chat` from now on."""
+        """Looks into `chat` from now on.
+
+        Raises:
+          GemmaNbError: the panel was closed.
+        """
+        if self._runner.closed:
+            raise GemmaNbError("this panel was closed; make a new one")
         if chat is self._session:
             self.refresh()
             return
@@ -93,10 +119,12 @@ class AttentionPanel(Panel):
         return record.attended_html(f"Attention of {where} from “{text}” ({query})", rows)
 
     def close(self) -> None:
-        """Ends the worker thread and takes the views away."""
+        """Ends the worker thread, takes the views away, lets go of the session and its trace."""
         runner = getattr(self, "_runner", None)
         if runner is not None and not runner.closed:
             runner.close()
+            with self._state_lock:
+                self._session = self._trace = self._traced = None
         super().close()
 
     # -- commands of the front end
@@ -119,6 +147,8 @@ class AttentionPanel(Panel):
         maps = self._map()
         if maps is None or not 0 <= query < maps.shape[0]:
             raise ValueError(f"no attention was computed for query position {query}")
+        if count < 0:
+            raise ValueError(f"count must be 0 or more, got {count}")
         keys = heatmap.strongest(maps[query], query, count, hide_first=self.hide_bos)
         labels = self._trace.labels
         rows = [{"key": k, "token": labels[k], "weight": number(maps[query, k])} for k in keys]
@@ -159,11 +189,13 @@ class AttentionPanel(Panel):
             layers = None if wanted[1] is None else [wanted[1]]
             trace = session.trace(turn, sites=("attention",), layers=layers)
             with self._state_lock:
+                if self._runner.closed:
+                    return
                 self._trace, self._traced = trace, wanted
         finally:
             self._job = None
         self._show()
-        latest = self._latest(session)
+        latest = None if job.cancelled.is_set() else self._latest(session)
         if latest is not None and self._wanted(latest) != self._traced:
             self._start()  # the conversation, or the chosen layer, moved on meanwhile
 

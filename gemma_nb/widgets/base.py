@@ -18,9 +18,11 @@ import anywidget
 import traitlets
 
 from gemma_nb.errors import GemmaNbError
+from gemma_nb.widgets.received import arguments
 
 logger = logging.getLogger(__name__)
 
+_LONGEST = 1000  # characters of an error that are shown: it may quote what came
 _VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -48,7 +50,7 @@ def reject_unknown(owner: str, unknown: Mapping[str, object], known: tuple[str, 
 def describe(error: BaseException) -> str:
     """One sentence for people: our own errors as they are, others with their type."""
     text = str(error).strip()
-    if isinstance(error, GemmaNbError | ValueError) and text:
+    if isinstance(error, GemmaNbError | ValueError | traitlets.TraitError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -59,6 +61,12 @@ def view_mimebundle(model_id: str, text: str, html: str) -> dict[str, Any]:
     return {"text/plain": text, "text/html": html, _VIEW: view}
 
 
+def close_layout(widget: Any) -> None:
+    """Closes the layout of a closed widget, which ipywidgets would keep for ever."""
+    if widget.trait_has_value("layout") and widget.layout is not None:
+        widget.layout.close()
+
+
 def command(method: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a method as callable from the front end, by its name."""
     method._panel_command = True  # type: ignore[attr-defined]
@@ -66,11 +74,18 @@ def command(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Panel(anywidget.AnyWidget):
-    """Base of the panels.  Subclasses list their constructor's keywords in `_takes`."""
+    """Base of the panels.
+
+    Subclasses list their constructor's keywords in `_takes`, and in `_settable` the traits that a
+    front end may change.
+    """
 
     _takes: ClassVar[tuple[str, ...]] = ()
+    _settable: ClassVar[tuple[str, ...]] = ()
 
     error = traitlets.Unicode("").tag(sync=True)
+
+    part_of: Any = None  # the app that the panel is a part of
 
     _holding_sync: bool  # of ipywidgets: trait changes are collected, not sent
 
@@ -99,6 +114,11 @@ class Panel(anywidget.AnyWidget):
         if hasattr(self.comm, "_reply_subshell_for"):
             self.comm._reply_subshell_for = lambda _data, sent_to: sent_to
 
+    def close(self) -> None:
+        """Takes the views away."""
+        super().close()
+        close_layout(self)
+
     # -- Python to front end
 
     @contextmanager
@@ -125,10 +145,26 @@ class Panel(anywidget.AnyWidget):
                 setattr(self, name, value)
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Takes over traits that the front end changed."""
+        """Takes over traits that the front end changed; what cannot be is put back, and said."""
         # traitlets swaps `notify_change` meanwhile: another thread's change would be lost.
         with self._state_lock:
-            super().set_state(sync_data)
+            allowed = {k: value for k, value in sync_data.items() if k in self._settable}
+            refused = [key for key in sync_data if key in self.keys and key not in allowed]
+            try:
+                super().set_state(allowed)
+            except Exception:  # one of them: the others hold
+                refused += [key for key in allowed if not self._set_one(key, allowed[key])]
+            if refused:
+                self.send_state(refused)
+
+    def _set_one(self, key: str, value: Any) -> bool:
+        """Whether the front end's `value` could be taken over."""
+        try:
+            super().set_state({key: value})
+        except Exception as error:
+            self.show_error(error)
+            return False
+        return True
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
         """The synced traits, never while another thread changes them."""
@@ -136,6 +172,11 @@ class Panel(anywidget.AnyWidget):
             return super().get_state(key=key, drop_defaults=drop_defaults)
 
     # -- front end to Python
+
+    def _handle_msg(self, msg: dict[str, Any]) -> None:
+        # What is no message at all is nobody's to answer; ipywidgets would raise into the kernel.
+        with self.errors_shown():
+            super()._handle_msg(msg)
 
     def _on_message(self, _widget: object, content: Any, _buffers: object) -> None:
         if not isinstance(content, dict) or content.get("kind") != "command":
@@ -153,9 +194,9 @@ class Panel(anywidget.AnyWidget):
     def _run_command(self, content: dict[str, Any]) -> Any:
         name = content.get("name")
         method = getattr(type(self), name, None) if isinstance(name, str) else None
-        if not getattr(method, "_panel_command", False):
-            raise ValueError(f"{type(self).__name__} has no command {name!r}")
-        return method(self, **(content.get("args") or {}))  # type: ignore[misc]
+        if method is None or not getattr(method, "_panel_command", False):
+            raise ValueError(f"{type(self).__name__} has no command {name!r:.99}")
+        return method(self, **arguments(method, content.get("args") or {}))
 
     # -- errors
 
@@ -165,7 +206,7 @@ class Panel(anywidget.AnyWidget):
         Not as a warning: from a thread that would be printed below some unrelated cell.
         """
         logger.info("%s: %s", type(self).__name__, describe(error), exc_info=error)
-        self.publish(error=describe(error))
+        self.publish(error=describe(error)[:_LONGEST])
 
     @contextmanager
     def errors_shown(self) -> Iterator[None]:

@@ -12,6 +12,8 @@ from gemma_nb.widgets import record
 from gemma_nb.widgets.base import command, static_text
 from gemma_nb.widgets.conversation import ConversationPanel, Wish, another_reply, message
 from gemma_nb.widgets.loading import Loader, model_chips, model_title
+from gemma_nb.widgets.received import selection
+from gemma_nb.widgets.rerun import close_earlier
 from gemma_nb.widgets.runner import Job
 
 
@@ -25,6 +27,7 @@ class ChatPanel(ConversationPanel):
 
     _esm = static_text("chat", ".js")
     _css = static_text("chat", ".css")
+    _settable = ("ack", "settings", "selected", "show_tint")
 
     about = traitlets.Dict().tag(sync=True)  # {title, chips} of the model
     selected = traitlets.Dict().tag(sync=True)  # {turn, token, position, text}
@@ -42,6 +45,11 @@ class ChatPanel(ConversationPanel):
             with self._state_lock:
                 self._adopt(chat_or_source)
             self._settled.set()
+        close_earlier(self)
+
+    @traitlets.validate("selected")
+    def _check_selected(self, proposal: Any) -> dict[str, Any]:
+        return selection(proposal["value"])
 
     def __repr__(self) -> str:
         title = self.about.get("title", "no model")
@@ -54,9 +62,12 @@ class ChatPanel(ConversationPanel):
         """The `ChatSession` behind the panel.
 
         Raises:
-          GemmaNbError: it is not there yet, or loading failed; the message says which.
+          GemmaNbError: it is not there yet, loading failed, or the panel was closed; the message
+            says which.
         """
         if self._session is None:
+            if self._runner.closed:
+                raise GemmaNbError("this panel was closed; make a new one")
             if self.status.get("phase") == "error":
                 raise GemmaNbError(f"the model could not be loaded: {self.error}")
             raise GemmaNbError(
@@ -84,11 +95,17 @@ class ChatPanel(ConversationPanel):
             turns = self._feed.snapshot()["turns"]
         return record.conversation_html(turns, self.about.get("title", "Gemma"))
 
+    def close(self) -> None:
+        """Stops what it runs, ends the worker thread, takes the views away, drops the session."""
+        super().close()
+        self._settled.set()  # who waits in a cell is told that it was closed
+
     # -- loading
 
     def _start_loading(self) -> None:
         self._settled.clear()
         self._set_status("loading", "Loading the model")
+        self._loader.expect(self._source)
         self._runner.submit(self._load)
 
     def _load(self, job: Job) -> None:
@@ -101,6 +118,8 @@ class ChatPanel(ConversationPanel):
             self._settled.set()
             return
         with self._state_lock:
+            if self._runner.closed:
+                return
             self._adopt(session)
             text = self.waiting
             self._reply_job = job if text else None

@@ -12,7 +12,7 @@ import traitlets
 
 from gemma_nb.errors import BusyError
 from gemma_nb.widgets import transcript
-from gemma_nb.widgets.base import Panel
+from gemma_nb.widgets.base import Panel, describe
 from gemma_nb.widgets.runner import Job, Runner
 from gemma_nb.widgets.transcript import Turn
 
@@ -80,6 +80,7 @@ class ConversationPanel(Panel):
         self._feed = transcript.TranscriptFeed(self._send_delta, head=self._head)
         self._session: Any = None
         self._reply_job: Job | None = None
+        self._replying = False  # whether that is a reply of the panel's own, and no cell's
         self._live = (0, 0.0)  # cache used and tokens per second of the reply being generated
         self._listeners: list[Callable[[], Any]] = []
         self._forget: Callable[[], None] = lambda: None  # ends watching the session's prompts
@@ -95,13 +96,18 @@ class ConversationPanel(Panel):
             listener()
 
     def close(self) -> None:
-        """Stops what runs, ends the worker thread and takes the views away."""
+        """Stops what it runs, ends the worker thread, takes the views away, drops the session."""
         runner = getattr(self, "_runner", None)
         if runner is not None and not runner.closed:
-            if self._reply_job is not None and self._session is not None:
+            if self._replying and self._session is not None:
                 self._session.stop()
             runner.close()
-        self._forget()
+            with self._state_lock:
+                self._forget()
+                self._forget = lambda: None  # the other one knows the session
+                self._session = None
+                self._listeners.clear()
+                self._feed.strip_alternatives()
         super().close()
 
     def _set_status(self, phase: str, text: str, fraction: float = 0.0) -> None:
@@ -128,9 +134,11 @@ class ConversationPanel(Panel):
         if session is None or change["new"] == self._settings_of(session):
             return
         try:
+            if unknown := [name for name in change["new"] if name not in SETTINGS]:
+                raise ValueError(f"there is no setting {unknown[0]!r:.99} in this panel")
             sampling = dataclasses.replace(session.sampling, **change["new"])
-        except (TypeError, ValueError) as error:
-            self.publish(settings=self._settings_of(session), error=str(error))
+        except Exception as error:  # whatever a value of another type leads to
+            self.publish(settings=self._settings_of(session), error=describe(error))
             return
         with self.errors_shown():
             # A reply that runs keeps its own settings: these hold from the next one on.
@@ -146,21 +154,27 @@ class ConversationPanel(Panel):
 
     def _reply(self, job: Job, wish: Wish) -> None:
         session = self._session
+        if session is None:  # closed meanwhile
+            return
         try:
             while session.busy and not job.cancelled.is_set():
                 time.sleep(0.05)  # a cell came first
+            self._replying = True
             self._live = (session.cache_used, 0.0)
             self._announce(wish)
             self._follow(job, session, wish.stream(session))
         except Exception as error:
             self.show_error(error)
         finally:
+            self._replying = False
             self._conclude(session)
         self._tell_listeners()
 
     def _watch(self, job: Job) -> None:
         """Shows a reply that a cell asked for, so that it can be followed and stopped here."""
         session = self._session
+        if session is None:  # closed meanwhile
+            return
         self._set_status("generating", "Replying to a cell")
         try:
             while session.busy and not self._runner.closed:
@@ -214,9 +228,11 @@ class ConversationPanel(Panel):
 
     def _head(self, turn: Any) -> Turn:
         """A turn without its tokens, and the ids of all that were tried in its place."""
-        head = transcript.encode_head(turn)
+        head, session = transcript.encode_head(turn), self._session
+        if session is None:  # closed meanwhile
+            return head
         with contextlib.suppress(ValueError):  # the reply being made is not in the tree yet
-            beside = [other.id for other in self._session.siblings(turn)]
+            beside = [other.id for other in session.siblings(turn)]
             if len(beside) > 1:
                 head["beside"] = beside
         return head

@@ -174,8 +174,8 @@ class TranscriptFeed:
         return True
 
     def acknowledge(self, seq: int) -> None:
-        """The front end has applied every delta up to `seq`."""
-        self._acknowledged = max(self._acknowledged, seq)
+        """The front end has applied every delta up to `seq`; none that was never sent."""
+        self._acknowledged = max(self._acknowledged, min(seq, self.seq))
 
     def snapshot(self) -> dict[str, Any]:
         """The whole transcript as it is now; deltas up to `seq` are in it."""

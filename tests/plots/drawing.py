@@ -8,7 +8,10 @@ import warnings
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 # An image in a vector file: 650 cells squared, and a colour bar, with room to spare.
 MOST_BYTES = 3_000_000
@@ -38,8 +41,6 @@ def embedded_images(svg: bytes) -> list[tuple[float, float]]:
 
 def texts(figure: Figure) -> str:
     """Everything written in a figure."""
-    from matplotlib.text import Text
-
     return "\n".join(t.get_text() for t in figure.findobj(Text) if t.get_visible())
 
 
@@ -89,3 +90,44 @@ def largest_of_each(values: np.ndarray, block: int, center: float = -np.inf) -> 
     far = np.abs(values - center) if np.isfinite(center) else values
     rows = far.reshape(-1, block, values.shape[1]).argmax(1)
     return np.take_along_axis(values.reshape(-1, block, values.shape[1]), rows[:, None], 1)[:, 0]
+
+
+def pixels(figure: Figure, dpi: float = 60.0) -> np.ndarray:
+    """(height, width, 4) in 0 to 1, as drawn now."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba()) / 255
+
+
+def unreadable(figure: Figure, paper: float = 1.0) -> list[str]:
+    """Labels whose contrast with the pixels behind them is below 3:1.
+
+    Source of the ratio: WCAG 2.2.  `paper` is the grey of the page behind a transparent figure.
+    """
+    labels = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    for label in labels:
+        label.set_alpha(0.0)
+    behind = pixels(figure)
+    for label in labels:
+        label.set_alpha(None)
+    inks = [(luminance(to_rgba(t.get_color())), t.get_window_extent()) for t in labels]
+    found = []
+    for label, (ink, box) in zip(labels, inks, strict=True):
+        rows = slice(max(0, int(len(behind) - box.y1)), int(len(behind) - box.y0) + 1)
+        part = behind[rows, max(0, int(box.x0)) : int(box.x1) + 1].reshape(-1, 4)
+        if not len(part):
+            continue  # outside of the picture: `overflows` sees that
+        color = np.median(part, axis=0)
+        back = luminance(color[3] * color + (1 - color[3]) * paper)
+        ratio = (max(ink, back) + 0.05) / (min(ink, back) + 0.05)
+        if ratio < 2.95:  # colours of eight bits
+            found.append(f"{label.get_text()!r} with {ratio:.2f}:1")
+    return found
+
+
+def luminance(rgba) -> float:
+    """Relative luminance; alpha is ignored."""
+    rgb = np.asarray(rgba[:3], float)
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
