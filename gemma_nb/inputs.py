@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from gemma_nb.executables import pinned
+from gemma_nb.summaries import summary
 from gemma_nb.typing import EMPTY
 
 
@@ -27,12 +29,16 @@ class GemmaInputs:
     positions: Int[Array, "*B T"] | None = None
     attention_mask: Bool[Array, "*B T T"] | None = None
 
+    __repr__ = summary
+
     @classmethod
+    @pinned
     def from_basic_segments(cls, tokens: Any) -> GemmaInputs:
         """Inputs in which each row of `tokens` is one text, from its first position on."""
         return cls(tokens=jnp.asarray(tokens, jnp.int32))
 
     @classmethod
+    @pinned
     def from_packed_segments(cls, tokens: Any, segments: Any) -> GemmaInputs:
         """Inputs in which rows hold several texts, one behind the other, that do not see another.
 

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
+from gemma_nb.executables import pinned
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.interventions.base import check
+from gemma_nb.interventions.numbers import array, known
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
 from gemma_nb.structure import ArrayStructure, ParamTree, draw
@@ -58,6 +61,7 @@ class GemmaTransformer:
     interventions: Interventions | None = None
 
     @classmethod
+    @pinned
     def from_config(cls, config: TransformerConfig, *, key: Any = None) -> GemmaTransformer:
         """A model with random float32 weights, or without a key with shapes in their place.
 
@@ -74,6 +78,7 @@ class GemmaTransformer:
         return cls(params=params, config=config, transformer=transformer)
 
     @classmethod
+    @pinned
     def from_pretrained(
         cls,
         ckpt_params: Mapping[str, Any],
@@ -138,6 +143,7 @@ class GemmaTransformer:
         """The devices that the parameters are spread over; None for a single one."""
         return placement.mesh_of(self.params)
 
+    @pinned
     def place(self, mesh: placement.MeshLike) -> GemmaTransformer:
         """A copy whose parameters are split over `mesh`, see `gemma_nb.placement`."""
         return self.replace(params=placement.place(self.params, self.config, mesh))
@@ -199,17 +205,18 @@ class GemmaTransformer:
             )
         for each in interventions:
             check(each, self.config)
-        if start < 0:
+        if known("start", start) < 0:
             raise ValueError(f"start must be a position from 0 on, got {start}")
         before = self.interventions
-        if before is not None and int(before.start) != start:
+        if before is not None and known("start", before.start) != start:
             raise ValueError(
                 f"the interventions of this model start at position {int(before.start)}: pass "
                 f"start={int(before.start)}, or call intervene() first, which takes them away"
             )
         items = (*(before.items if before is not None else ()), *interventions)
-        return self.replace(interventions=Interventions(items, jnp.int32(start)))
+        return self.replace(interventions=Interventions(items, array(start, np.int32)))
 
+    @pinned
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes an Orbax checkpoint in the official layout, which `gnb.load(path)` reads back.
 
@@ -241,6 +248,7 @@ class GemmaTransformer:
         sizes = {"batch": None, "seq": None, "vocabulary": self.config.num_embed}
         return ArrayStructure(sizes, "float32", "logits of the next token")
 
+    @pinned
     def __call__(self, inputs: GemmaInputs) -> xarray.DataArray:
         """float32 logits ("seq", "vocabulary"), led by "batch" where the tokens are.
 
@@ -324,6 +332,10 @@ class GemmaTransformer:
         import treescope
 
         return {"text/plain": repr(self), "text/html": treescope.render_to_html(self)}
+
+    def __deepcopy__(self, _: dict[int, Any]) -> GemmaTransformer:
+        # Arrays never change, and are shared.
+        return self.replace(params=jax.tree.map(lambda leaf: leaf, self.params))
 
     def replace(self, **changes: Any) -> GemmaTransformer:
         """A copy with some fields changed; everything else is shared."""

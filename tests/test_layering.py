@@ -19,6 +19,7 @@ ROOMS = [
         "lazy",
         "errors",
         "typing",
+        "summaries",
         "cache",
         "processor",
         "executables",

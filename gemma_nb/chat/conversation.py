@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import NoReturn
 
 from gemma_nb.chat.branches import Plan, Planner
 from gemma_nb.chat.context import WhenFull, check_policy
@@ -211,6 +212,13 @@ class Conversation:
         return (
             f"<ChatSession {title}, {self.template.name}: {len(self.turns)} turns, "
             f"{self.cache_used} of {self.cache_length} positions>"
+        )
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(
+            f"a {name} holds locks and what is cached on the device, and cannot be pickled or "
+            f"copied: chat.save(path) writes it, gnb.{name}.load(path, model, tokenizer) reads it"
         )
 
     def adopt(self, tree: ConversationTree) -> None:

@@ -118,12 +118,13 @@ def load_params(
 
     Takes and raises what `load` does.
     """
-    from gemma_nb import placement
+    from gemma_nb import executables, placement
 
     name, where = _dtype_name(dtype), placement.resolve(mesh)
     try:
         job = _Job(resolve(source, revision), name, where, progress, force)
-        return job.gguf() if job.source.format == "GGUF" else job.folder()
+        with executables.ours():
+            return job.gguf() if job.source.format == "GGUF" else job.folder()
     except OSError as error:  # of a folder that nobody may look into, or a file that vanished
         if error.filename is None:  # not of a file: a broken pipe under the progress bar
             raise

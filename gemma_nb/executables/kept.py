@@ -11,6 +11,7 @@ from typing import Any
 import flax
 import jax
 
+from gemma_nb.executables import limits
 from gemma_nb.executables.files import folder, generation, load, refused, save
 from gemma_nb.executables.names import disabled, program_name, settings
 from gemma_nb.executables.starts import start
@@ -89,6 +90,7 @@ class Kept:
         place /= name
         loaded = start.loaded(name) or load(place)
         if loaded is not None:
+            limits.note()
             return loaded
         if refused(place).exists():
             return self.jitted

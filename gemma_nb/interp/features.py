@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gemma_nb.executables import pinned
 from gemma_nb.interp.sizes import Indices, check_positions
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interventions import Steer
 from gemma_nb.interventions.base import lines_of
+from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import check_layers, site_of
+from gemma_nb.summaries import summary
 from gemma_nb.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 _CONTEXT = 12  # tokens shown before an activating token, and half as many behind it
 
 
+@pinned
 def top_activations(
     model: GemmaTransformer,
     tokenizer: Tokenizer,
@@ -144,7 +148,10 @@ class SparseAutoencoder:
     layer: int = flax.struct.field(pytree_node=False)
     site: str = flax.struct.field(pytree_node=False, default="residual")
 
+    __repr__ = summary
+
     @classmethod
+    @pinned
     def load(
         cls, path: str | os.PathLike[str], *, layer: int, site: str = "residual"
     ) -> SparseAutoencoder:
@@ -191,14 +198,19 @@ class SparseAutoencoder:
         """How many there are."""
         return int(self.b_enc.shape[0])
 
-    def encode(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead features"]:
+    @pinned
+    def encode(self, x: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead features"]:
         """Feature activations."""
-        return _encode(self, jnp.asarray(x, jnp.float32))
+        # Not `jnp.asarray`, which is a program for each shape.
+        held = x.astype(jnp.float32) if isinstance(x, jax.Array) else np.asarray(x, np.float32)
+        return _encode(self, held)
 
+    @pinned
     def decode(self, features: Float[Array, "*lead features"]) -> Float[Array, "*lead D"]:
         """What is rebuilt from them."""
         return features @ self.w_dec + self.b_dec
 
+    @pinned
     def features(self, trace: Trace, positions: Indices = None) -> xarray.DataArray:
         """(position, feature) activations on a traced text.
 
@@ -206,20 +218,24 @@ class SparseAutoencoder:
           ValueError: a model of another width, or an unknown layer.
         """
         at = check_positions(positions, len(trace.tokens))
-        values = np.asarray(self.encode(jnp.asarray(self._seen(trace, at))))
+        values = self._of(self._seen(trace, at))
         attrs = {"layer": self.layer, "site": self.site}
         dims = ("position", "feature")
         return trace.labels_of.array(values, dims, "features", attrs, positions=at)
 
+    @pinned
     def top_features(self, trace: Trace, k: int = 10, positions: Indices = None) -> xarray.Dataset:
         """The most active features at each position: feature and activation (position, rank)."""
         at = check_positions(positions, len(trace.tokens))
-        values, which = _best(self, jnp.asarray(self._seen(trace, at)), min(k, self.num_features))
+        seen, count = self._seen(trace, at), min(k, self.num_features)
+        best = _best(self, _padded(seen), min(room(count), self.num_features))
+        values, which = (np.asarray(x)[: len(seen), :count] for x in best)
         dims = ("position", "rank")
-        data = {"feature": (dims, np.asarray(which)), "activation": (dims, np.asarray(values))}
+        data = {"feature": (dims, which), "activation": (dims, values)}
         attrs = {"layer": self.layer, "site": self.site}
         return trace.labels_of.dataset(data, attrs, positions=at)
 
+    @pinned
     def unexplained(self, trace: Trace) -> float:
         """Share of the variance over positions (but the first) that is not rebuilt."""
         x = jnp.asarray(self._seen(trace, tuple(range(1, len(trace.tokens)))))
@@ -245,9 +261,10 @@ class SparseAutoencoder:
         what: dict[str, int | str] = {"layer": self.layer, "feature": feature, "site": self.site}
         return _strongest(
             *(model, tokenizer, texts, k, what),
-            lambda traced: np.asarray(one.encode(jnp.asarray(self._seen(traced, None))))[:, 0],
+            lambda traced: one._of(self._seen(traced, None))[:, 0],
         )
 
+    @pinned
     def steer(self, feature: int, scale: float, *, positions: Positions = None) -> Steer:
         """Adds `scale` times the feature's decoder row where the autoencoder was trained."""
         self._check(feature)
@@ -259,6 +276,10 @@ class SparseAutoencoder:
                 f"feature {feature} does not exist: there are 0 to {self.num_features - 1}"
             )
 
+    def _of(self, seen: np.ndarray) -> np.ndarray:
+        """(T, features) activations of what was seen, (T, D)."""
+        return np.asarray(self.encode(_padded(seen)))[: len(seen)]
+
     def _seen(self, trace: Trace, positions: tuple[int, ...] | None) -> np.ndarray:
         """(T, D) of the site."""
         values = trace.get(self.site, self.layer, positions).values[0]
@@ -268,6 +289,11 @@ class SparseAutoencoder:
                 f"{self.site} has {values.shape[-1]}"
             )
         return values
+
+
+def _padded(seen: np.ndarray) -> np.ndarray:
+    """(T, D) with more rows, so that few counts of them are compiled."""
+    return np.pad(seen, ((0, room(len(seen)) - len(seen)), (0, 0)))
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

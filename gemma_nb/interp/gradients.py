@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.executables import pinned
 from gemma_nb.interp.lens import model_of
 from gemma_nb.interp.passes import padded_length
 from gemma_nb.interp.sizes import check_positions
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import xarray
 
 
+@pinned
 def token_attribution(
     trace: Trace,
     target: int | str | None = None,

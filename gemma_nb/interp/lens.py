@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma_nb.executables import pinned
 from gemma_nb.interp.sizes import Indices, check_positions
 from gemma_nb.interp.trace import Trace
 from gemma_nb.interp.vocabulary import normalise, read
@@ -30,6 +31,7 @@ def model_of(trace: Trace) -> GemmaTransformer:
     return trace.source.model
 
 
+@pinned
 def logit_lens(
     trace: Trace,
     k: int = 10,
@@ -110,6 +112,7 @@ def logit_lens(
     )
 
 
+@pinned
 def token_statistics(trace: Trace) -> xarray.Dataset:
     """How the model expected each token of the text, given those before it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_nb.config import Sliding, TransformerConfig
+from gemma_nb.executables import pinned
 from gemma_nb.interp import store
 from gemma_nb.interp.display import Facts, pictures
 from gemma_nb.interp.labels import Labels, dims_of
@@ -85,6 +87,7 @@ class Trace:
         kind = self.config.layers[check_layers(layer, self.config.num_layers)[0]].kind
         return kind.window if isinstance(kind, Sliding) else None
 
+    @pinned
     def get(
         self,
         site: str,
@@ -173,6 +176,10 @@ class Trace:
     def __copy__(self) -> Trace:
         return dataclasses.replace(self, data=dict(self.data))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trace:
+        # The model is shared, as it never changes: a copy in the same process computes, too.
+        return dataclasses.replace(self, data=copy.deepcopy(self.data, memo))
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {dict(x.sizes)}" for name, x in self.data.items())
         under = f", under {'; '.join(self.interventions)}" if self.interventions else ""
@@ -221,6 +228,7 @@ class Trace:
         )
 
 
+@pinned
 def trace(
     model: GemmaTransformer,
     tokens_or_text: str | Sequence[int] | np.ndarray,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb.interventions.base import (
     Intervention,
@@ -17,9 +18,11 @@ from gemma_nb.interventions.base import (
     ints,
     listed,
     node,
+    place,
     plain,
     short,
 )
+from gemma_nb.interventions.numbers import array, known, padded
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
@@ -34,7 +37,7 @@ class KnockOut(Intervention):
 
     Attributes:
       layer: () int32.
-      heads: (n,) int32, or None for all.
+      heads: (n,) int32, padded, or None for all.
       queries: positions of the queries.
       keys: positions of the keys.
     """
@@ -55,7 +58,8 @@ class KnockOut(Intervention):
         keys: Positions = None,
     ) -> None:
         heads = [heads] if isinstance(heads, int) else heads
-        fill(self, layer=jnp.int32(layer), heads=None if heads is None else ints(heads))
+        fill(self, layer=place("layer", layer))
+        fill(self, heads=None if heads is None else ints(known("heads", heads)))
         fill(self, queries=Where.of(queries), keys=Where.of(keys))
 
     @property
@@ -90,8 +94,8 @@ class ReplaceAttention(Intervention):
     Attributes:
       layer: () int32.
       head: () int32.
-      queries: (P,) int32 positions of the queries.
-      weights: (P, S) from each of them to key positions 0 to S - 1; later keys get none.
+      queries: (P,) int32 positions of the queries, padded.
+      weights: (P, S) from each of them to key positions 0 to S - 1, padded; later keys get none.
     """
 
     layer: jax.Array
@@ -104,13 +108,14 @@ class ReplaceAttention(Intervention):
     def __init__(
         self, layer: int, head: int, weights: Any, *, queries: Sequence[int] | None = None
     ) -> None:
-        rows = jnp.asarray(weights, jnp.float32)
+        rows = array(weights, np.float32)
         if rows.ndim != 2 or (queries is not None and len(queries) != len(rows)):
             raise ValueError(
                 f"weights must be (queries, keys), one row for each query, got {rows.shape}"
             )
-        fill(self, layer=jnp.int32(layer), head=jnp.int32(head), weights=rows)
-        fill(self, queries=listed(range(len(rows)) if queries is None else queries))
+        fill(self, layer=place("layer", layer), head=place("head", head))
+        fill(self, weights=padded(rows, np.float32, 0, axes=2))
+        fill(self, queries=ints(listed(range(len(rows)) if queries is None else queries)))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -122,10 +127,10 @@ class ReplaceAttention(Intervention):
         match = positions[..., None] == self.queries
         rows = self.weights[match.argmax(axis=-1)]  # (B, T, given)
         size = rows.shape[-1]
-        known = (keys >= 0) & (keys < size)
+        given = (keys >= 0) & (keys < size)
         at = jnp.clip(keys, 0, size - 1)[:, None, :]
         new = jnp.take_along_axis(rows, jnp.broadcast_to(at, (*rows.shape[:2], at.shape[-1])), -1)
-        new = jnp.where(known[:, None], new, 0.0)[:, :, None].astype(value.dtype)
+        new = jnp.where(given[:, None], new, 0.0)[:, :, None].astype(value.dtype)
         mine = (jnp.arange(value.shape[2]) == self.head) & (self.layer == layer)
         return jnp.where(match.any(axis=-1)[:, :, None, None] & mine[:, None], new, value)
 

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_nb.sites import SITES, check_heads, check_layers, site
+from gemma_nb.interventions.numbers import array, is_traced, known, padded, real
+from gemma_nb.sites import EVERYWHERE, SITES, check_heads, check_layers, site
 from gemma_nb.structure import DrawnArray
+from gemma_nb.summaries import one_line, summary
 
 if TYPE_CHECKING:
     from treescope import renderers, rendering_parts
@@ -24,6 +26,7 @@ Positions: TypeAlias = slice | Sequence[int] | int | None
 
 _T = TypeVar("_T")
 _LAST = 2**30  # a position that no text reaches
+_LINE = 240  # characters of the line that tells an intervention of one's own
 
 
 def node(cls: type[_T]) -> type[_T]:
@@ -62,12 +65,15 @@ class Where:
     Attributes:
       start: () int32.
       stop: () int32.
-      listed: (P,) int32; empty where a range says it all.
+      listed: (P,) int32, padded; nothing but padding where a range says it all.
     """
 
     start: jax.Array
     stop: jax.Array
     listed: jax.Array
+
+    def __repr__(self) -> str:
+        return summary(self) if is_traced(self) else f"<{self}>"
 
     @classmethod
     def of(cls, positions: Positions) -> Where:
@@ -79,14 +85,15 @@ class Where:
         if positions is None:
             positions = slice(None)
         if isinstance(positions, slice):
+            known("positions", (positions.start, positions.stop))
             start, stop = positions.start or 0, _LAST if positions.stop is None else positions.stop
             if positions.step not in (None, 1) or start < 0 or stop < 0:
                 raise ValueError(
                     f"positions={positions} must count up from the beginning of the context, "
                     "one by one: slice(start, stop)"
                 )
-            return cls(jnp.int32(start), jnp.int32(stop), jnp.zeros(0, jnp.int32))
-        return cls(jnp.int32(0), jnp.int32(0), listed(positions))
+            return cls(array(start, np.int32), array(stop, np.int32), ints(()))
+        return cls(array(0, np.int32), array(0, np.int32), ints(listed(positions)))
 
     def __call__(self, positions: jax.Array) -> jax.Array:
         """Bool, like `positions`."""
@@ -94,8 +101,8 @@ class Where:
         return ranged | (positions[..., None] == self.listed).any(axis=-1)
 
     def __str__(self) -> str:
-        if self.listed.size:
-            return f"positions {short(plain(self.listed))}"
+        if at := plain(self.listed):
+            return f"positions {short(at)}"
         start, stop = int(self.start), int(self.stop)
         if start >= stop:
             return "no position"
@@ -107,10 +114,23 @@ class Where:
 class Intervention:
     """One change.  Subclasses are flax dataclasses: pytrees of arrays.
 
-    `sites` names where it acts; `apply` gives the site's new value.
+    `sites` names where it acts; `apply` gives the site's new value.  A class of one's own is told
+    by its fields, or by its `__str__`.
     """
 
     edits_attention: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Otherwise a dataclass gets one that prints its arrays.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Intervention.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {line_of(self)}>"
+
+    def __str__(self) -> str:
+        return summary(self)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -186,9 +206,13 @@ class Interventions:
 
     def describe(self) -> tuple[str, ...]:
         """One line for each."""
-        start = int(self.start)
+        traced = is_traced(self.start)
+        start = "traced" if traced else int(self.start)
         note = f", from position {start} on" if start else ""
-        return tuple(f"{item}{note}" for item in self.items)
+        return tuple(f"{line_of(item)}{note}" for item in self.items)
+
+    def __repr__(self) -> str:
+        return f"<Interventions: {self}>"
 
     def __str__(self) -> str:
         return "; ".join(self.describe())
@@ -211,6 +235,12 @@ class Interventions:
         )
 
 
+def line_of(item: Intervention) -> str:
+    """One intervention in one line."""
+    # Traced numbers are told by their shapes alone.
+    return one_line(summary(item) if is_traced(item) else str(item), _LINE)
+
+
 def lines_of(under: Interventions | None) -> str:
     """What labelled arrays carry as "interventions": one on a line, "" without any.
 
@@ -229,6 +259,8 @@ class LayerEdit:
     interventions: Interventions
     layer: Any
     positions: jax.Array
+
+    __repr__ = summary
 
     @property
     def edits_attention(self) -> bool:
@@ -279,31 +311,53 @@ def fill(target: Any, **fields: Any) -> None:
 
 
 def ints(values: Iterable[int]) -> jax.Array:
-    """(n,) int32."""
-    return jnp.asarray(list(values), jnp.int32)
+    """(n,) int32, padded with `NOWHERE`."""
+    return padded(np.array(list(values), np.int32), np.int32)
 
 
-def listed(positions: Sequence[int] | int) -> jax.Array:
+def place(name: str, index: int | None) -> jax.Array:
+    """() int32: one layer, head or neuron; None is `EVERYWHERE`.
+
+    Raises:
+      ValueError: it is no whole number, or is being traced.
+    """
+    if index is None:
+        return array(EVERYWHERE, np.int32)
+    found = np.asarray(known(name, index))
+    if found.size != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be one whole number, got {index!r:.60}")
+    return array(found.reshape(()), np.int32)
+
+
+def listed(positions: Sequence[int] | int) -> np.ndarray:
     """(P,) int32 absolute positions.
 
     Raises:
       ValueError: none, or one that is no whole number from 0 on.
     """
-    found = np.atleast_1d(np.asarray(positions))
+    found = np.atleast_1d(np.asarray(known("positions", positions)))
     if found.dtype.kind not in "iu" or found.ndim != 1 or (found < 0).any():
         raise ValueError(f"positions must be whole numbers from 0 on, got {positions!r:.80}")
-    return jnp.asarray(found, jnp.int32)
+    return found.astype(np.int32)
 
 
-def plain(values: jax.Array) -> list[Any]:
-    """As Python numbers."""
-    return np.asarray(values).tolist()
+def plain(values: Any) -> list[Any]:
+    """Layers, heads or positions as Python numbers, without the padding."""
+    found = np.asarray(values)
+    kept: list[Any] = found[real(found)].tolist()
+    return kept
 
 
 def short(values: Sequence[int]) -> str:
     """A list of numbers, cut where it is long."""
     shown = ", ".join(map(str, values[:6]))
     return shown if len(values) <= 6 else f"{shown}, ... ({len(values)} of them)"
+
+
+def several(names: Sequence[str]) -> str:
+    """A list of names, cut where it is long."""
+    shown = ", ".join(names[:24])
+    return shown if len(names) <= 24 else f"{shown}, ... ({len(names)} of them)"
 
 
 def wide(mask: jax.Array, ndim: int) -> jax.Array:
@@ -331,9 +385,9 @@ def check_places(
         ("layer", layers, config.num_layers),
         ("head", heads, num_heads or config.num_heads),
     ):
-        if given is None:
+        if given is None or is_traced(given):
             continue
-        indices = np.atleast_1d(np.asarray(given)).tolist()
+        indices = plain(np.atleast_1d(given))
         (check_layers if name == "layer" else check_heads)(indices, count)
         if min(indices) < 0:
             raise ValueError(f"interventions count {name}s from 0, got {min(indices)}")
@@ -369,9 +423,10 @@ def shape_of(name: str, config: TransformerConfig) -> tuple[int, ...]:
 
 
 def replacements(method: str, values: Callable[[int], Any] | None, count: int) -> jax.Array:
-    """What `count` ablated parts are replaced with: (count, P, width) float32.
+    """What `count` ablated parts are replaced with: (M, P, width) float32, M padded.
 
-    P is 1 for "zero" and "mean", and the length of the reference text for "resample".
+    P is 1 for "zero" and "mean", and the length of the reference text for "resample", padded with
+    NaN, which replaces nothing.
 
     Args:
       method: "zero", "mean" or "resample".
@@ -383,15 +438,36 @@ def replacements(method: str, values: Callable[[int], Any] | None, count: int) -
       ValueError: another method, or no reference where one is needed.
     """
     if method == "zero":
-        return jnp.zeros((count, 1, 1))
+        return padded(np.zeros((count, 1, 1)), np.float32, 0)
     if method not in ("mean", "resample"):
         raise ValueError(f'method must be "zero", "mean" or "resample", got {method!r}')
     needs_reference(values, method)
     assert values is not None
-    taken = [np.asarray(values(i)) for i in range(count)]
+    taken = [np.asarray(values(i), np.float32) for i in range(count)]
+    taken = taken or [np.zeros((1, 1), np.float32)]
     if method == "mean":
-        taken = [x.mean(axis=0, keepdims=True) for x in taken]
-    return jnp.asarray(np.stack(taken), jnp.float32)
+        return padded(np.stack([x.mean(axis=0, keepdims=True) for x in taken]), np.float32, 0)
+    return padded(np.stack(taken), np.float32, np.nan, axes=2)
+
+
+def last_of(matches: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of (M, n) bool: for each of n whether there is a match, and which is the last one."""
+    last = matches.shape[0] - 1 - jnp.argmax(matches[::-1], axis=0)
+    return matches.any(axis=0), last
+
+
+def replaced(
+    values: jax.Array, which: jax.Array, positions: jax.Array, method: str
+) -> tuple[jax.Array, jax.Array]:
+    """What `replacements` hold for parts (n,) at positions (B, T): (B, T, n, width), and where.
+
+    Where: (B, T, n, width) bool, or () where it is everywhere; False behind a reference text.
+    """
+    row = jnp.clip(positions, 0, values.shape[1] - 1)
+    new = values[which, row[..., None]]
+    if method != "resample":
+        return new, jnp.ones((), bool)
+    return new, (positions < values.shape[1])[..., None, None] & ~jnp.isnan(new)
 
 
 def needs_reference(reference: Any, method: str) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb.interventions.base import (
     Intervention,
@@ -13,6 +14,7 @@ from gemma_nb.interventions.base import (
     listed,
     node,
 )
+from gemma_nb.interventions.numbers import array, is_traced
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
@@ -31,7 +33,7 @@ class ForceToken(Intervention):
     token: jax.Array
 
     def __init__(self, position: int, token: int) -> None:
-        fill(self, position=listed(position)[0], token=jnp.int32(token))
+        fill(self, position=array(listed(position)[0], np.int32), token=array(token, np.int32))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -45,7 +47,7 @@ class ForceToken(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an id outside the vocabulary."""
-        if not 0 <= int(self.token) < config.num_embed:
+        if not is_traced(self.token) and not 0 <= int(self.token) < config.num_embed:
             raise ValueError(
                 f"token ids must lie in 0 to {config.num_embed - 1}, got {int(self.token)}"
             )

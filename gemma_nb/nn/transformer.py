@@ -24,6 +24,7 @@ from gemma_nb.nn.sample import SAMPLE
 from gemma_nb.nn.storage import exact_layers, pack
 from gemma_nb.processor import ONE_PLACE, Streams
 from gemma_nb.sites import EVERYWHERE
+from gemma_nb.summaries import summary
 from gemma_nb.typing import KVCache, Params
 
 # Layers of one kind differ in their names only, and are traced once: tracing all of them takes
@@ -59,6 +60,8 @@ class Output:
     logits: jax.Array
     cache: KVCache | None
     hidden_states: jax.Array | None
+
+    __repr__ = summary
 
 
 class Transformer(nn.Module):

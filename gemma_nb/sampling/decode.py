@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb import executables, placement
+from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
@@ -49,6 +50,7 @@ class Decoder:
       limit: most positions that the cache may hold.
     """
 
+    @pinned
     def __init__(
         self,
         model: GemmaTransformer,
@@ -105,12 +107,14 @@ class Decoder:
         """Whether no further token can be fed."""
         return len(self.ids) >= self.limit
 
+    @pinned
     def reset(self) -> None:
         """Forgets everything; the next prompt is computed from its first token."""
         self.ids, self._cache, self._next, self._ahead = [], None, None, None
         self._archive = Archive()
         self._residuals = Residuals(self._config)
 
+    @pinned
     def keep(self, ids: Sequence[int]) -> None:
         """Takes back what is in the cache beyond the prefix that it shares with `ids`."""
         shared = shared_prefix(self.ids, ids)
@@ -127,6 +131,7 @@ class Decoder:
             self.ids = self.ids[:shared]
         self._next = self._ahead = None
 
+    @pinned
     def intervene(self, interventions: Interventions | None) -> None:
         """Computes under other interventions from now on; None takes them away.
 
@@ -137,6 +142,7 @@ class Decoder:
             self.keep(self.ids[: min(int(x.start) for x in both if x is not None)])
         self._interventions = interventions
 
+    @pinned
     def begin(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """Readies the stream to continue `ids`, reusing what the cache already holds of it.
 
@@ -166,6 +172,7 @@ class Decoder:
         self._seen = placement.put(seen, where)
         return list(ids[len(self.ids) :])
 
+    @pinned
     def prefill(
         self,
         ids: Sequence[int],
@@ -205,6 +212,7 @@ class Decoder:
         executables.started()
         return result
 
+    @pinned
     def step(self, token: int | None = None, *, last: bool = False) -> Evidence:
         """Feeds the token chosen last, and chooses the next; evidence on the host.
 
@@ -232,6 +240,7 @@ class Decoder:
             self._ahead = self._feed_one(made.token, position, controls)
         return cast(Evidence, self._take([fed], made))
 
+    @pinned
     def look(self, position: int) -> Look:
         """What the model computes at a position that is in the cache, in about the time of a step.
 
@@ -260,6 +269,7 @@ class Decoder:
             *(self.ids[position], position),
         )
 
+    @pinned
     def residuals(self, ids: Sequence[int]) -> KeptResiduals:
         """The residual stream of the tokens in the cache that `ids` begins with, as computed.
 
@@ -278,6 +288,7 @@ class Decoder:
             self.keep(self.ids)
         return kept
 
+    @pinned
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
         """Compiles every step that a short conversation needs, and leaves the stream empty.
 
