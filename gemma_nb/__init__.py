@@ -43,7 +43,8 @@ _PUBLIC = {
     "head_scores": "gemma_nb.interp.heads",
     "activation_patching": "gemma_nb.interp.patching",
     "top_activations": "gemma_nb.interp.features",
-    "SparseAutoencoder": "gemma_nb.interp.features",
+    "SparseAutoencoder": "gemma_nb.interp.autoencoders",
+    "Transcoder": "gemma_nb.interp.autoencoders",
     "steering_vector": "gemma_nb.interp.steering",
     "LogitDifference": "gemma_nb.interp.metrics",
     "Logit": "gemma_nb.interp.metrics",
@@ -81,7 +82,8 @@ if TYPE_CHECKING:
         direct_logit_attribution,
         value_weighted_attention,
     )
-    from gemma_nb.interp.features import SparseAutoencoder, top_activations
+    from gemma_nb.interp.autoencoders import SparseAutoencoder, Transcoder
+    from gemma_nb.interp.features import top_activations
     from gemma_nb.interp.gradients import token_attribution
     from gemma_nb.interp.heads import head_scores, head_statistics
     from gemma_nb.interp.lens import logit_lens, residual_norms, token_statistics

@@ -37,5 +37,9 @@ class ModelMismatchError(ConversationError):
     """A saved conversation was held with another model, or with another tokenizer."""
 
 
+class InterventionWarning(UserWarning):
+    """An intervention that acts nowhere, or not everywhere that it names, in the text at hand."""
+
+
 class ConversationWarning(UserWarning):
     """Something about a saved conversation that its owner should know; nothing was lost by it."""

@@ -7,7 +7,7 @@ import fnmatch
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import flax
 import jax
@@ -17,9 +17,10 @@ import numpy as np
 from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
 from gemma_nb.executables import pinned
+from gemma_nb.expected import token_array
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
-from gemma_nb.interventions.base import check
+from gemma_nb.interventions.base import check, warn_of_unreached
 from gemma_nb.interventions.numbers import array, known
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     import xarray
     from jax.sharding import Mesh
     from treescope import renderers, rendering_parts
+
+# Between a model's name and what of it was edited, in titles.
+EDITED = ", edited ("
+_SHOWN_EDITS = 3
 
 
 @flax.struct.dataclass
@@ -51,6 +56,8 @@ class GemmaTransformer:
         rounded to it where they meet weights (mean KL 1.9e-4, of which the vocabulary head alone
         makes 1.4e-4; 996 of 1,000 first choices the same).
       interventions: what is changed in every computation, see `intervene`; None changes nothing.
+      edits: what of the parameters is no longer what `info` names, in order: the globs given to
+        `edit`, and "other parameters" where they were replaced.
     """
 
     params: Params
@@ -59,6 +66,7 @@ class GemmaTransformer:
     info: ModelInfo | None = flax.struct.field(pytree_node=False, default=None)
     storage: Literal["exact", "int8"] = flax.struct.field(pytree_node=False, default="exact")
     interventions: Interventions | None = None
+    edits: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     @classmethod
     @pinned
@@ -146,10 +154,13 @@ class GemmaTransformer:
     @pinned
     def place(self, mesh: placement.MeshLike) -> GemmaTransformer:
         """A copy whose parameters are split over `mesh`, see `gemma_nb.placement`."""
-        return self.replace(params=placement.place(self.params, self.config, mesh))
+        placed = placement.place(self.params, self.config, mesh)
+        return self.replace(params=placed, edits=self.edits)
 
     def edit(self, path_glob: str, fn: Callable[[Any], Any]) -> GemmaTransformer:
         """A copy with `fn` applied to some parameters; all others are shared with this model.
+
+        The copy's `title` says what was edited, in its repr and in all that is computed with it.
 
             model.edit("layer_*/attn/q_einsum/w", lambda w: 0.5 * w)
 
@@ -177,7 +188,8 @@ class GemmaTransformer:
                     f"got {new.shape}"
                 )
             flat[path] = new
-        return self.replace(params=flax.traverse_util.unflatten_dict(flat))
+        edits = (*self.edits, "/".join(pattern))
+        return self.replace(params=flax.traverse_util.unflatten_dict(flat), edits=edits)
 
     def intervene(self, *interventions: Intervention, start: int = 0) -> GemmaTransformer:
         """A copy that computes differently; the weights are shared, this model is untouched.
@@ -248,23 +260,44 @@ class GemmaTransformer:
         sizes = {"batch": None, "seq": None, "vocabulary": self.config.num_embed}
         return ArrayStructure(sizes, "float32", "logits of the next token")
 
-    @pinned
+    def __getattr__(self, name: str) -> NoReturn:
+        instead = elsewhere(name)
+        raise AttributeError(
+            f"GemmaTransformer has no attribute {name!r}{f': {instead}' if instead else ''}"
+        )
+
     def __call__(self, inputs: GemmaInputs) -> xarray.DataArray:
         """float32 logits ("seq", "vocabulary"), led by "batch" where the tokens are.
 
-        The logits at position t are for the token at position t + 1.
+        The logits at position t are for the token at position t + 1.  An intervention that names
+        positions which the tokens do not reach is an InterventionWarning.  Token ids alone, (T,) or
+        (B, T), are as good as `GemmaInputs` of them.
 
         Raises:
+          TypeError: a text, or something else that is no token ids.
           ValueError: tokens outside the vocabulary, or not of one or two axes; positions or a mask
             of another shape; a model without weights.
         """
+        if not isinstance(inputs, GemmaInputs):
+            inputs = GemmaInputs(inputs)
+        found = token_array(
+            inputs.tokens,
+            "tokens",
+            "model([tokenizer.encode(text, bos=True)]) scores a text, and "
+            "gnb.trace(model, text, tokenizer=tokenizer) shows it from the inside",
+        )
+        self._check(found, inputs)
+        at = None if inputs.positions is None else np.asarray(inputs.positions)
+        length = found.shape[-1] if at is None else int(at.max()) + 1
+        warn_of_unreached(self.interventions, length)
+        return self._logits(found.astype(np.int32), inputs)
+
+    @pinned
+    def _logits(self, tokens: np.ndarray, inputs: GemmaInputs) -> xarray.DataArray:
         import xarray
 
-        tokens = jnp.asarray(inputs.tokens, jnp.int32)
-        self._check(tokens, inputs)
-
-        def batched(x: jax.Array | None) -> jax.Array | None:
-            x = x if x is None or tokens.ndim == 2 else jnp.asarray(x)[None]
+        def batched(x: Any) -> jax.Array | None:
+            x = x if x is None or tokens.ndim == 2 else np.asarray(x)[None]
             return placement.place_batch(x, self.mesh)
 
         logits = _score(
@@ -279,7 +312,7 @@ class GemmaTransformer:
         array = xarray.DataArray(placement.fetch(logits), dims=dims, name="logits")
         return array if tokens.ndim == 2 else array[0]
 
-    def _check(self, tokens: jax.Array, inputs: GemmaInputs) -> None:
+    def _check(self, tokens: np.ndarray, inputs: GemmaInputs) -> None:
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.params)):
             raise ValueError(
                 "this model has shapes in place of weights and cannot compute: give from_config a "
@@ -315,8 +348,13 @@ class GemmaTransformer:
 
     @property
     def title(self) -> str:
-        """What the model is called: its released name, or "Gemma"."""
-        return self.info.title if self.info else "Gemma"
+        """What the model is called: its released name, or "Gemma", and what of it was edited."""
+        name = self.info.title if self.info else "Gemma"
+        edits = list(dict.fromkeys(self.edits))
+        if not edits:
+            return name
+        shown = edits if len(edits) <= _SHOWN_EDITS else [*edits[:_SHOWN_EDITS], "..."]
+        return f"{name}{EDITED}{', '.join(shown)})"
 
     def __treescope_repr__(
         self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
@@ -338,7 +376,13 @@ class GemmaTransformer:
         return self.replace(params=jax.tree.map(lambda leaf: leaf, self.params))
 
     def replace(self, **changes: Any) -> GemmaTransformer:
-        """A copy with some fields changed; everything else is shared."""
+        """A copy with some fields changed; everything else is shared.
+
+        Other parameters in the place of a checkpoint's show in the copy's `title`.
+        """
+        named = self.info is not None and "info" not in changes and "edits" not in changes
+        if named and changes.get("params", self.params) is not self.params:
+            changes["edits"] = (*self.edits, "other parameters")
         return dataclasses.replace(self, **changes)
 
 

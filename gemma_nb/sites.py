@@ -8,8 +8,11 @@ others where they are asked for, since the forward pass itself never has them as
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from gemma_nb.indices import Index, Indices, ascending, one
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 # The layer index of sites that the model has once.
 EVERYWHERE = -1
+_LAYERS = "the model has layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +139,46 @@ def site(name: str) -> Site:
     Raises:
       ValueError: no such site; the message lists the known ones.
     """
+    if not isinstance(name, str):
+        raise ValueError(f'a capture site is a name, such as "residual", got {name!r:.60}')
     if name not in SITES:
-        raise ValueError(f"unknown capture site {name!r}; the sites are {', '.join(SITES)}")
+        meant = _meant(name)
+        raise ValueError(f"unknown capture site {name!r}{meant}; the sites are {', '.join(SITES)}")
     return SITES[name]
+
+
+# What TransformerLens calls them, behind "blocks.5." and without "hook_".
+_HOOKS = {
+    "resid_pre": "residual_pre",
+    "resid_mid": "residual_mid",
+    "resid_post": "residual",
+    "pattern": "attention",
+    "attn_scores": "scores",
+    "rot_q": "q",
+    "rot_k": "k",
+    "q": "q_pre",
+    "k": "k_pre",
+    "result": "head_out",
+    "pre": "mlp_gate",
+    "pre_linear": "mlp_up",
+    "post": "mlp_hidden",
+    "ln_final.normalized": "final",
+    "ln1.normalized": "attn_in",
+    "ln2.normalized": "mlp_in",
+}
+
+
+def _meant(name: str) -> str:
+    """What is meant by a name of TransformerLens; "" where it is none."""
+    hook = re.fullmatch(r"(?:blocks\.(\d+)\.)?((?:\w+\.)?)(?:hook_)?(\w+)", name)
+    if hook is None:
+        return ""
+    layer, module, short = hook.groups()
+    found = _HOOKS.get(module + short) or _HOOKS.get(short, short)
+    if found not in SITES:
+        return ""
+    where = "" if layer is None else f", layers={layer}"
+    return f", which is {found!r} here: trace.get({found!r}{where})"
 
 
 def site_of(model: GemmaTransformer | TransformerConfig, name: str) -> Site:
@@ -160,40 +201,33 @@ def site_of(model: GemmaTransformer | TransformerConfig, name: str) -> Site:
     )
 
 
-def check_layers(layers: Iterable[int] | int | None, num_layers: int) -> tuple[int, ...]:
-    """`layers` as ascending indices into a model of `num_layers`; None means all.
+def check_layers(layers: Indices, num_layers: int) -> tuple[int, ...]:
+    """`layers` as ascending indices into a model of `num_layers`, each once; None means all.
 
-    Negative indices count from the last layer.
-
-    Raises:
-      ValueError: an index out of range; the message gives the range.
-    """
-    if layers is None:
-        return tuple(range(num_layers))
-    return _indices("layer", layers, num_layers, owner="the model has layers")
-
-
-def check_heads(heads: Iterable[int] | int | None, num_heads: int) -> tuple[int, ...]:
-    """`heads` as ascending indices of query heads; None means all.
+    Negative indices count from the last layer; see `gemma_nb.indices` for what else is an index.
 
     Raises:
-      ValueError: an index out of range; the message gives the range.
+      ValueError: no index, or one out of range; the message gives the range.
     """
-    if heads is None:
-        return tuple(range(num_heads))
-    return _indices("head", heads, num_heads, owner="each layer has heads")
+    return ascending(layers, num_layers, "layer", owner=_LAYERS)
 
 
-def _indices(what: str, given: Iterable[int] | int, count: int, owner: str) -> tuple[int, ...]:
-    wanted = list(given) if isinstance(given, Iterable) else [given]
-    resolved = set()
-    for index in map(int, wanted):
-        if not -count <= index < count:
-            raise ValueError(f"{what} {index} does not exist: {owner} 0 to {count - 1}")
-        resolved.add(index % count)
-    if not resolved:
-        raise ValueError(f"{what}s is empty: name at least one {what}, or pass None for all")
-    return tuple(sorted(resolved))
+def check_layer(layer: Index, num_layers: int) -> int:
+    """`layer` as the index of one layer.
+
+    Raises:
+      ValueError: as of `check_layers`, or several layers.
+    """
+    return one(layer, num_layers, "layer", owner=_LAYERS)
+
+
+def check_heads(heads: Indices, num_heads: int) -> tuple[int, ...]:
+    """`heads` as ascending indices of query heads, each once; None means all.
+
+    Raises:
+      ValueError: no index, or one out of range; the message gives the range.
+    """
+    return ascending(heads, num_heads, "head", owner="each layer has heads")
 
 
 def list_sites(model: GemmaTransformer | TransformerConfig) -> list[Site]:

@@ -18,8 +18,10 @@ ROOMS = [
     *(
         "lazy",
         "errors",
+        "expected",
         "typing",
         "summaries",
+        "indices",
         "cache",
         "processor",
         "executables",

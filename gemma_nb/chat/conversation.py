@@ -22,7 +22,9 @@ from gemma_nb.chat.keeping import Keeper
 from gemma_nb.chat.places import turn_of
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
-from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning
+from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning, InterventionWarning
+from gemma_nb.expected import expect
+from gemma_nb.interventions.base import warn_of_unreached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.decode import Decoder
@@ -84,15 +86,21 @@ class Conversation:
           ValueError: a cache longer than the model's context, an unknown template or policy.
           ConversationError: the file to save to cannot be written, or exists already.
         """
+        way = "gnb.ChatSession(model, tokenizer), both from gnb.load(...)"
+        expect(model, GemmaTransformer, "model", way)
+        if not hasattr(tokenizer, "token_text"):
+            expect(tokenizer, Tokenizer, "tokenizer", way)
         longest = model.config.max_context
         if not 2 <= cache_length <= longest:
             raise ValueError(
                 f"cache_length must lie in 2 to {longest} (the model's context), got {cache_length}"
             )
+        room = "there is room for {} tokens (cache_length)"
+        warn_of_unreached(model.interventions, cache_length, room)
         self.model = model
         self.tokenizer = tokenizer
         self.template = resolve_template(template, model.info.tuning if model.info else "base")
-        self.capture = capture or Capture()
+        self.capture = (capture or Capture()).resolved(model.config.num_layers)
         self.tree = ConversationTree()
         system = self.template.default_system if system is None else system
         self.tokenizer.encode(system or "")  # refuses what cannot be tokenized, now
@@ -115,6 +123,7 @@ class Conversation:
         self._reader: int | None = None  # the thread that read the last token
         self._ids_given = 0
         self._told_evicted = False
+        self._unreached: tuple[str, ...] = ()  # of the last reply, not yet told
         self.keeper = Keeper()
         self.keeper.autosave(self, autosave)
 
@@ -208,9 +217,8 @@ class Conversation:
             self._planner.when_full = policy
 
     def __repr__(self) -> str:
-        title = self.model.info.title if self.model.info else "Gemma"
         return (
-            f"<ChatSession {title}, {self.template.name}: {len(self.turns)} turns, "
+            f"<ChatSession {self.model.title}, {self.template.name}: {len(self.turns)} turns, "
             f"{self.cache_used} of {self.cache_length} positions>"
         )
 
@@ -298,7 +306,7 @@ class Conversation:
         """The stream of the reply that `make()` plans, once it is read."""
         self._refuse_if_busy()
         self.keeper.warn()
-        self._tell_evicted()
+        self._tell()
         stream = self._generate(make)
         # Weak, so that a stream that its reader drops is closed at once.
         self._stream = weakref.ref(stream)
@@ -333,6 +341,7 @@ class Conversation:
             finally:
                 reply.flush()
                 self.tree.add(plan.parent, reply.turn())
+                self._unreached = reply.unreached
                 self._making = None
             if generation.out_of_room and self.when_full == "error":
                 raise ContextFullError(reply.finish_detail)
@@ -347,7 +356,7 @@ class Conversation:
             plan.sampling,
             origin=plan.origin,
             context=plan.context,
-            interventions=() if plan.interventions is None else plan.interventions.describe(),
+            under=plan.interventions,
         )
 
     def _events(self, records: Sequence[TokenRecord], reply: Reply) -> Iterator[TokenEvent]:
@@ -386,10 +395,14 @@ class Conversation:
     def _exhaust(self, events: Iterator[TokenEvent]) -> Turn:
         for _ in events:
             pass
-        self._tell_evicted()
+        self._tell()
         return turn_of(self.tree.tip)
 
-    def _tell_evicted(self) -> None:
+    def _tell(self) -> None:
+        """Warns of what came up while a reply was made; called on the user's thread."""
+        sentences, self._unreached = self._unreached, ()
+        for sentence in sentences:
+            warnings.warn(sentence, InterventionWarning, stacklevel=4)
         warning = "" if self._told_evicted else self.attention_kept.warning
         if warning:
             self._told_evicted = True

@@ -60,7 +60,7 @@ def _text(chat: Conversation, form: str) -> str:
 
 
 def _markdown(chat: Conversation) -> str:
-    title = chat.model.info.title if chat.model.info else "Gemma"
+    title = chat.model.title
     parts = [f"# Conversation with {title}"]
     for message in messages(chat):
         if message["role"] == "system":

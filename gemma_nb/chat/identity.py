@@ -46,7 +46,7 @@ class Identity:
         """The identity of a loaded model and its tokenizer; fast, and computed once."""
         return cls(
             name=model.info.name if model.info else "",
-            title=model.info.title if model.info else "a Gemma model",
+            title=model.title if model.info or model.edits else "a Gemma model",
             config=_sha256(repr(model.config)),
             weights=_cached(_weights, model, _hash_weights),
             tokenizer=_cached(_pieces, tokenizer, _hash_pieces),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from gemma_nb.chat.places import locate
 from gemma_nb.chat.speakers import speakers
 from gemma_nb.chat.tree import Node
 from gemma_nb.errors import BusyError
+from gemma_nb.indices import Indices, number
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.look import Look
 from gemma_nb.sites import SITES
@@ -57,7 +58,7 @@ class InspectedConversation(KeptConversation):
         turn: Turn | None = None,
         *,
         sites: Sequence[str] = ("attention",),
-        layers: Iterable[int] | int | None = None,
+        layers: Indices = None,
     ) -> Trace:
         """Computes what happened inside the model up to and including a turn.
 
@@ -76,7 +77,7 @@ class InspectedConversation(KeptConversation):
         Raises:
           ValueError: no such turn, site or layer.
         """
-        from gemma_nb.interp.trace import trace
+        from gemma_nb.interp.trace import captured
 
         node = self._reply_node(None) if turn is None else self.tree.find(turn)
         ids, last = self._planner.tokens(node), node.turn
@@ -86,9 +87,8 @@ class InspectedConversation(KeptConversation):
             model = model.replace(interventions=self._planner.under(last))
         path, source = self.tree.path_to(last), self._source(model, ids)
         turns, roles = speakers(self._planner.contexts, self.tokenizer, path, last.context, ids)
-        made = trace(
-            *(model, ids),
-            tokenizer=self.tokenizer,
+        made = captured(
+            *(model, np.asarray(ids, np.int32), self.tokenizer),
             sites=sites,
             layers=layers,
             turns=turns,
@@ -226,8 +226,10 @@ class InspectedConversation(KeptConversation):
         """A reply's node and the index of a token of it."""
         if isinstance(at, TokenRecord):
             return locate(self.tree, at, turn)
-        if not isinstance(at, int):
-            raise TypeError(f"expected a token of a reply or its index, got {at!r}")
+        try:
+            at = number(at, "at")
+        except ValueError as error:
+            raise TypeError(f"expected a token of a reply or its index, got {at!r:.60}") from error
         node = self._reply_node(turn)
         count = len(node.turn.tokens) if node.turn is not None else 0
         if not 0 <= at < count:

@@ -17,6 +17,8 @@ from gemma_nb.chat.events import (
     Turn,
 )
 from gemma_nb.chat.stops import StopMatcher
+from gemma_nb.interventions import Interventions
+from gemma_nb.interventions.base import unreached
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.methods import Sampling
 from gemma_nb.text.detokenizer import StreamingDetokenizer
@@ -44,7 +46,7 @@ class Reply:
         *,
         origin: Origin | None = None,
         context: Context | None = None,
-        interventions: tuple[str, ...] = (),
+        under: Interventions | None = None,
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.finish_detail = ""
@@ -55,7 +57,7 @@ class Reply:
         self._tokenizer = tokenizer
         self._template = template
         self._origin = origin
-        self._interventions = interventions
+        self._under = under
         self._stop_ids = template.stop_ids(tokenizer)
         self._text = StreamingDetokenizer(tokenizer)
         self._stops = StopMatcher(
@@ -127,6 +129,13 @@ class Reply:
         """The records still held back, when no more tokens come."""
         return self._certain(self._held_text()) if self._uncertain else []
 
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """What the finished reply did not reach of its interventions, a sentence for each."""
+        if self.finish_reason is None:
+            return ()
+        return tuple(f"{each}." for each in unreached(self._under, self.used))
+
     def turn(self) -> Turn:
         """The reply as a turn, as far as it has come."""
         text = "".join(record.text for record in self._records)
@@ -137,7 +146,7 @@ class Reply:
             tokens=tuple(self._records),
             ids=self._context_ids(),
             finish_reason=self.finish_reason,
-            finish_detail=self.finish_detail,
+            finish_detail="  ".join([*filter(None, [self.finish_detail]), *self.unreached]),
             timing=Timing(
                 prompt_tokens=self._prompt_tokens,
                 prefill_seconds=self._first - self._started,
@@ -147,7 +156,7 @@ class Reply:
             sampling=self.sampling,
             origin=self._origin,
             context=dataclasses.replace(self.context, used=self.used),
-            interventions=self._interventions,
+            interventions=() if self._under is None else self._under.describe(),
         )
 
     def _context_ids(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from gemma_nb.chat.kept import KeptConversation
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import Node
 from gemma_nb.errors import NonFiniteLogitsError
+from gemma_nb.indices import number
 from gemma_nb.processor import has_matrix_unit
 from gemma_nb.sampling.batch import MOST, Batch
 from gemma_nb.sampling.evidence import Evidence
@@ -72,6 +73,7 @@ class SamplingConversation(KeptConversation):
           NonFiniteLogitsError: the model computed NaN or infinity.
           ContextFullError: the message does not fit and `when_full` is "error".
         """
+        n = number(n, "n")
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n!r}")
         chosen = sampling or self.sampling
@@ -134,6 +136,8 @@ class SamplingConversation(KeptConversation):
             for reply in replies:
                 reply.finish("cancelled", STOPPED)  # all that have not come to an end
                 reply.flush()
+        self._unreached = tuple(dict.fromkeys(x for reply in replies for x in reply.unreached))
+        self._tell()
         return [reply.turn() for reply in replies]
 
     def _aside(self, prompt: str, sampling: Sampling) -> Plan:

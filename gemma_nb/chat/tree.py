@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from gemma_nb.chat.altered import Unread
 from gemma_nb.chat.events import Context, Role, Turn
+from gemma_nb.indices import number
 from gemma_nb.interventions import Interventions
 
 _OUTLINED = 100  # turns that an outline has at most
@@ -146,7 +147,7 @@ class ConversationTree:
         Raises:
           ValueError: the turn is not in this conversation.
         """
-        node = self._by_id.get(turn if isinstance(turn, int) else turn.id)
+        node = self._by_id.get(turn.id if hasattr(turn, "id") else number(turn, "turn"))
         if node is None:
             raise ValueError(f"{turn!r} is not a turn of this conversation")
         return node

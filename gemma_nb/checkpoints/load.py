@@ -219,7 +219,10 @@ class _Job:
         size = presets.name_of(config)
         suffix = "-it" if tuning == "instruction" else ""
         name = f"{size}{suffix}" if size else Path(self.source.files[0]).stem
-        return catalog.describe(name, title or name, tuning, source=self.source.name)
+        # Two files of one size are told apart by where they lie.
+        where = Path(self.source.name)
+        title = f"{title or name} ({'/'.join(where.parts[-2:])})"
+        return catalog.describe(name, title, tuning, source=self.source.name)
 
 
 def use_compilation_cache() -> None:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.executables import pinned
+from gemma_nb.indices import Indices
 from gemma_nb.interp.lens import model_of
-from gemma_nb.interp.sizes import Indices, check_positions
+from gemma_nb.interp.sizes import check_position
 from gemma_nb.interp.trace import Trace
 from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
@@ -66,6 +67,11 @@ def direct_logit_attribution(
     model = model_of(trace)
     if by not in ("component", "head", "token"):
         raise ValueError(f'by must be "component", "head" or "token", got {by!r}')
+    if by != "token" and position is not None:
+        raise ValueError(
+            f'position= is for by="token"; by="{by}" has all positions: take one with '
+            ".sel(position=...)"
+        )
     token = trace.labels_of.id_of(token)
     against = None if against is None else trace.labels_of.id_of(against)
     table = model.params["embedder"]["input_embedding"]
@@ -75,9 +81,7 @@ def direct_logit_attribution(
 
     query = None
     if by == "token":
-        given = check_positions(-1 if position is None else position, len(trace.tokens))
-        assert given is not None
-        query = given[0]
+        query = check_position(-1 if position is None else position, len(trace.tokens))
     shares = _Shares(trace, model, head, query)
     names, rows = shares.rows(by)
     layers, kinds, heads = zip(*names, strict=True)

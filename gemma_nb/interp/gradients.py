@@ -12,7 +12,7 @@ import numpy as np
 from gemma_nb.executables import pinned
 from gemma_nb.interp.lens import model_of
 from gemma_nb.interp.passes import padded_length
-from gemma_nb.interp.sizes import check_positions
+from gemma_nb.interp.sizes import check_position
 from gemma_nb.interp.trace import Trace
 from gemma_nb.nn import Transformer
 from gemma_nb.sites import EVERYWHERE
@@ -66,9 +66,7 @@ def token_attribution(
         raise ValueError(
             f'method must be "gradient_x_input" or "integrated_gradients", got {method!r}'
         )
-    where = check_positions(position, len(ids))
-    assert where is not None
-    query = where[0]
+    query = check_position(position, len(ids))
     if target is None:
         last = query + 1 == len(ids)
         choice = int(np.argmax(trace.get("logits", positions=query).values)) if last else 0
@@ -95,6 +93,9 @@ def token_attribution(
         shares = (gradient * x)[0].sum(axis=-1)
     else:
         base = _embedded(model.transformer, model.params, jnp.full_like(positions, baseline))
+        steps = number(steps, "steps")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         total = jnp.zeros_like(x)
         for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_nb.config import TransformerConfig
+from gemma_nb.indices import number
 from gemma_nb.sites import Site
 from gemma_nb.summaries import summary
 
@@ -78,11 +79,10 @@ class Labels:
                     "belongs to it"
                 )
             (token,) = ids
-        if not 0 <= int(token) < self.config.num_embed:
-            raise ValueError(
-                f"token ids must lie in 0 to {self.config.num_embed - 1}, got {int(token)}"
-            )
-        return int(token)
+        token = number(token, "token", "token")
+        if not 0 <= token < self.config.num_embed:
+            raise ValueError(f"token ids must lie in 0 to {self.config.num_embed - 1}, got {token}")
+        return token
 
     def coords(
         self,
@@ -98,7 +98,7 @@ class Labels:
           dims: names of axes.
           layers: which layers the axis "layer" holds; None for all, as below.
           positions: which positions "position" or "query" holds; "key" always holds all.
-          heads: which query heads "head" holds.
+          heads: which query heads "head" holds, or "kv_head" key-value heads.
         """
         c, found = self.config, dict[str, Any]()
         if "layer" in dims:
@@ -113,7 +113,7 @@ class Labels:
             which = np.arange(c.num_heads) if heads is None else np.asarray(heads)
             found |= {"head": which, "kv_group": ("head", which * c.num_kv_heads // c.num_heads)}
         if "kv_head" in dims:
-            found["kv_head"] = np.arange(c.num_kv_heads)
+            found["kv_head"] = np.arange(c.num_kv_heads) if heads is None else np.asarray(heads)
         return found
 
     def _positions(self, dim: str, positions: Any) -> dict[str, Any]:

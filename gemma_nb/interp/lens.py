@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_nb.executables import pinned
-from gemma_nb.interp.sizes import Indices, check_positions
+from gemma_nb.expected import expect
+from gemma_nb.indices import Indices, number
+from gemma_nb.interp.sizes import check_positions
 from gemma_nb.interp.trace import Trace
 from gemma_nb.interp.vocabulary import normalise, read
 from gemma_nb.model import GemmaTransformer
@@ -22,8 +24,10 @@ def model_of(trace: Trace) -> GemmaTransformer:
     """The model that made a trace.
 
     Raises:
+      TypeError: no trace.
       ValueError: the trace was loaded from a file, without its model.
     """
+    expect(trace, Trace, "trace", "gnb.trace(model, text, tokenizer=tokenizer) makes one")
     if trace.source is None:
         raise ValueError(
             "this trace was loaded from a file, without its model: trace the text again"
@@ -67,10 +71,12 @@ def logit_lens(
       ValueError: an unknown layer, position or token, k below 1, or a trace without its model.
     """
     model, config = model_of(trace), trace.config
+    k = number(k, "k")
     chosen = check_layers(layers, config.num_layers)
     at = check_positions(positions, len(trace.tokens)) or tuple(range(len(trace.tokens)))
-    listed = [watch] if isinstance(watch, int | str) else watch
-    ids = np.array([trace.labels_of.id_of(token) for token in listed], np.int32)
+    single = isinstance(watch, str) or np.ndim(watch) == 0
+    wanted: Any = [watch] if single else watch
+    ids = np.array([trace.labels_of.id_of(token) for token in wanted], np.int32)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     k = min(k, config.num_embed)

@@ -21,6 +21,7 @@ import numpy as np
 
 from gemma_nb import placement
 from gemma_nb.executables import pinned
+from gemma_nb.expected import expect
 from gemma_nb.interp.labels import Labels
 from gemma_nb.interp.metrics import Metric, resolve
 from gemma_nb.interp.packing import Batch, Cell, SlotPatch, run_layer
@@ -85,6 +86,8 @@ def activation_patching(
       ValueError: texts of different lengths, an unknown axis, site or token, heads of another site
         than z, no metric, or a transformer of another library.
     """
+    way = "gnb.activation_patching(model, clean, corrupted, metric, tokenizer=tokenizer)"
+    expect(model, GemmaTransformer, "model", way)
     if not isinstance(model.transformer, Transformer):
         raise ValueError("patching needs gnb.nn.Transformer on the same parameters")
     axes, site = _checked(over, site)

@@ -19,7 +19,7 @@ class Selection:
 
     Attributes:
       positions: absolute positions (of queries, on maps).
-      heads: indices of query heads.
+      heads: indices of query heads, or of key-value heads where a site has these.
       dtype: of the result.
     """
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from gemma_nb.config import TransformerConfig
+from gemma_nb.indices import Index, Indices, ascending, one
 from gemma_nb.sites import Site, check_heads, check_layers
 
 # A request beyond this is refused before it is computed.
 LIMIT_BYTES = 2 * 2**30
 
-# Which layers, positions or heads a user asks for; None means all.
-Indices = Iterable[int] | int | None
+_TEXT = "the text has"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Chosen:
     Attributes:
       layers: always listed.
       positions: of queries, on maps.
-      heads: query heads.
+      heads: query heads, or the key-value heads of sites that have these.
     """
 
     layers: tuple[int, ...]
@@ -34,21 +34,25 @@ class Chosen:
     @classmethod
     def of(
         cls,
+        wanted: Sequence[Site],
         config: TransformerConfig,
         length: int,
         layers: Indices = None,
         positions: Indices = None,
         heads: Indices = None,
     ) -> Chosen:
-        """Resolves what a user asks for; negative indices count from the end.
+        """Resolves what a user asks for of some sites; negative indices count from the end.
 
         Raises:
-          ValueError: an index that the model or the text does not have.
+          ValueError: an index that the model or the text does not have; heads or layers where none
+            of the sites has any, or heads of sites that have different numbers of them.
         """
+        if wanted and layers is not None and not any(s.per_layer for s in wanted):
+            raise ValueError(f"{_names(wanted)} exists once, not in each layer: leave out layers=")
         return cls(
             check_layers(layers, config.num_layers),
             check_positions(positions, length),
-            None if heads is None else check_heads(heads, config.num_heads),
+            None if heads is None else _chosen_heads(wanted, heads, config),
         )
 
     def bytes_of(
@@ -57,28 +61,57 @@ class Chosen:
         """How much one site of a text of `length` tokens takes."""
         c = config
         rows = length if self.positions is None else len(self.positions)
-        heads = c.num_heads if self.heads is None else len(self.heads)
-        sizes = {"T": rows, "S": length, "N": heads, "K": c.num_kv_heads, "H": c.head_dim}
+        some = None if self.heads is None else len(self.heads)
+        sizes = {"T": rows, "S": length, "N": some or c.num_heads, "K": some or c.num_kv_heads}
+        sizes["H"] = c.head_dim
         sizes |= {"D": c.embed_dim, "F": c.hidden_dim, "V": c.num_embed}
         one = int(np.prod([sizes[axis] for axis in s.dims[1:]])) * np.dtype(dtype).itemsize
         return one * (len(self.layers) if s.per_layer else 1)
 
 
+def _chosen_heads(
+    wanted: Sequence[Site], heads: Indices, config: TransformerConfig
+) -> tuple[int, ...]:
+    """`heads` of those sites that have heads; raises ValueError as `Chosen.of` says."""
+    axes = {axis for s in wanted for axis in s.dims if axis in "NK"}
+    if wanted and not axes:
+        raise ValueError(f"{_names(wanted)} has no heads: leave out heads=")
+    if axes == {"N", "K"} and config.num_heads != config.num_kv_heads:
+        queries, keys = (_names([s for s in wanted if axis in s.dims]) for axis in "NK")
+        raise ValueError(
+            f"heads= would mean the {config.num_heads} query heads of {queries} and the "
+            f"{config.num_kv_heads} key-value heads of {keys}: ask for them one after the other"
+        )
+    if axes == {"K"}:
+        owner = "each layer has key-value heads"
+        return ascending(
+            heads, config.num_kv_heads, "key-value head", owner=owner, argument="heads"
+        )
+    return check_heads(heads, config.num_heads)
+
+
+def _names(sites: Sequence[Site]) -> str:
+    return " and ".join(s.name for s in sites)
+
+
 def check_positions(positions: Indices, length: int) -> tuple[int, ...] | None:
-    """`positions` as ascending indices into a text; None stays None.
+    """`positions` as ascending indices into a text, each once; None stays None.
 
     Raises:
-      ValueError: a position that the text does not have.
+      ValueError: no index, or a position that the text does not have.
     """
     if positions is None:
         return None
-    wanted = list(positions) if isinstance(positions, Iterable) else [positions]
-    if not wanted:
-        raise ValueError("positions is empty: name at least one, or pass None for all")
-    for p in map(int, wanted):
-        if not -length <= p < length:
-            raise ValueError(f"position {p} does not exist: the text has 0 to {length - 1}")
-    return tuple(sorted({int(p) % length for p in wanted}))
+    return ascending(positions, length, "position", owner=_TEXT)
+
+
+def check_position(position: Index, length: int) -> int:
+    """`position` as the index of one token.
+
+    Raises:
+      ValueError: as of `check_positions`, or several.
+    """
+    return one(position, length, "position", owner=_TEXT)
 
 
 def refuse_too_large(

@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma_nb.interp.trace import trace
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.sites import check_layers, site_of
+from gemma_nb.sites import check_layer, site_of
 from gemma_nb.text.tokenizer import Tokenizer
 
 Prompts = str | Sequence[Any]
@@ -55,7 +55,7 @@ def steering_vector(
         raise ValueError(f"a vector is taken from a site of the residual stream, got {site!r}")
     if positions not in ("last", "mean"):
         raise ValueError(f'positions must be "last" or "mean", got {positions!r}')
-    check_layers(layer, model.config.num_layers)
+    layer = check_layer(layer, model.config.num_layers)
 
     def mean(prompts: Prompts) -> np.ndarray:
         listed = [prompts] if isinstance(prompts, str) else list(prompts)

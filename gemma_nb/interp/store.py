@@ -139,7 +139,7 @@ def _labelled(labels: Labels, name: str, array: xarray.DataArray) -> xarray.Data
         {"site": array.attrs.get("site", "")},
         layers=held("layer"),
         positions=held("position", "query"),
-        heads=held("head"),
+        heads=held("head", "kv_head"),
     )
 
 

@@ -12,15 +12,17 @@ import numpy as np
 
 from gemma_nb.config import Sliding, TransformerConfig
 from gemma_nb.executables import pinned
+from gemma_nb.expected import expect, token_array
+from gemma_nb.indices import Indices
 from gemma_nb.interp import store
 from gemma_nb.interp.display import Facts, pictures
 from gemma_nb.interp.labels import Labels, dims_of
 from gemma_nb.interp.passes import Pass
 from gemma_nb.interp.pieces import Selection
-from gemma_nb.interp.sizes import Chosen, Indices, refuse_too_large
-from gemma_nb.interventions.base import lines_of
+from gemma_nb.interp.sizes import Chosen, refuse_too_large
+from gemma_nb.interventions.base import lines_of, warn_of_unreached
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.sites import SITES, Site, check_layers, site_of
+from gemma_nb.sites import SITES, Site, check_layer, site_of
 from gemma_nb.structure import draw
 from gemma_nb.text.tokenizer import Tokenizer
 
@@ -83,8 +85,12 @@ class Trace:
         return str(self.labels_of.attrs["model"])
 
     def window(self, layer: int) -> int | None:
-        """How many positions a query of this layer sees, itself included; None: all before it."""
-        kind = self.config.layers[check_layers(layer, self.config.num_layers)[0]].kind
+        """How many positions a query of this layer sees, itself included; None: all before it.
+
+        Raises:
+          ValueError: no such layer.
+        """
+        kind = self.config.layers[check_layer(layer, self.config.num_layers)].kind
         return kind.window if isinstance(kind, Sliding) else None
 
     @pinned
@@ -99,6 +105,10 @@ class Trace:
     ) -> xarray.DataArray:
         """A part of a site, computed if it is not held; it keeps all its axes.
 
+        Its layers, positions and heads are in ascending order, each once, in whatever order they
+        are asked for: the coordinates say which they are, and `.sel(position=[7, 3])` takes them in
+        another.
+
             trace.get("attention", layers=5, heads=2)       # (1, 1, query, key)
             trace.get("logits", positions=-1)               # (1, vocabulary)
 
@@ -106,7 +116,8 @@ class Trace:
           site: see `gnb.list_sites`.
           layers: which; None for all.
           positions: which (queries, on a map); None for all.
-          heads: which query heads; None for all.
+          heads: which query heads, or of k, v and what else has these, key-value heads; None for
+            all.
           dtype: of the result; "float16" halves it.
 
         Raises:
@@ -115,7 +126,7 @@ class Trace:
         """
         where = self.source.model if self.source is not None else self.config
         found = site_of(where, site)
-        chosen = Chosen.of(self.config, len(self.tokens), layers, positions, heads)
+        chosen = Chosen.of([found], self.config, len(self.tokens), layers, positions, heads)
         held = self._held(found, chosen)
         if held is not None:
             return held.astype(dtype, copy=False)
@@ -210,6 +221,7 @@ class Trace:
             "layer": chosen.layers,
             "query" if s.is_map else "position": chosen.positions or range(length),
             "head": chosen.heads or range(c.num_heads),
+            "kv_head": chosen.heads or range(c.num_kv_heads),
         }
         some = {dim: list(indices) for dim, indices in wanted.items() if dim in array.dims}
         if not all(set(indices) <= set(array[dim].values) for dim, indices in some.items()):
@@ -228,7 +240,6 @@ class Trace:
         )
 
 
-@pinned
 def trace(
     model: GemmaTransformer,
     tokens_or_text: str | Sequence[int] | np.ndarray,
@@ -245,7 +256,8 @@ def trace(
     """Runs a text through the model and keeps what the `sites` saw.
 
     The pass is the plain linen module in the precision of the model's parameters, under the model's
-    interventions.  Only the sites and layers asked for are ever materialised; the residual stream
+    interventions; one that names positions which the text does not reach is an InterventionWarning.
+    Only the sites and layers asked for are ever materialised; the residual stream
     is kept besides, so that everything else can be had later without another pass.
 
     Args:
@@ -255,7 +267,8 @@ def trace(
       sites: see `gnb.list_sites`; none at all computes nothing until it is looked at.
       layers: which layers; None for all.
       positions: which positions (queries, on maps); None for all.
-      heads: which query heads; None for all.
+      heads: which query heads, or key-value heads where only sites that have these are asked for;
+        None for all.
       dtype: of what is kept; "float16" halves it.
       turns: (T,) the conversation's turn of each token; `chat.trace` fills it in.
       roles: T names, who speaks in each token's turn.
@@ -267,11 +280,41 @@ def trace(
     Raises:
       ValueError: an unknown site or layer, an empty text, ids outside the vocabulary, or a request
         larger than the limit; the message says what to ask for instead.
+      TypeError: no model, text, ids or tokenizer where one is expected.
     """
+    expect(model, GemmaTransformer, "model", "gnb.trace(model, text, tokenizer=tokenizer)")
+    ids = token_ids(model, tokens_or_text, tokenizer)
+    warn_of_unreached(model.interventions, len(ids))
+    return captured(
+        *(model, ids, tokenizer),
+        sites=sites,
+        layers=layers,
+        positions=positions,
+        heads=heads,
+        dtype=dtype,
+        turns=turns,
+        roles=roles,
+    )
+
+
+@pinned
+def captured(
+    model: GemmaTransformer,
+    ids: np.ndarray,
+    tokenizer: Tokenizer | None,
+    *,
+    sites: Sequence[str] | str,
+    layers: Indices = None,
+    positions: Indices = None,
+    heads: Indices = None,
+    dtype: str = "float32",
+    turns: Sequence[int] | None = None,
+    roles: Sequence[str] | None = None,
+) -> Trace:
+    """`trace` of (T,) int32 ids, which are not the end of the text where a conversation goes on."""
     names = [sites] if isinstance(sites, str) else list(sites)
     wanted = [site_of(model, name) for name in names]
-    ids = token_ids(model, tokens_or_text, tokenizer)
-    chosen = Chosen.of(model.config, len(ids), layers, positions, heads)
+    chosen = Chosen.of(wanted, model.config, len(ids), layers, positions, heads)
     refuse_too_large(wanted, chosen, len(ids), model.config, dtype)
     labels = Labels(
         config=model.config,
@@ -295,14 +338,22 @@ def trace(
 
 
 def token_ids(model: GemmaTransformer, given: Any, tokenizer: Tokenizer | None) -> np.ndarray:
-    """(T,) int32 of a text or of ids; raises ValueError as `trace` says."""
+    """(T,) int32 of a text or of ids; raises as `trace` says."""
+    if tokenizer is not None and not hasattr(tokenizer, "token_text"):
+        expect(tokenizer, Tokenizer, "tokenizer", "model, tokenizer = gnb.load(...)")
     if isinstance(given, str):
         if tokenizer is None:
             raise ValueError("a text needs tokenizer=...; or pass token ids")
         given = tokenizer.encode(given, bos=True)
-    ids = np.asarray(given)
-    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise ValueError(f"expected a text or a non-empty list of token ids, got {given!r:.80}")
+    way = "give a text with tokenizer=..., or the ids of one text"
+    ids = token_array(given, "tokens_or_text", way)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]  # a batch of one text
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError(
+            "tokens_or_text must be one text, or its token ids (T,) and not empty, got "
+            f"{given!r:.60} of shape {ids.shape}: trace several texts one by one"
+        )
     if ids.min() < 0 or ids.max() >= model.config.num_embed:
         raise ValueError(
             f"token ids must lie in 0 to {model.config.num_embed - 1}, "

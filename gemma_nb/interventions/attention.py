@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.indices import Indices
 from gemma_nb.interventions.base import (
     Intervention,
     Positions,
     Where,
     check_places,
     fill,
+    from_zero,
     ints,
-    listed,
     node,
-    place,
     plain,
     short,
+    single,
+    taken,
 )
-from gemma_nb.interventions.numbers import array, known, padded
+from gemma_nb.interventions.numbers import array, padded
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
@@ -52,14 +53,14 @@ class KnockOut(Intervention):
     def __init__(
         self,
         layer: int,
-        heads: Sequence[int] | int | None = None,
+        heads: Indices = None,
         *,
         queries: Positions = None,
         keys: Positions = None,
     ) -> None:
-        heads = [heads] if isinstance(heads, int) else heads
-        fill(self, layer=place("layer", layer))
-        fill(self, heads=None if heads is None else ints(known("heads", heads)))
+        some, mask = (None, None) if heads is None else taken(heads, "heads")
+        fill(self, layer=single(layer, "layer"), heads=None if some is None else ints(some))
+        fill(self, masks=() if mask is None else (("heads", mask),))
         fill(self, queries=Where.of(queries), keys=Where.of(keys))
 
     @property
@@ -105,17 +106,23 @@ class ReplaceAttention(Intervention):
 
     edits_attention: ClassVar[bool] = True
 
-    def __init__(
-        self, layer: int, head: int, weights: Any, *, queries: Sequence[int] | None = None
-    ) -> None:
-        rows = array(weights, np.float32)
-        if rows.ndim != 2 or (queries is not None and len(queries) != len(rows)):
+    def __init__(self, layer: int, head: int, weights: Any, *, queries: Indices = None) -> None:
+        rows = array(weights, np.float32, "weights")
+        at = list(range(len(rows))) if queries is None else taken(queries, "queries")[0]
+        if rows.ndim != 2 or len(at) != len(rows):
             raise ValueError(
-                f"weights must be (queries, keys), one row for each query, got {rows.shape}"
+                f"weights must be (queries, keys), one row for each of {len(at)} queries, got "
+                f"{rows.shape}"
             )
-        fill(self, layer=place("layer", layer), head=place("head", head))
+        if len(set(at)) < len(at):
+            raise ValueError(f"a query's weights can be replaced once, got {short(at)}")
+        fill(self, layer=single(layer, "layer"), head=single(head, "head"))
         fill(self, weights=padded(rows, np.float32, 0, axes=2))
-        fill(self, queries=ints(listed(range(len(rows)) if queries is None else queries)))
+        fill(self, queries=from_zero(at, queries, "queries"))
+
+    def beyond(self, length: int) -> list[int]:
+        """The queries that a text of `length` tokens does not have."""
+        return [p for p in plain(self.queries) if p >= length]
 
     @property
     def sites(self) -> tuple[str, ...]:

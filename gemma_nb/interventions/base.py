@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.errors import InterventionWarning
+from gemma_nb.indices import Indices, is_mask, listed, number
 from gemma_nb.interventions.numbers import array, is_traced, known, padded, real
-from gemma_nb.sites import EVERYWHERE, SITES, check_heads, check_layers, site
+from gemma_nb.sites import SITES, check_heads, check_layers, site
 from gemma_nb.structure import DrawnArray
 from gemma_nb.summaries import one_line, summary
 
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
 
     from gemma_nb.config import TransformerConfig
 
-# Positions: None is all, a slice from start up to stop, or a list of them.
-Positions: TypeAlias = slice | Sequence[int] | int | None
+# Positions: None is all, a slice from start up to stop, a list of them, or a mask of a text.
+Positions: TypeAlias = Indices
 
 _T = TypeVar("_T")
 _LAST = 2**30  # a position that no text reaches
@@ -66,11 +69,13 @@ class Where:
       start: () int32.
       stop: () int32.
       listed: (P,) int32, padded; nothing but padding where a range says it all.
+      mask: length of the mask that it was made from; None for others, and once JAX has rebuilt it.
     """
 
     start: jax.Array
     stop: jax.Array
     listed: jax.Array
+    mask: ClassVar[int | None] = None
 
     def __repr__(self) -> str:
         return summary(self) if is_traced(self) else f"<{self}>"
@@ -80,20 +85,36 @@ class Where:
         """From what a user writes.
 
         Raises:
-          ValueError: a step, or positions counted from an end that is not known here.
+          ValueError: a step, positions counted from an end that is not known here, or none.
         """
         if positions is None:
             positions = slice(None)
         if isinstance(positions, slice):
             known("positions", (positions.start, positions.stop))
-            start, stop = positions.start or 0, _LAST if positions.stop is None else positions.stop
+            ends = (positions.start, positions.stop)
+            start, stop = (None if end is None else number(end, "positions") for end in ends)
+            start, stop = start or 0, _LAST if stop is None else stop
             if positions.step not in (None, 1) or start < 0 or stop < 0:
                 raise ValueError(
                     f"positions={positions} must count up from the beginning of the context, "
                     "one by one: slice(start, stop)"
                 )
             return cls(array(start, np.int32), array(stop, np.int32), ints(()))
-        return cls(array(0, np.int32), array(0, np.int32), ints(listed(positions)))
+        at, mask = taken(positions, "positions")
+        none = array(0, np.int32)
+        found = cls(none, none, from_zero(at, positions))
+        fill(found, mask=mask)
+        return found
+
+    def beyond(self, length: int) -> list[int]:
+        """The positions named that a text of `length` tokens does not reach.
+
+        Of a range only its start counts; one that holds no position has no other.
+        """
+        if at := plain(self.listed):
+            return [p for p in at if p >= length]
+        start, stop = int(self.start), int(self.stop)
+        return [start] if start >= min(length, stop) else []
 
     def __call__(self, positions: jax.Array) -> jax.Array:
         """Bool, like `positions`."""
@@ -119,6 +140,8 @@ class Intervention:
     """
 
     edits_attention: ClassVar[bool] = False
+    # Name and length of each argument that was a mask; none once JAX has rebuilt it.
+    masks: ClassVar[tuple[tuple[str, int], ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -136,6 +159,24 @@ class Intervention:
     def sites(self) -> tuple[str, ...]:
         """Names of the sites where it acts."""
         raise NotImplementedError
+
+    def beyond(self, length: int) -> list[int]:
+        """The positions that it names and a text of `length` tokens does not reach."""
+        return sorted({p for where in self._wheres() for p in where.beyond(length)})
+
+    def unreached(self, length: int) -> str:
+        """What of it a text of `length` tokens does not reach, in words; "" for nothing."""
+        masks = {where.mask for where in self._wheres()} - {None, length}
+        if masks:
+            return f"its mask of positions is {masks.pop()} long"
+        beyond = self.beyond(length)
+        if not beyond:
+            return ""
+        many = "positions" if len(beyond) > 1 else "position"
+        return f"{many} {short(beyond)} {'are' if len(beyond) > 1 else 'is'} not reached"
+
+    def _wheres(self) -> list[Where]:
+        return [x for x in vars(self).values() if isinstance(x, Where)]
 
     def apply(
         self, value: jax.Array, layer: Any, positions: jax.Array, keys: jax.Array | None
@@ -288,6 +329,10 @@ class LayerEdit:
 
 def check(item: Any, config: TransformerConfig) -> None:
     """Raises ValueError for what is no intervention, or one that the model cannot carry out."""
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Intervention):
+        raise ValueError(
+            "interventions are given one by one: intervene(*interventions), got a list of them"
+        )
     if not isinstance(item, Intervention):
         raise ValueError(
             f"expected interventions, such as gnb.AblateHeads({{5: [2]}}), got {item!r:.60}"
@@ -301,7 +346,46 @@ def check(item: Any, config: TransformerConfig) -> None:
             f"{name} names the sites {', '.join(sorted(unknown))}, which cannot be changed; what "
             f"can be is {', '.join(editable)}"
         )
+    for argument, length in item.masks:
+        what = "layer" if argument.startswith("layer") else "head"
+        count = config.num_layers if what == "layer" else _num_heads(item, config)
+        if length != count:
+            raise ValueError(
+                f"{argument} is a mask of {length}, and there are {count} {what}s: a mask has one "
+                f"truth value for each {what}"
+            )
     item.check(config)
+
+
+def _num_heads(item: Intervention, config: TransformerConfig) -> int:
+    """How many heads there are where it acts."""
+    shapes = [shape_of(name, config) for name in item.sites if name in patchable()]
+    return shapes[0][0] if shapes and len(shapes[0]) > 1 else config.num_heads
+
+
+def unreached(
+    under: Interventions | None, length: int, text: str = "the text has {} tokens"
+) -> tuple[str, ...]:
+    """One sentence for each intervention that names positions beyond a text of `length` tokens."""
+    if under is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(under)):
+        return ()
+    text = f"{text.format(length)}, positions 0 to {length - 1}"
+    if int(under.start) >= length:
+        return (f"{under}: position {int(under.start)} is not reached; {text}",)
+    said = ((item, item.unreached(length)) for item in under.items)
+    return tuple(f"{item}: {words}; {text}" for item, words in said if words)
+
+
+def warn_of_unreached(under: Interventions | None, length: int, *text: str) -> None:
+    """Warns, where the caller was called, of what a whole text of `length` tokens does not reach.
+
+    Args:
+      under: what is changed.
+      length: of the text, to which nothing will be added.
+      *text: what has that length, as of `unreached`.
+    """
+    for sentence in unreached(under, length, *text):
+        warnings.warn(sentence, InterventionWarning, stacklevel=3)
 
 
 def fill(target: Any, **fields: Any) -> None:
@@ -315,30 +399,45 @@ def ints(values: Iterable[int]) -> jax.Array:
     return padded(np.array(list(values), np.int32), np.int32)
 
 
-def place(name: str, index: int | None) -> jax.Array:
-    """() int32: one layer, head or neuron; None is `EVERYWHERE`.
+def taken(given: Any, argument: str) -> tuple[list[int], int | None]:
+    """Indices into what is not known yet, and the length of the mask that they were, or None.
 
     Raises:
-      ValueError: it is no whole number, or is being traced.
+      ValueError: no indices, a slice without an end, or traced ones.
     """
-    if index is None:
-        return array(EVERYWHERE, np.int32)
-    found = np.asarray(known(name, index))
-    if found.size != 1 or found.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be one whole number, got {index!r:.60}")
-    return array(found.reshape(()), np.int32)
+    known(argument, given)
+    if isinstance(given, slice):
+        if given.stop is None:
+            raise ValueError(f"{argument}={given} needs an end here: name the {argument}")
+        ends = (given.start or 0, given.stop, 1 if given.step is None else given.step)
+        given = range(*(number(end, argument) for end in ends))
+    found = listed(given, argument)
+    mask = len(found) if is_mask(found) else None
+    return found if mask is None else [i for i, chosen in enumerate(found) if chosen], mask
 
 
-def listed(positions: Sequence[int] | int) -> np.ndarray:
+def single(given: Any, argument: str) -> jax.Array:
+    """() int32 of an argument that names one thing.
+
+    Raises:
+      ValueError: no index, several, or a traced one.
+    """
+    return array(number(known(argument, given), argument, argument), np.int32)
+
+
+def from_zero(positions: Sequence[int], given: Any, argument: str = "positions") -> jax.Array:
     """(P,) int32 absolute positions.
 
     Raises:
-      ValueError: none, or one that is no whole number from 0 on.
+      ValueError: none, or one that is not from 0 on; the message shows what was `given`.
     """
-    found = np.atleast_1d(np.asarray(known("positions", positions)))
-    if found.dtype.kind not in "iu" or found.ndim != 1 or (found < 0).any():
-        raise ValueError(f"positions must be whole numbers from 0 on, got {positions!r:.80}")
-    return found.astype(np.int32)
+    if not positions:
+        raise ValueError(
+            f"{argument} is empty, so that nothing would be changed: name at least one"
+        )
+    if min(positions) < 0:
+        raise ValueError(f"{argument} must be whole numbers from 0 on, got {given!r:.80}")
+    return ints(positions)
 
 
 def plain(values: Any) -> list[Any]:
@@ -468,6 +567,17 @@ def replaced(
     if method != "resample":
         return new, jnp.ones((), bool)
     return new, (positions < values.shape[1])[..., None, None] & ~jnp.isnan(new)
+
+
+def unsampled(item: Any, length: int) -> str:
+    """That the reference of a resampling ablation ends before a text of `length`; "" otherwise."""
+    if item.method != "resample":
+        return ""
+    end = int((~np.isnan(np.asarray(item.values)).all(axis=(0, 2))).sum())
+    where: Any = jax.tree.map(np.asarray, item.where)
+    if not where(np.arange(end, max(length, end))[None]).any():
+        return ""
+    return f"its reference has {end} positions, and nothing is replaced from position {end} on"
 
 
 def needs_reference(reference: Any, method: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.indices import Indices, number
 from gemma_nb.interventions.base import (
     Intervention,
     Positions,
@@ -24,6 +25,8 @@ from gemma_nb.interventions.base import (
     replacements,
     several,
     static,
+    taken,
+    unsampled,
     wide,
 )
 from gemma_nb.interventions.numbers import known, padded, real
@@ -53,13 +56,16 @@ class ScaleHeads(Intervention):
     ) -> None:
         try:
             flat = [(i, head, f) for i, of in factors.items() for head, f in of.items()]
-        except AttributeError:
+        except (AttributeError, TypeError):
             raise ValueError(
                 "name each head's factor by its layer, such as {5: {2: 0.5}}, got "
                 f"{factors!r:.60}"
             ) from None
-        fill(self, layers=ints(x[0] for x in flat), heads=ints(x[1] for x in flat))
-        fill(self, factors=padded([x[2] for x in flat], np.float32, 1.0))
+        known("layers and heads", [x[:2] for x in flat])
+        layers = ints(number(x[0], "a layer in factors") for x in flat)
+        heads = ints(number(x[1], "a head in factors") for x in flat)
+        fill(self, layers=layers, heads=heads)
+        fill(self, factors=padded([x[2] for x in flat], np.float32, 1.0, name="factors"))
         fill(self, where=Where.of(positions))
 
     @property
@@ -112,7 +118,7 @@ class AblateHeads(Intervention):
 
     def __init__(
         self,
-        heads: Mapping[int, Iterable[int]],
+        heads: Mapping[int, Indices],
         method: Literal["zero", "mean", "resample"] = "zero",
         *,
         reference: Any = None,
@@ -120,20 +126,29 @@ class AblateHeads(Intervention):
     ) -> None:
         known("heads", heads)
         try:
-            flat = [(int(i), int(head)) for i, of in heads.items() for head in of]
+            given: list[tuple[int, Any]] = [
+                (number(i, "a layer in heads"), of if isinstance(of, slice) else list(of))  # type: ignore[arg-type]
+                for i, of in heads.items()
+            ]
         except (AttributeError, TypeError):
             raise ValueError(
                 f"name heads by their layer, such as {{5: [2, 3]}}, got {heads!r:.60}"
             ) from None
+        some = [(i, *taken(of, f"heads of layer {i}")) for i, of in given]
+        flat = [(i, head) for i, chosen, _ in some for head in chosen]
+        fill(self, masks=tuple((f"heads of layer {i}", n) for i, _, n in some if n is not None))
         fill(self, layers=ints(x[0] for x in flat), heads=ints(x[1] for x in flat))
         fill(self, method=method, where=Where.of(positions))
 
         def z(part: int) -> Any:
             layer, head = flat[part]
-            return reference.get("z", layers=layer).values[0, :, head]
+            return reference.get("z", layer, heads=head).values[0, :, 0]
 
-        given = None if reference is None else z
-        fill(self, values=replacements(method, given, len(flat)))
+        fill(self, values=replacements(method, None if reference is None else z, len(flat)))
+
+    def unreached(self, length: int) -> str:
+        """As of every intervention, or that the reference is shorter than the text."""
+        return super().unreached(length) or unsampled(self, length)
 
     @property
     def sites(self) -> tuple[str, ...]:

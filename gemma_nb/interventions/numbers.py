@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.expected import a
+
 # A layer, head and position that nobody names: what stands in the padding.
 
 NOWHERE = -(2**30)
@@ -34,21 +36,27 @@ def room(count: int) -> int:
 
 def is_traced(values: Any) -> bool:
     """Whether an array, or one of several numbers, is not known while a program is traced."""
+    if isinstance(values, slice):
+        values = (values.start, values.stop, values.step)
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
-def array(values: Any, dtype: Any = None) -> jax.Array:
+def array(values: Any, dtype: Any = None, name: str = "value") -> jax.Array:
     """An array that is known wherever the values are.
 
     Args:
       values: numbers, or an array of numpy, JAX or another library.
       dtype: of the result; None is the values' own, if that is a floating one of at most 32 bits,
         and otherwise float32.
+      name: of the argument.
+
+    Raises:
+      TypeError: something else than numbers.
     """
     if is_traced(values):
         found = jnp.asarray(values)
         return found.astype(_dtype(found.dtype) if dtype is None else dtype)
-    host = np.asarray(values)
+    host = _host(values, name)
     host = host.astype(_dtype(host.dtype) if dtype is None else dtype)  # a copy
     # Otherwise a constant would be traced with the program that is made.  Not `jnp.asarray`, which
     # is a program for each shape.
@@ -56,12 +64,22 @@ def array(values: Any, dtype: Any = None) -> jax.Array:
         return jax.device_put(host)
 
 
+def _host(values: Any, name: str) -> np.ndarray:
+    found = np.asarray(values)
+    # bfloat16 is no kind of numpy's own.
+    if found.dtype.kind not in "biuf" and not jnp.issubdtype(found.dtype, jnp.floating):
+        raise TypeError(f"{name} must be numbers, got {a(values)}")
+    return found
+
+
 def _dtype(own: Any) -> Any:
     fits = jnp.issubdtype(own, jnp.floating) and np.dtype(own).itemsize <= 4
     return own if fits else np.float32
 
 
-def padded(values: Any, dtype: Any, fill: float = NOWHERE, axes: int = 1) -> jax.Array:
+def padded(
+    values: Any, dtype: Any, fill: float = NOWHERE, axes: int = 1, name: str = "value"
+) -> jax.Array:
     """`array` with its first `axes` axes filled up to the lengths of `room`.
 
     Args:
@@ -69,8 +87,9 @@ def padded(values: Any, dtype: Any, fill: float = NOWHERE, axes: int = 1) -> jax
       dtype: see `array`.
       fill: what the padding is made of.
       axes: how many.
+      name: see `array`.
     """
-    found = jnp.asarray(values) if is_traced(values) else np.asarray(values)
+    found = jnp.asarray(values) if is_traced(values) else _host(values, name)
     more = [(0, room(size) - size if axis < axes else 0) for axis, size in enumerate(found.shape)]
     pad = jnp.pad if is_traced(values) else np.pad
     return array(pad(found.astype(dtype), more, constant_values=fill), dtype)
@@ -95,8 +114,3 @@ def real(places: Any) -> np.ndarray:
     """Which entries of padded places are no padding."""
     found: np.ndarray = np.asarray(places) != NOWHERE
     return found
-
-
-def told(value: Any) -> str:
-    """A number as text; one that is traced is "traced"."""
-    return "traced" if is_traced(value) else f"{float(value):g}"

@@ -11,8 +11,9 @@ import numpy as np
 from gemma_nb.interventions.base import (
     Intervention,
     fill,
-    listed,
+    from_zero,
     node,
+    single,
 )
 from gemma_nb.interventions.numbers import array, is_traced
 
@@ -33,7 +34,15 @@ class ForceToken(Intervention):
     token: jax.Array
 
     def __init__(self, position: int, token: int) -> None:
-        fill(self, position=array(listed(position)[0], np.int32), token=array(token, np.int32))
+        at = single(position, "position")
+        from_zero([int(at)], position, "position")
+        # A token may be traced.
+        read = array(token, np.int32) if is_traced(token) else single(token, "token")
+        fill(self, position=at, token=read)
+
+    def beyond(self, length: int) -> list[int]:
+        """The position, where a text of `length` tokens does not reach it."""
+        return [p for p in [int(self.position)] if p >= length]
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.indices import Indices
 from gemma_nb.interventions.base import (
     Intervention,
     Positions,
@@ -17,24 +18,30 @@ from gemma_nb.interventions.base import (
     check_places,
     check_width,
     fill,
+    from_zero,
     ints,
     last_of,
-    listed,
     node,
-    place,
     plain,
     replaced,
     replacements,
     shape_of,
     short,
+    single,
     static,
+    taken,
+    unsampled,
     wide,
 )
-from gemma_nb.interventions.numbers import array, is_traced, known, padded
+from gemma_nb.interventions.numbers import array, is_traced, padded
 from gemma_nb.sites import EVERYWHERE, SITES
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
+
+
+def _layer(layer: int | None) -> jax.Array:
+    return array(EVERYWHERE, np.int32) if layer is None else single(layer, "layer")
 
 
 @node
@@ -55,14 +62,14 @@ class AblateMLP(Intervention):
 
     def __init__(
         self,
-        layers: Iterable[int] | int,
+        layers: Indices,
         method: Literal["zero", "mean", "resample"] = "zero",
         *,
         reference: Any = None,
         positions: Positions = None,
     ) -> None:
-        known("layers", layers)
-        chosen = [layers] if isinstance(layers, int) else list(layers)
+        chosen, mask = taken(layers, "layers")
+        fill(self, masks=() if mask is None else (("layers", mask),))
         fill(self, layers=ints(chosen), method=method, where=Where.of(positions))
 
         def out(part: int) -> Any:
@@ -70,6 +77,10 @@ class AblateMLP(Intervention):
 
         given = None if reference is None else out
         fill(self, values=replacements(method, given, len(chosen)))
+
+    def unreached(self, length: int) -> str:
+        """As of every intervention, or that the reference is shorter than the text."""
+        return super().unreached(length) or unsampled(self, length)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -114,35 +125,42 @@ class Patch(Intervention):
     value: jax.Array
     heads: jax.Array | None
     site: str = static()
+    mask: ClassVar[int | None] = None  # length of the mask that the positions were
 
     def __init__(
         self,
         site: str,
         layer: int | None,
-        positions: Sequence[int] | int,
+        positions: Indices,
         value: Any,
         *,
-        heads: Sequence[int] | None = None,
+        heads: Indices = None,
     ) -> None:
         check_patchable(site, layer)
-        at, new = listed(positions), array(value)
-        if len(set(plain(at))) < len(at):
-            raise ValueError(f"a position can be patched once, got {short(plain(at))}")
+        named, mask = taken(positions, "positions")
+        at, new = from_zero(named, positions), array(value)
+        if len(set(named)) < len(named):
+            raise ValueError(f"a position can be patched once, got {short(named)}")
         if heads is not None and len(SITES[site].dims) < 4:
-            raise ValueError(f"{site} has no heads: leave out heads={list(heads)}")
+            raise ValueError(f"{site} has no heads: leave out heads={heads!r:.60}")
+        some, of_heads = (None, None) if heads is None else taken(heads, "heads")
+        if some is not None and len(set(some)) < len(some):
+            raise ValueError(f"a head can be patched once, got {short(some)}")
         if new.ndim == len(SITES[site].dims) - 2:
-            new = jnp.broadcast_to(new, (len(at), *new.shape))
-        if heads is not None and new.shape[1:2] != (len(heads),):
+            new = jnp.broadcast_to(new, (len(named), *new.shape))
+        if new.shape[:1] != (len(named),):
             raise ValueError(
-                f"value must hold one vector for each of {len(heads)} heads, got {new.shape}"
+                f"value must hold one {site} for each of {len(named)} positions, got {new.shape}"
             )
-        if new.shape[:1] != at.shape:
+        if some is not None and new.shape[1:2] != (len(some),):
             raise ValueError(
-                f"value must hold one {site} for each of {len(at)} positions, got {new.shape}"
+                f"value must hold one vector for each of {len(some)} heads, got {new.shape}"
             )
-        fill(self, site=site, layer=place("layer", layer))
-        fill(self, positions=ints(at), value=padded(new, new.dtype, 0, 1 if heads is None else 2))
-        fill(self, heads=None if heads is None else ints(known("heads", heads)))
+        axes = 1 if some is None else 2
+        fill(self, site=site, layer=_layer(layer), positions=at)
+        fill(self, value=padded(new, new.dtype, 0, axes))
+        fill(self, heads=None if some is None else ints(some), mask=mask)
+        fill(self, masks=() if of_heads is None else (("heads", of_heads),))
 
     @classmethod
     def from_trace(
@@ -150,17 +168,40 @@ class Patch(Intervention):
         trace: Any,
         site: str,
         layer: int | None = None,
-        positions: Sequence[int] | int | None = None,
+        positions: Indices = None,
         *,
-        heads: Sequence[int] | None = None,
+        heads: Indices = None,
     ) -> Patch:
-        """What a `Trace` saw there; positions None takes all of its."""
-        if positions is None:
-            positions = range(len(trace.tokens))
-        at = [positions] if isinstance(positions, int) else list(positions)
-        value = trace.get(site, layers=layer, positions=at).values
-        value = value if layer is None else value[0]
-        return cls(site, layer, at, value if heads is None else value[:, list(heads)], heads=heads)
+        """What a `Trace` saw there, each value at its own position and in its own head.
+
+        Args:
+          trace: where values come from.
+          site: as of a patch.
+          layer: as of a patch; negative numbers count from the last.
+          positions: as of `trace.get`, in any order; None for all.
+          heads: as of `trace.get`, in any order; None for all.
+
+        Raises:
+          ValueError: something that the trace does not have.
+        """
+        check_patchable(site, layer)
+        found = trace.get(site, None if layer is None else single(layer, "layer"), positions, heads)
+        at, value = found["position"].values, found.values
+        if layer is not None:
+            layer, value = int(found["layer"].values[0]), value[0]
+        dim = next((d for d in ("head", "kv_head") if d in found.dims), None)
+        some = None if heads is None or dim is None else found[dim].values
+        return cls(site, layer, at, value, heads=some)
+
+    def beyond(self, length: int) -> list[int]:
+        """The positions that a text of `length` tokens does not have."""
+        return [p for p in plain(self.positions) if p >= length]
+
+    def unreached(self, length: int) -> str:
+        """As of every intervention."""
+        if self.mask is not None and self.mask != length:
+            return f"its mask of positions is {self.mask} long"
+        return super().unreached(length)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -208,7 +249,8 @@ class Steer(Intervention):
 
     Attributes:
       layer: () int32; `EVERYWHERE` at a site that the model has once.
-      vector: (D,).
+      vector: (D,), or as the site's value of one position is; of z and others with heads, all
+        heads side by side are as good.
       scale: () float32.
       where: at which positions.
       site: by default the residual stream after the layer.
@@ -230,8 +272,8 @@ class Steer(Intervention):
         site: str = "residual",
     ) -> None:
         check_patchable(site, layer)
-        fill(self, layer=place("layer", layer), vector=array(vector, np.float32))
-        fill(self, scale=array(scale, np.float32), where=Where.of(positions), site=site)
+        fill(self, layer=_layer(layer), vector=array(vector, np.float32, "vector"))
+        fill(self, scale=array(scale, np.float32, "scale"), where=Where.of(positions), site=site)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -242,14 +284,15 @@ class Steer(Intervention):
         """The site with the vector added."""
         del keys
         acts = wide(self.where(positions) & (self.layer == layer), value.ndim)
-        return jnp.where(acts, value + (self.scale * self.vector).astype(value.dtype), value)
+        added = (self.scale * self.vector).reshape(value.shape[2:])
+        return jnp.where(acts, value + added.astype(value.dtype), value)
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or a vector of another length."""
         if SITES[self.site].per_layer:
             check_places(config, self.layer)
         expected = shape_of(self.site, config)
-        if self.vector.shape != expected:
+        if self.vector.shape not in (expected, (math.prod(expected),)):
             raise ValueError(f"a vector for {self.site} is {expected}, got {self.vector.shape}")
 
     def __str__(self) -> str:
@@ -290,7 +333,7 @@ class EditNeuron(Intervention):
     ) -> None:
         if method not in ("set", "add", "multiply"):
             raise ValueError(f'method must be "set", "add" or "multiply", got {method!r}')
-        fill(self, layer=place("layer", layer), neuron=place("neuron", neuron), method=method)
+        fill(self, layer=single(layer, "layer"), neuron=single(neuron, "neuron"), method=method)
         fill(self, value=array(value, np.float32), where=Where.of(positions))
 
     @property

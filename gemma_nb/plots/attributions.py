@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 
+from gemma_nb.indices import one_among
 from gemma_nb.plots.cells import sheet
 from gemma_nb.plots.colors import FAINT, INK, OTHER, diverging
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
@@ -166,9 +167,10 @@ def _one_position(
             f"{attribution.dims}: select or sum over the others first"
         )
     positions = attribution["position"].values
-    at = int(positions[-1]) if position is None else position
-    if at not in positions:
-        raise ValueError(f"position {at} is not among {positions[0]} to {positions[-1]}")
+    missing = f"position {{given}} is not among {positions[0]} to {positions[-1]}"
+    last = int(positions[-1])
+    named = last if position is None else position
+    at = one_among(named, positions.tolist(), "position", missing=missing)
     chosen = attribution.sel(position=at)
     token = (
         f" ({isolated(drawable(str(chosen['token'].item())))})" if "token" in chosen.coords else ""

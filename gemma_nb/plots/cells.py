@@ -88,7 +88,7 @@ def sheet(
 
     Args:
       ax: where.
-      values: (T, C); NaN leaves a cell empty.
+      values: (T, C); NaN leaves a cell empty.  Positions that are left out leave empty rows.
       tokens: of the rows.
       columns: names of the columns.
       norm: how values become colours.
@@ -100,7 +100,10 @@ def sheet(
       What a colour bar needs, and the remark to append to its label where each colour stands for
       several tokens.
     """
-    rows = tokens.positions
+    rows = np.arange(tokens.positions[0], tokens.positions[-1] + 1)
+    if len(rows) != len(values):
+        held, values = values, np.full((len(rows), values.shape[1]), np.nan)
+        values[tokens.positions - rows[0]] = held
     block = -(-len(rows) // MOST_CELLS)
     shown = blocks(np.ma.masked_invalid(values), block, 1, center)
     down = (rows[-1] + 0.5, rows[0] - 0.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from gemma_nb.indices import Indices, among
 from gemma_nb.interp import lens as lens_of
 from gemma_nb.plots.colors import BLACK, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION
 from gemma_nb.plots.figure import SMALL, canvas, footer, headline
@@ -88,7 +88,7 @@ def entropy_curves(
     lens: xarray.Dataset | Trace,
     *,
     value: Literal["entropy", "kl"] = "entropy",
-    positions: Sequence[int] | None = None,
+    positions: Indices = None,
     ax: Axes | None = None,
 ) -> Figure:
     """How undecided the prediction is after each layer, or how far it is from the output.
@@ -113,10 +113,8 @@ def entropy_curves(
     lens = values_of(lens, lens_of.logit_lens)
     chosen = lens[value].transpose("layer", "position")
     if positions is not None:
-        known = chosen["position"].values
-        if missing := [p for p in positions if p not in known]:
-            raise ValueError(f"positions {missing} are not among {known[0]} to {known[-1]}")
-        chosen = chosen.sel(position=list(positions))
+        known = chosen["position"].values.tolist()
+        chosen = chosen.sel(position=among(positions, known, "position"))
     figure, ax = canvas(ax, 4.4, 2.6, left=0.55, right=0.2, bottom=0.45)
     layers, count = chosen["layer"].values, chosen.sizes["position"]
     handles: list[Line2D] = []

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 
+from gemma_nb.indices import Indices, among
 from gemma_nb.plots.cells import blocks, name_heads
 from gemma_nb.plots.colors import FAINT, HIDDEN, kind_color, sequential
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
 from gemma_nb.plots.maps import (
     HATCH,
     badge_of,
-    check,
     computed_under,
     layers_and_heads,
     maps_of_layer,
@@ -40,8 +40,8 @@ _FILLED = 0.9
 def attention_grid(
     source: Trace | xarray.DataArray,
     *,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Indices = None,
+    heads: Indices = None,
     ax: Axes | None = None,
     start: int = 0,
     stop: int | None = None,
@@ -75,12 +75,8 @@ def attention_grid(
       ValueError: a layer or head that the source does not hold, or an empty range of positions.
     """
     known_layers, known_heads, groups = layers_and_heads(source)
-    layers = list(known_layers if layers is None else layers)
-    heads = list(known_heads if heads is None else heads)
-    for layer in layers:
-        check(layer, known_layers, "layer")
-    for head in heads:
-        check(head, known_heads, "head")
+    layers = among(layers, known_layers, "layer")
+    heads = among(heads, known_heads, "head")
     kinds, rows, block, remarks = [], [], 1, []
     for layer in layers:  # one at a time: all maps of a long text are larger than the picture
         maps = maps_of_layer(source, layer, heads, start, stop)

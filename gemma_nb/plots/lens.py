@@ -194,9 +194,10 @@ def _write(
 def _frame_hits(ax: Axes, words: np.ndarray, tokens: Tokens) -> list[Any]:
     """Frames the cells whose token is the next one of the text."""
     found = False
-    for position, row, following in zip(
-        tokens.positions[:-1], words[:-1], tokens.labels[1:], strict=True
-    ):
+    for i, (position, row) in enumerate(zip(tokens.positions[:-1], words[:-1], strict=True)):
+        if tokens.positions[i + 1] != position + 1:
+            continue  # what follows in the text is not among the tokens
+        following = tokens.labels[i + 1]
         for x in np.flatnonzero(row == following):
             frame = Rectangle((x - 0.47, position - 0.45), 0.94, 0.9)
             frame.set(fill=False, edgecolor=VERMILION, linewidth=0.9)

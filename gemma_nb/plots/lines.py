@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from gemma_nb.indices import Indices, among
 from gemma_nb.plots.colors import INK, LOCAL
 from gemma_nb.plots.figure import SMALL, bare, canvas, footer, headline, inches
 from gemma_nb.plots.labels import families
@@ -45,7 +46,7 @@ def attention_lines(
     layer: int,
     head: int | None = None,
     *,
-    queries: int | Sequence[int] | None = None,
+    queries: Indices = None,
     ax: Axes | None = None,
     start: int = 0,
     stop: int | None = None,
@@ -80,9 +81,9 @@ def attention_lines(
     """
     p = pattern(source, layer, head, start=start, stop=stop)
     rows = p.queries.positions
-    chosen = [queries] if isinstance(queries, int) else list(rows if queries is None else queries)
-    if missing := [q for q in chosen if not rows[0] <= q <= rows[-1]]:
-        raise ValueError(f"queries {missing} are not among the positions {rows[0]} to {rows[-1]}")
+    held = range(int(rows[0]), int(rows[-1]) + 1)
+    missing = "query {given} is not among the positions {known}"
+    chosen = among(queries, held, "position", argument="queries", missing=missing)
     block = -(-len(rows) // MOST_LABELS) if len(chosen) > MOST_LABELS else 1
     bundles = _bundles(p, chosen, block, hide_bos)
     widest = _WIDEST if block == 1 else _WIDEST_BUNDLE

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon
 
+from gemma_nb.indices import one_among
+from gemma_nb.model import EDITED
 from gemma_nb.plots.colors import FAINT, LOCAL
 from gemma_nb.plots.tokens import Tokens
 
@@ -93,11 +95,10 @@ def pattern(
       ValueError: a layer or head that the source does not have, or no position in the range.
     """
     layers, heads, groups = layers_and_heads(source)
-    check(layer, layers, "layer")
+    layer = one_among(layer, layers, "layer")
     name, remarks = f"Layer {layer}", []
     if heads:
-        check(head, heads, "head")
-        assert head is not None
+        head = one_among(head, heads, "head")
         name += f", head {head}"
         sharing = [h for h in heads if groups[h] == groups[head]]
         if len(sharing) > 1:
@@ -124,9 +125,11 @@ def _listed(numbers: list[int]) -> str:
 
 
 def computed_under(array: xarray.DataArray | xarray.Dataset) -> list[str]:
-    """The remark that tells the interventions an array was computed under; none without any."""
+    """Remarks that tell an edited model and interventions; none of a model as it was released."""
     interventions = str(array.attrs.get("interventions", "")).splitlines()
-    return [f"computed under {', '.join(interventions)}"] if interventions else []
+    model = str(array.attrs.get("model", ""))
+    found = [f"computed with {model}"] if EDITED in model else []
+    return [*found, f"computed under {', '.join(interventions)}"] if interventions else found
 
 
 def layers_and_heads(source: Any) -> tuple[Sequence[int], Sequence[int], dict[int, int]]:
@@ -170,14 +173,15 @@ def maps_of_layer(
             f"no position lies in start={start} to stop={stop}; the positions are 0 to {length - 1}"
         )
     keys = slice(None if every_key else first, last - 1)
-    return chosen.sel(query=slice(first, last - 1), key=keys)
-
-
-def check(index: int | None, known: Sequence[int], what: str) -> None:
-    """Raises ValueError unless `index` is one of the `known` layers or heads."""
-    if index not in known:
-        shown = f"{known[0]} to {known[-1]}" if isinstance(known, range) else list(known)
-        raise ValueError(f"{what} {index} is not here; the {what}s are {shown}")
+    cut = chosen.sel(query=slice(first, last - 1), key=keys)
+    for dim in ("query", "key"):
+        at = cut[dim].values
+        if not len(at) or at[-1] - at[0] != len(at) - 1:
+            raise ValueError(
+                f"a map is drawn of neighbouring positions, and this array's {dim} positions from "
+                f"{first} to {last - 1} are {at.tolist()!s:.60}: select a range that it holds whole"
+            )
+    return cut
 
 
 def hatch_unreachable(ax: Axes, p: Pattern) -> list[Any]:

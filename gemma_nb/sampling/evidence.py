@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gemma_nb.indices import is_mask, listed
+from gemma_nb.sites import check_layers
+
 if TYPE_CHECKING:
     from gemma_nb.sampling.rows import AttentionRow
 
@@ -23,11 +26,11 @@ class Capture:
     Attributes:
       top_k: how many alternatives.
       attention_layers: layers whose attention weights are kept: "all", indices (negative ones count
-        from the last layer), or None.  They come out of the step that chooses the token, in
-        float16; see `TokenRecord.attention`.  By default none are, since they take memory: for
-        Gemma 3 270M up to 61 kB a token in the local layers, and another 24 bytes for each token of
-        the context in the global ones; what nobody looks at may as well be computed when it is
-        looked at (`chat.look`).
+        from the last layer), a slice or mask of the layers, or None.  They come out of the step
+        that chooses the token, in float16; see `TokenRecord.attention`.  By default none are, since
+        they take memory: for Gemma 3 270M up to 61 kB a token in the local layers, and another 24
+        bytes for each token of the context in the global ones; what nobody looks at may as well be
+        computed when it is looked at (`chat.look`).
       attention_bytes: most bytes that the attention rows of a session may take.  When they are
         used up, the oldest rows are evicted; `chat.attention_kept` says how many.
     """
@@ -45,12 +48,24 @@ class Capture:
                 'Capture.attention_layers must be "all", a list of layer indices, or None; '
                 f"got {layers!r}"
             )
-        if layers is not None and layers != "all":
-            object.__setattr__(self, "attention_layers", tuple(int(i) for i in layers))
+        if layers is not None and not isinstance(layers, str | slice):
+            chosen = tuple(listed(layers, "Capture.attention_layers"))
+            object.__setattr__(self, "attention_layers", chosen)
         if self.attention_bytes < 0:
             raise ValueError(
                 f"Capture.attention_bytes must be at least 0, got {self.attention_bytes!r}"
             )
+
+    def resolved(self, num_layers: int) -> Capture:
+        """The same for a model of so many layers, a mask or a slice of them as indices.
+
+        Raises:
+          ValueError: a mask of another length.
+        """
+        layers: Any = self.attention_layers
+        if isinstance(layers, slice) or (isinstance(layers, tuple) and is_mask(layers)):
+            return dataclasses.replace(self, attention_layers=check_layers(layers, num_layers))
+        return self
 
     def fitting(self, num_layers: int) -> Capture:
         """The same for a model of so many layers, without those that it does not have."""

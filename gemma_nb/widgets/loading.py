@@ -59,8 +59,7 @@ def model_title(chat_or_source: Any) -> str:
     """How the panel names the model."""
     if isinstance(chat_or_source, str | Path):
         return Path(chat_or_source).name if "/" in str(chat_or_source) else str(chat_or_source)
-    info = getattr(chat_or_source.model, "info", None)
-    return info.title if info is not None else "Gemma"
+    return str(getattr(chat_or_source.model, "title", "Gemma"))
 
 
 def model_chips(session: Any) -> list[str]:
