@@ -17,7 +17,7 @@ import numpy as np
 from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
 from gemma_nb.executables import pinned
-from gemma_nb.expected import token_array
+from gemma_nb.expected import elsewhere, token_array
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.interventions.base import check, warn_of_unreached

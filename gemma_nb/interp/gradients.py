@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.executables import pinned
+from gemma_nb.indices import number
 from gemma_nb.interp.lens import model_of
 from gemma_nb.interp.passes import padded_length
 from gemma_nb.interp.sizes import check_position
