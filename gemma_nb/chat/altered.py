@@ -65,7 +65,7 @@ _ARRAYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Steer": {"layer": "i", "vector": "f ...", "scale": "f", "where": "where"},
     }
 )
-# A pass repeats part of its program for each head that is ablated.
+# More than any model has heads: what a file says must not take all memory.
 _MOST_PARTS = 4096
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import flax
 import jax
 
-from gemma_nb.executables import limits
 from gemma_nb.executables.files import folder, generation, load, refused, save
+from gemma_nb.executables.limits import note, on_relief
 from gemma_nb.executables.names import disabled, program_name, settings
 from gemma_nb.executables.starts import start
 
@@ -90,7 +90,7 @@ class Kept:
         place /= name
         loaded = start.loaded(name) or load(place)
         if loaded is not None:
-            limits.note()
+            note()
             return loaded
         if refused(place).exists():
             return self.jitted
@@ -128,6 +128,9 @@ def forget() -> None:
     """Lets go of all compiled programs, as `jax.clear_caches` does of the others."""
     for kept in list(_all):
         kept.forget()
+
+
+on_relief.append(forget)
 
 
 def shapes_of(tree: Any) -> Hashable:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,6 +20,9 @@ import numpy as np
 _MAPS, _MOST = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 _SHARE = 0.5  # of the mappings, at which programs are let go of
 _EVERY = 24  # programs that are compiled between two counts of the mappings, which takes 20 ms
+
+# What else holds programs, and lets go of them when it is called.
+on_relief: list[Callable[[], None]] = []
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -52,9 +56,8 @@ def relieve() -> None:
         if most is None or (held := _held()) < _SHARE * most:
             return
         _log.info("%d memory mappings of %d are in use: programs are let go of", held, most)
-        from gemma_nb.executables.kept import forget
-
-        forget()
+        for forget in on_relief:
+            forget()
         jax.clear_caches()
     finally:
         _lock.release()

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from gemma_nb.executables import limits
+from gemma_nb.executables.limits import relieve
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -60,7 +60,7 @@ def pinned(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        limits.relieve()
+        relieve()
         if _hold():
             return function(*args, **kwargs)
         with ours():

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import gemma_nb as gnb
-from gemma_nb import executables
 from gemma_nb.executables import limits
 from gemma_nb.interventions import Intervention, Where
 from gemma_nb.interventions.numbers import real
@@ -145,7 +144,7 @@ def test_before_there_are_too_many_programs_all_are_let_go(
     forgotten: list[int] = []
     monkeypatch.setattr(limits, "_allowed", lambda: 100)
     monkeypatch.setattr(jax, "clear_caches", lambda: forgotten.append(1))
-    monkeypatch.setattr(executables.kept, "forget", lambda: forgotten.append(2))
+    monkeypatch.setattr(limits, "on_relief", [lambda: forgotten.append(2)])
     limits.relieve()
     monkeypatch.setattr(limits, "_new", 1000)
     gnb.trace(model, IDS, sites=())
