@@ -20,8 +20,9 @@ from gemma_nb.executables import pinned
 from gemma_nb.expected import elsewhere, token_array
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
-from gemma_nb.interventions.base import check, warn_of_unreached
+from gemma_nb.interventions.base import check
 from gemma_nb.interventions.numbers import array, known
+from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
 from gemma_nb.structure import ArrayStructure, ParamTree, draw

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 import gemma_nb as gnb
 from gemma_nb.checkpoints import layout
 from gemma_nb.config import Global, Sliding
+from gemma_nb.presets import ModelInfo
 
 
 def score(model, tokens, **inputs):
@@ -339,6 +341,30 @@ def test_an_edited_model_computes_differently_and_the_original_does_not(tiny_mod
     silent = model.edit("layer_*/attn/attn_vec_einsum/w", np.zeros_like)
     assert np.abs(score(silent, [3, 1, 4]) - before).max() > 1e-4
     np.testing.assert_array_equal(score(model, [3, 1, 4]), before)
+
+
+def test_edited_models_are_told_apart_wherever_they_are_named(tiny_model):
+    model = tiny_model[0].replace(info=ModelInfo("gemma3-270m", "Gemma 3 270M"))
+    edited = model.edit("layer_0/mlp/linear", lambda w: 0 * w)
+    twice = edited.edit("**/scale", lambda w: w + 1).edit("layer_0/mlp/linear", lambda w: w + 1)
+    other = model.replace(params=jax.tree.map(lambda w: 2 * w, model.params))
+    titles = [x.title for x in (model, edited, twice, other)]
+    assert titles == [
+        "Gemma 3 270M",
+        "Gemma 3 270M, edited (layer_0/mlp/linear)",
+        "Gemma 3 270M, edited (layer_0/mlp/linear, **/scale)",
+        "Gemma 3 270M, edited (other parameters)",
+    ]
+    assert titles[1] in repr(edited)
+    trace = gnb.trace(edited, [3, 4, 5], sites=())
+    assert trace.get("residual", 0).attrs["model"] == gnb.logit_lens(trace, 1).attrs["model"]
+    assert trace.model_title == titles[1]
+    norms = gnb.residual_norms(trace)
+    words = [t.get_text() for t in gnb.plots.residual_norms(norms).findobj(Text)]
+    assert any(f"computed with {titles[1]}" in " ".join(word.split()) for word in words)
+    # What changes no number of the checkpoint keeps its name.
+    for same in (model.intervene(), model.replace(params=model.params)):
+        assert same.title == titles[0]
 
 
 def test_edits_that_cannot_be_are_refused(tiny_model):

@@ -24,7 +24,7 @@ from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning, InterventionWarning
 from gemma_nb.expected import expect
-from gemma_nb.interventions.base import warn_of_unreached
+from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.decode import Decoder

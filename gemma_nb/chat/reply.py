@@ -18,7 +18,7 @@ from gemma_nb.chat.events import (
 )
 from gemma_nb.chat.stops import StopMatcher
 from gemma_nb.interventions import Interventions
-from gemma_nb.interventions.base import unreached
+from gemma_nb.interventions.reach import unreached
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.methods import Sampling
 from gemma_nb.text.detokenizer import StreamingDetokenizer

@@ -20,7 +20,8 @@ from gemma_nb.interp.labels import Labels, dims_of
 from gemma_nb.interp.passes import Pass
 from gemma_nb.interp.pieces import Selection
 from gemma_nb.interp.sizes import Chosen, refuse_too_large
-from gemma_nb.interventions.base import lines_of, warn_of_unreached
+from gemma_nb.interventions.base import lines_of
+from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import SITES, Site, check_layer, site_of
 from gemma_nb.structure import draw

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import flax
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_nb.errors import InterventionWarning
 from gemma_nb.indices import Indices, is_mask, listed, number
 from gemma_nb.interventions.numbers import array, is_traced, known, padded, real
 from gemma_nb.sites import SITES, check_heads, check_layers, site
@@ -363,31 +361,6 @@ def _num_heads(item: Intervention, config: TransformerConfig) -> int:
     return shapes[0][0] if shapes and len(shapes[0]) > 1 else config.num_heads
 
 
-def unreached(
-    under: Interventions | None, length: int, text: str = "the text has {} tokens"
-) -> tuple[str, ...]:
-    """One sentence for each intervention that names positions beyond a text of `length` tokens."""
-    if under is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(under)):
-        return ()
-    text = f"{text.format(length)}, positions 0 to {length - 1}"
-    if int(under.start) >= length:
-        return (f"{under}: position {int(under.start)} is not reached; {text}",)
-    said = ((item, item.unreached(length)) for item in under.items)
-    return tuple(f"{item}: {words}; {text}" for item, words in said if words)
-
-
-def warn_of_unreached(under: Interventions | None, length: int, *text: str) -> None:
-    """Warns, where the caller was called, of what a whole text of `length` tokens does not reach.
-
-    Args:
-      under: what is changed.
-      length: of the text, to which nothing will be added.
-      *text: what has that length, as of `unreached`.
-    """
-    for sentence in unreached(under, length, *text):
-        warnings.warn(sentence, InterventionWarning, stacklevel=3)
-
-
 def fill(target: Any, **fields: Any) -> None:
     """Sets fields of a frozen dataclass in its own `__init__`."""
     for name, value in fields.items():
@@ -519,68 +492,3 @@ def shape_of(name: str, config: TransformerConfig) -> tuple[int, ...]:
     sizes = {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
     sizes |= {"D": config.embed_dim, "F": config.hidden_dim}
     return tuple(sizes[axis] for axis in SITES[name].dims[2:])
-
-
-def replacements(method: str, values: Callable[[int], Any] | None, count: int) -> jax.Array:
-    """What `count` ablated parts are replaced with: (M, P, width) float32, M padded.
-
-    P is 1 for "zero" and "mean", and the length of the reference text for "resample", padded with
-    NaN, which replaces nothing.
-
-    Args:
-      method: "zero", "mean" or "resample".
-      values: from the index of a part to its (P, width) values in a reference trace; None where
-        there is none.
-      count: how many parts.
-
-    Raises:
-      ValueError: another method, or no reference where one is needed.
-    """
-    if method == "zero":
-        return padded(np.zeros((count, 1, 1)), np.float32, 0)
-    if method not in ("mean", "resample"):
-        raise ValueError(f'method must be "zero", "mean" or "resample", got {method!r}')
-    needs_reference(values, method)
-    assert values is not None
-    taken = [np.asarray(values(i), np.float32) for i in range(count)]
-    taken = taken or [np.zeros((1, 1), np.float32)]
-    if method == "mean":
-        return padded(np.stack([x.mean(axis=0, keepdims=True) for x in taken]), np.float32, 0)
-    return padded(np.stack(taken), np.float32, np.nan, axes=2)
-
-
-def last_of(matches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of (M, n) bool: for each of n whether there is a match, and which is the last one."""
-    last = matches.shape[0] - 1 - jnp.argmax(matches[::-1], axis=0)
-    return matches.any(axis=0), last
-
-
-def replaced(
-    values: jax.Array, which: jax.Array, positions: jax.Array, method: str
-) -> tuple[jax.Array, jax.Array]:
-    """What `replacements` hold for parts (n,) at positions (B, T): (B, T, n, width), and where.
-
-    Where: (B, T, n, width) bool, or () where it is everywhere; False behind a reference text.
-    """
-    row = jnp.clip(positions, 0, values.shape[1] - 1)
-    new = values[which, row[..., None]]
-    if method != "resample":
-        return new, jnp.ones((), bool)
-    return new, (positions < values.shape[1])[..., None, None] & ~jnp.isnan(new)
-
-
-def unsampled(item: Any, length: int) -> str:
-    """That the reference of a resampling ablation ends before a text of `length`; "" otherwise."""
-    if item.method != "resample":
-        return ""
-    end = int((~np.isnan(np.asarray(item.values)).all(axis=(0, 2))).sum())
-    where: Any = jax.tree.map(np.asarray, item.where)
-    if not where(np.arange(end, max(length, end))[None]).any():
-        return ""
-    return f"its reference has {end} positions, and nothing is replaced from position {end} on"
-
-
-def needs_reference(reference: Any, method: str) -> None:
-    """Raises ValueError where there is no trace to take values from."""
-    if reference is None:
-        raise ValueError(f'method="{method}" needs reference=gnb.trace(...) to take values from')

@@ -18,18 +18,16 @@ from gemma_nb.interventions.base import (
     check_width,
     fill,
     ints,
-    last_of,
     node,
     plain,
-    replaced,
-    replacements,
     several,
     static,
     taken,
-    unsampled,
     wide,
 )
 from gemma_nb.interventions.numbers import known, padded, real
+from gemma_nb.interventions.reach import unsampled
+from gemma_nb.interventions.replacements import last_of, replaced, replacements
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig

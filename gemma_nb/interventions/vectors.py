@@ -20,20 +20,18 @@ from gemma_nb.interventions.base import (
     fill,
     from_zero,
     ints,
-    last_of,
     node,
     plain,
-    replaced,
-    replacements,
     shape_of,
     short,
     single,
     static,
     taken,
-    unsampled,
     wide,
 )
 from gemma_nb.interventions.numbers import array, is_traced, padded
+from gemma_nb.interventions.reach import unsampled
+from gemma_nb.interventions.replacements import last_of, replaced, replacements
 from gemma_nb.sites import EVERYWHERE, SITES
 
 if TYPE_CHECKING:

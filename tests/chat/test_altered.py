@@ -12,7 +12,7 @@ import safetensors.numpy
 
 import gemma_nb as gnb
 from gemma_nb.chat import altered
-from gemma_nb.errors import ConversationError, ConversationWarning
+from gemma_nb.errors import ConversationError, ConversationWarning, InterventionWarning
 from gemma_nb.interventions import Intervention, Interventions, Where
 
 _RNG = np.random.default_rng(0)
@@ -86,6 +86,26 @@ def test_a_loaded_chat_goes_on_under_the_same_interventions(chat, tiny_model, tm
     loaded.save(tmp_path / "b.gnb")
     third = gnb.ChatSession.load(tmp_path / "b.gnb", *tiny_model)
     assert third.trace(third.turns[-1]).interventions == turn.interventions
+
+
+def test_what_a_reply_did_not_reach_is_said_when_it_ends(chat, tiny_model):
+    model, tokenizer = tiny_model
+    settings = {"template": "gemma", "sampling": chat.sampling, "cache_length": 256}
+    beyond = model.intervene(gnb.Steer(1, jnp.ones(32), positions=[500]))
+    with pytest.warns(InterventionWarning, match=r"room for 256 tokens \(cache_length\)"):
+        gnb.ChatSession(beyond, tokenizer, **settings)
+    late = gnb.ChatSession(
+        model.intervene(gnb.Steer(1, jnp.ones(32), positions=[120])), tokenizer, **settings
+    )
+    with pytest.warns(InterventionWarning, match="position 120 is not reached"):
+        turn = late.chat("Hi")
+    assert "position 120 is not reached; the text has" in turn.finish_detail
+    late.trace(turn, sites=())  # the conversation goes on: nothing to warn of
+    with pytest.warns(InterventionWarning, match="position 120 is not reached"):
+        (sampled,) = late.sample("Hi", n=1)
+    assert "position 120 is not reached" in sampled.finish_detail
+    reached = late.chat("x" * 110)
+    assert "not reached" not in reached.finish_detail
 
 
 def test_they_are_in_the_journal(chat, tiny_model, tmp_path):

@@ -1,5 +1,7 @@
 """Neurons over texts, and sparse autoencoders made for the purpose."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_texts_that_activate_a_feature(sae, arrays, tiny_model):
     for number, text in enumerate(TEXTS):
         traced = gnb.trace(model, text, tokenizer=tokenizer, sites=())
         values = sae.features(traced).values[:, 7]
-        best += [(v, number, p) for p, v in enumerate(values)]
+        best += [(v, number, p) for p, v in enumerate(values) if p and v > 0]
     best.sort(key=lambda row: -row[0])
     np.testing.assert_allclose(found.activation, [v for v, _, _ in best[:4]], atol=1e-5)
     assert int(found.text[0]) == best[0][1]
@@ -83,7 +85,7 @@ def test_texts_that_activate_a_neuron(tiny_model):
     found = gnb.top_activations(model, tokenizer, TEXTS, layer=2, neuron=11, k=5)
     values = np.concatenate(
         [
-            gnb.trace(model, t, tokenizer=tokenizer, sites=()).mlp_hidden.values[2][:, 11]
+            gnb.trace(model, t, tokenizer=tokenizer, sites=()).mlp_hidden.values[2][1:, 11]
             for t in TEXTS
         ]
     )
@@ -103,6 +105,43 @@ def test_texts_that_activate_a_neuron(tiny_model):
         call = {"texts": TEXTS, "layer": 0, "neuron": 0, **change}
         with pytest.raises(ValueError, match=r"does not exist|is empty|one vector"):
             gnb.top_activations(model, tokenizer, **call)
+
+
+def test_first_positions_and_repeated_texts_are_no_examples(tiny_model):
+    """As SAELens and Neuronpedia count: <bos> is the same in every text and floods every list."""
+    model, tokenizer = tiny_model
+    ids = tokenizer.encode("ab", bos=True)
+    # A neuron that is most active at <bos>, of texts that are packed one behind the other.
+    traced = gnb.trace(model, [*ids, *ids], sites=())
+    hidden = traced.mlp_hidden.values[0]
+    neuron = int((hidden[0] - hidden[1:3].max(axis=0)).argmax())
+    call = {"layer": 0, "neuron": neuron, "k": 9}
+    packed = gnb.top_activations(model, tokenizer, [[*ids, *ids]], **call)
+    assert sorted(packed.position.values) == [1, 2, 4, 5]
+    everything = gnb.top_activations(model, tokenizer, [[*ids, *ids]], **call, include_first=True)
+    assert set(everything.position.values) >= {0, 3}
+    assert everything.sizes["rank"] == 6
+    twice = gnb.top_activations(model, tokenizer, ["ab", "cd", "ab"], **call)
+    assert sorted(zip(twice.text.values, twice.position.values, strict=True)) == [
+        *((0, 1), (0, 2)),
+        *((1, 1), (1, 2)),
+    ]
+    with pytest.raises(ValueError, match="no position but the first"):
+        gnb.top_activations(model, tokenizer, [""], **call)
+
+
+def test_a_feature_that_is_never_on_has_no_examples(sae, tiny_model):
+    model, tokenizer = tiny_model
+    off = dataclasses.replace(sae, threshold=jnp.full(50, 1e9))
+    assert off.top_activations(model, tokenizer, TEXTS, 7).sizes["rank"] == 0
+
+
+def test_equal_activations_come_in_the_order_of_the_texts(sae, tiny_model):
+    model, tokenizer = tiny_model
+    same = dataclasses.replace(sae, w_enc=jnp.zeros((32, 50)), b_enc=jnp.ones(50))
+    found = same.top_activations(model, tokenizer, TEXTS, 7, k=3)
+    assert found.text.values.tolist() == [0, 0, 0]
+    assert found.position.values.tolist() == [1, 2, 3]
 
 
 def test_files_that_are_no_autoencoder_are_refused(arrays, tmp_path, trace):

@@ -1,0 +1,49 @@
+"""What of the interventions a text does not reach: positions behind its end act nowhere."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_nb.errors import InterventionWarning
+from gemma_nb.interventions.base import Interventions
+
+
+def unreached(
+    under: Interventions | None, length: int, text: str = "the text has {} tokens"
+) -> tuple[str, ...]:
+    """One sentence for each intervention that names positions beyond a text of `length` tokens."""
+    if under is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(under)):
+        return ()
+    text = f"{text.format(length)}, positions 0 to {length - 1}"
+    if int(under.start) >= length:
+        return (f"{under}: position {int(under.start)} is not reached; {text}",)
+    said = ((item, item.unreached(length)) for item in under.items)
+    return tuple(f"{item}: {words}; {text}" for item, words in said if words)
+
+
+def warn_of_unreached(under: Interventions | None, length: int, *text: str) -> None:
+    """Warns, where the caller was called, of what a whole text of `length` tokens does not reach.
+
+    Args:
+      under: what is changed.
+      length: of the text, to which nothing will be added.
+      *text: what has that length, as of `unreached`.
+    """
+    for sentence in unreached(under, length, *text):
+        warnings.warn(sentence, InterventionWarning, stacklevel=3)
+
+
+def unsampled(item: Any, length: int) -> str:
+    """That the reference of a resampling ablation ends before a text of `length`; "" otherwise."""
+    if item.method != "resample":
+        return ""
+    # The rest is padding.
+    end = int((~np.isnan(np.asarray(item.values)).all(axis=(0, 2))).sum())
+    where: Any = jax.tree.map(np.asarray, item.where)
+    if not where(np.arange(end, max(length, end))[None]).any():
+        return ""
+    return f"its reference has {end} positions, and nothing is replaced from position {end} on"
