@@ -25,7 +25,6 @@ SETTINGS = [
     ("jax_default_prng_impl", "rbg"),
     ("jax_default_prng_impl", "unsafe_rbg"),
     ("jax_threefry_partitionable", False),
-    ("jax_random_seed_offset", 7),
     ("jax_enable_custom_prng", True),
     ("jax_debug_key_reuse", True),
     ("jax_disable_jit", True),

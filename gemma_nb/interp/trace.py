@@ -12,7 +12,7 @@ import numpy as np
 
 from gemma_nb.config import Sliding, TransformerConfig
 from gemma_nb.executables import pinned
-from gemma_nb.expected import expect, token_array
+from gemma_nb.expected import a, expect, token_array
 from gemma_nb.indices import Indices
 from gemma_nb.interp import store
 from gemma_nb.interp.display import Facts, pictures
@@ -353,7 +353,7 @@ def token_ids(model: GemmaTransformer, given: Any, tokenizer: Tokenizer | None) 
     if ids.ndim != 1 or ids.size == 0:
         raise ValueError(
             "tokens_or_text must be one text, or its token ids (T,) and not empty, got "
-            f"{given!r:.60} of shape {ids.shape}: trace several texts one by one"
+            f"{a(given)} of shape {ids.shape}: trace several texts one by one"
         )
     if ids.min() < 0 or ids.max() >= model.config.num_embed:
         raise ValueError(
