@@ -110,7 +110,7 @@ def test_reprs_hold_no_arrays(tiny_model: Any, trace: gnb.Trace) -> None:
         *(model, trace, sae, gnb.GemmaInputs(many), gnb.Sampling(forbidden=range(1000))),
         *(trace.labels_of, gnb.LogitDifference(jnp.int32(4), 5)),
         gnb.Patch("residual", 1, range(900), many[:900]),
-        model.transformer.apply({"params": model.params}, np.array([IDS])),
+        model.transformer.apply({"params": model.params}, jnp.array([IDS])),
     ]
     for thing in things:
         assert len(repr(thing)) < 1000, repr(thing)[:100]

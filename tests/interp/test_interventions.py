@@ -349,7 +349,9 @@ def test_what_is_optimised_is_traced(case):
             vector, jax.core.Tracer
         )
         given = {"params": under.params}
-        output = under.transformer.apply(given, ids[None], interventions=under.interventions)
+        output = under.transformer.apply(
+            given, jnp.asarray(ids)[None], interventions=under.interventions
+        )
         return -jax.nn.log_softmax(output.logits[0, -1])[5]
 
     vector, scale = np.linspace(-1, 1, 64, dtype=np.float32), np.float32(0.5)
