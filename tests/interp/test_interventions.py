@@ -391,6 +391,7 @@ class AddEverywhere(Intervention):
     sites = ("residual",)
 
 
+@flax.struct.dataclass
 class Told(AddEverywhere):
     def __str__(self):
         return "adds\n" + "numbers " * 100
