@@ -74,8 +74,9 @@ class ScaleHeads(Intervention):
     def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
         """z of the heads, multiplied."""
         del keys
-        factors = jnp.where(self.layers == layer, self.factors, 1.0)
-        by_head = jnp.ones(value.shape[2], jnp.float32).at[self.heads].multiply(factors)
+        mine = (self.layers == layer)[:, None] & (self.heads[:, None] == jnp.arange(value.shape[2]))
+        # Not a scatter, which has no gradient.
+        by_head = jnp.where(mine, self.factors[:, None], 1.0).prod(axis=0)
         scaled = value * by_head[:, None].astype(value.dtype)
         return jnp.where(wide(self.where(positions), value.ndim), scaled, value)
 

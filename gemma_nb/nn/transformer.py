@@ -154,9 +154,10 @@ class Transformer(nn.Module):
         last_only: bool,
         interventions: Any = None,
     ) -> Output:
+        count = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         if positions is None:
             start = 0 if cache is None else cache["layer_0"]["end_index"][:, None]
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = jnp.broadcast_to(start + count, tokens.shape)
         x, rotations = self.enter(tokens, positions, interventions)
         new_cache: KVCache = {}
         for i, block in enumerate(self.blocks):
@@ -169,7 +170,7 @@ class Transformer(nn.Module):
         x = self.leave(x, positions, interventions)
         if last_only:
             real = (tokens != _PADDING_ID) & (positions >= 0)
-            index = jnp.max(jnp.where(real, jnp.arange(tokens.shape[1]), 0), axis=-1)
+            index = jnp.max(jnp.where(real, count, 0), axis=-1)
             x = x[jnp.arange(len(x)), index]
         # A caller under jit that ignores the logits does not pay for them.
         return Output(
