@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import ipywidgets
 
 from gemma_nb.widgets.attention import AttentionPanel
-from gemma_nb.widgets.base import close_layout, reject_unknown, view_mimebundle
+from gemma_nb.widgets.base import (
+    close_layout,
+    refuse_to_copy,
+    reject_unknown,
+    view_mimebundle,
+)
 from gemma_nb.widgets.chat import ChatPanel
 from gemma_nb.widgets.rerun import close_earlier
 
@@ -49,6 +54,9 @@ class ChatApp(ipywidgets.Box):
 
     def __repr__(self) -> str:
         return f"ChatApp({self.chat_panel!r}, {self.attention_panel!r})"
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        refuse_to_copy(self)
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, Any], dict[str, Any]]:
         html = self.static_html()  # first: it takes over what was said since

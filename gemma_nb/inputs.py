@@ -7,8 +7,12 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from gemma_nb.executables import pinned
+from gemma_nb.expected import token_array
+from gemma_nb.summaries import summary
 from gemma_nb.typing import EMPTY
 
 
@@ -27,12 +31,16 @@ class GemmaInputs:
     positions: Int[Array, "*B T"] | None = None
     attention_mask: Bool[Array, "*B T T"] | None = None
 
-    @classmethod
-    def from_basic_segments(cls, tokens: Any) -> GemmaInputs:
-        """Inputs in which each row of `tokens` is one text, from its first position on."""
-        return cls(tokens=jnp.asarray(tokens, jnp.int32))
+    __repr__ = summary
 
     @classmethod
+    @pinned
+    def from_basic_segments(cls, tokens: Any) -> GemmaInputs:
+        """Inputs in which each row of `tokens` is one text, from its first position on."""
+        return cls(tokens=_ids(tokens, "tokens"))
+
+    @classmethod
+    @pinned
     def from_packed_segments(cls, tokens: Any, segments: Any) -> GemmaInputs:
         """Inputs in which rows hold several texts, one behind the other, that do not see another.
 
@@ -40,7 +48,7 @@ class GemmaInputs:
           tokens: (T,) or (B, T) token ids.
           segments: like tokens; equal numbers side by side are one text, 0 is padding.
         """
-        tokens, segments = jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
+        tokens, segments = _ids(tokens, "tokens"), _ids(segments, "segments")
         if tokens.shape != segments.shape:
             raise ValueError(
                 f"segments must have one number per token: expected {tokens.shape}, "
@@ -54,3 +62,10 @@ class GemmaInputs:
         same = starts[..., :, None] == starts[..., None, :]
         mask = same & (at[None, :] <= at[:, None]) & (segments != 0)[..., None, :]
         return cls(tokens=tokens, positions=positions, attention_mask=mask)
+
+
+def _ids(given: Any, argument: str) -> jax.Array:
+    if isinstance(given, jax.core.Tracer):
+        return jnp.asarray(given, jnp.int32)
+    found = token_array(given, argument, "tokenizer.encode(text, bos=True) gives the ids of a text")
+    return jax.device_put(found.astype(np.int32))

@@ -7,17 +7,21 @@ import fnmatch
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
+from gemma_nb.executables import pinned
+from gemma_nb.expected import elsewhere, token_array
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.interventions.base import check
+from gemma_nb.interventions.numbers import array, known
 from gemma_nb.interventions.reach import warn_of_too_late, warn_of_unreached
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
 from gemma_nb.presets import ModelInfo
@@ -66,6 +70,7 @@ class GemmaTransformer:
     edits: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     @classmethod
+    @pinned
     def from_config(cls, config: TransformerConfig, *, key: Any = None) -> GemmaTransformer:
         """A model with random float32 weights, or without a key with shapes in their place.
 
@@ -82,6 +87,7 @@ class GemmaTransformer:
         return cls(params=params, config=config, transformer=transformer)
 
     @classmethod
+    @pinned
     def from_pretrained(
         cls,
         ckpt_params: Mapping[str, Any],
@@ -146,6 +152,7 @@ class GemmaTransformer:
         """The devices that the parameters are spread over; None for a single one."""
         return placement.mesh_of(self.params)
 
+    @pinned
     def place(self, mesh: placement.MeshLike) -> GemmaTransformer:
         """A copy whose parameters are split over `mesh`, see `gemma_nb.placement`."""
         placed = placement.place(self.params, self.config, mesh)
@@ -213,19 +220,20 @@ class GemmaTransformer:
             )
         for each in interventions:
             check(each, self.config)
-        if start < 0:
+        if known("start", start) < 0:
             raise ValueError(f"start must be a position from 0 on, got {start}")
         before = self.interventions
-        if before is not None and int(before.start) != start:
+        if before is not None and known("start", before.start) != start:
             raise ValueError(
                 f"the interventions of this model start at position {int(before.start)}: pass "
                 f"start={int(before.start)}, or call intervene() first, which takes them away"
             )
         items = (*(before.items if before is not None else ()), *interventions)
-        under = Interventions(items, jnp.int32(start))
+        under = Interventions(items, array(start, np.int32))
         warn_of_too_late(under)
         return self.replace(interventions=under)
 
+    @pinned
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes an Orbax checkpoint in the official layout, which `gnb.load(path)` reads back.
 
@@ -257,30 +265,44 @@ class GemmaTransformer:
         sizes = {"batch": None, "seq": None, "vocabulary": self.config.num_embed}
         return ArrayStructure(sizes, "float32", "logits of the next token")
 
+    def __getattr__(self, name: str) -> NoReturn:
+        instead = elsewhere(name)
+        raise AttributeError(
+            f"GemmaTransformer has no attribute {name!r}{f': {instead}' if instead else ''}"
+        )
+
     def __call__(self, inputs: GemmaInputs) -> xarray.DataArray:
         """float32 logits ("seq", "vocabulary"), led by "batch" where the tokens are.
 
         The logits at position t are for the token at position t + 1.  An intervention that names
-        positions which the tokens do not reach is an InterventionWarning.
+        positions which the tokens do not reach is an InterventionWarning.  Token ids alone, (T,) or
+        (B, T), are as good as `GemmaInputs` of them.
 
         Raises:
+          TypeError: a text, or something else that is no token ids.
           ValueError: tokens outside the vocabulary, or not of one or two axes; positions or a mask
             of another shape; a model without weights.
         """
+        if not isinstance(inputs, GemmaInputs):
+            inputs = GemmaInputs(inputs)
+        found = token_array(
+            inputs.tokens,
+            "tokens",
+            "model([tokenizer.encode(text, bos=True)]) scores a text, and "
+            "gnb.trace(model, text, tokenizer=tokenizer) shows it from the inside",
+        )
+        self._check(found, inputs)
+        at = None if inputs.positions is None else np.asarray(inputs.positions)
+        length = found.shape[-1] if at is None else int(at.max()) + 1
+        warn_of_unreached(self.interventions, length)
+        return self._logits(found.astype(np.int32), inputs)
+
+    @pinned
+    def _logits(self, tokens: np.ndarray, inputs: GemmaInputs) -> xarray.DataArray:
         import xarray
 
-        tokens = jnp.asarray(inputs.tokens, jnp.int32)
-        self._check(tokens, inputs)
-
-        length = (
-            tokens.shape[-1]
-            if inputs.positions is None
-            else int(jnp.max(jnp.asarray(inputs.positions))) + 1
-        )
-        warn_of_unreached(self.interventions, length)
-
-        def batched(x: jax.Array | None) -> jax.Array | None:
-            x = x if x is None or tokens.ndim == 2 else jnp.asarray(x)[None]
+        def batched(x: Any) -> jax.Array | None:
+            x = x if x is None or tokens.ndim == 2 else np.asarray(x)[None]
             return placement.place_batch(x, self.mesh)
 
         logits = _score(
@@ -295,7 +317,7 @@ class GemmaTransformer:
         array = xarray.DataArray(placement.fetch(logits), dims=dims, name="logits")
         return array if tokens.ndim == 2 else array[0]
 
-    def _check(self, tokens: jax.Array, inputs: GemmaInputs) -> None:
+    def _check(self, tokens: np.ndarray, inputs: GemmaInputs) -> None:
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.params)):
             raise ValueError(
                 "this model has shapes in place of weights and cannot compute: give from_config a "
@@ -353,6 +375,10 @@ class GemmaTransformer:
         import treescope
 
         return {"text/plain": repr(self), "text/html": treescope.render_to_html(self)}
+
+    def __deepcopy__(self, _: dict[int, Any]) -> GemmaTransformer:
+        # Arrays never change, and are shared.
+        return self.replace(params=jax.tree.map(lambda leaf: leaf, self.params))
 
     def replace(self, **changes: Any) -> GemmaTransformer:
         """A copy with some fields changed; everything else is shared.

@@ -8,6 +8,7 @@ others where they are asked for, since the forward pass itself never has them as
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -138,9 +139,46 @@ def site(name: str) -> Site:
     Raises:
       ValueError: no such site; the message lists the known ones.
     """
+    if not isinstance(name, str):
+        raise ValueError(f'a capture site is a name, such as "residual", got {name!r:.60}')
     if name not in SITES:
-        raise ValueError(f"unknown capture site {name!r}; the sites are {', '.join(SITES)}")
+        meant = _meant(name)
+        raise ValueError(f"unknown capture site {name!r}{meant}; the sites are {', '.join(SITES)}")
     return SITES[name]
+
+
+# What TransformerLens calls them, behind "blocks.5." and without "hook_".
+_HOOKS = {
+    "resid_pre": "residual_pre",
+    "resid_mid": "residual_mid",
+    "resid_post": "residual",
+    "pattern": "attention",
+    "attn_scores": "scores",
+    "rot_q": "q",
+    "rot_k": "k",
+    "q": "q_pre",
+    "k": "k_pre",
+    "result": "head_out",
+    "pre": "mlp_gate",
+    "pre_linear": "mlp_up",
+    "post": "mlp_hidden",
+    "ln_final.normalized": "final",
+    "ln1.normalized": "attn_in",
+    "ln2.normalized": "mlp_in",
+}
+
+
+def _meant(name: str) -> str:
+    """What is meant by a name of TransformerLens; "" where it is none."""
+    hook = re.fullmatch(r"(?:blocks\.(\d+)\.)?((?:\w+\.)?)(?:hook_)?(\w+)", name)
+    if hook is None:
+        return ""
+    layer, module, short = hook.groups()
+    found = _HOOKS.get(module + short) or _HOOKS.get(short, short)
+    if found not in SITES:
+        return ""
+    where = "" if layer is None else f", layers={layer}"
+    return f", which is {found!r} here: trace.get({found!r}{where})"
 
 
 def site_of(model: GemmaTransformer | TransformerConfig, name: str) -> Site:

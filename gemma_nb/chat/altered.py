@@ -25,6 +25,7 @@ import numpy as np
 
 from gemma_nb import interventions as known
 from gemma_nb.errors import ConversationError, ConversationWarning
+from gemma_nb.executables import pinned
 from gemma_nb.interventions import Intervention, Interventions, Where
 from gemma_nb.interventions.base import fill
 from gemma_nb.sites import SITES
@@ -64,7 +65,7 @@ _ARRAYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Steer": {"layer": "i", "vector": "f ...", "scale": "f", "where": "where"},
     }
 )
-# A pass repeats part of its program for each head that is ablated.
+# More than any model has heads: what a file says must not take all memory.
 _MOST_PARTS = 4096
 
 
@@ -127,6 +128,7 @@ def _parts(item: Intervention) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     return {"kind": kind, "fixed": fixed, **({} if ours else {"own": True})}, arrays
 
 
+@pinned
 def decode(
     data: Any,
     columns: Mapping[str, np.ndarray],

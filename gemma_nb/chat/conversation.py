@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from gemma_nb import settings
 from gemma_nb.chat.branches import Plan, Planner
@@ -25,6 +25,7 @@ from gemma_nb.chat.reading import Reading, close, close_at_end
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning, InterventionWarning
+from gemma_nb.expected import expect
 from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
@@ -92,6 +93,10 @@ class Conversation:
           TemplateError: the chat template of the model's files cannot be followed.
           ConversationError: the file to save to cannot be written, or exists already.
         """
+        way = "gnb.ChatSession(model, tokenizer), both from gnb.load(...)"
+        expect(model, GemmaTransformer, "model", way)
+        if not hasattr(tokenizer, "token_text"):
+            expect(tokenizer, Tokenizer, "tokenizer", way)
         longest = model.config.max_context
         cache_length = settings.whole(
             "cache_length", _LENGTH if cache_length is None else cache_length
@@ -229,6 +234,13 @@ class Conversation:
         return (
             f"<ChatSession {self.model.title}, {self.template.name}: {len(self.turns)} turns, "
             f"{self.cache_used} of {self.cache_length} positions>"
+        )
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(
+            f"a {name} holds locks and what is cached on the device, and cannot be pickled or "
+            f"copied: chat.save(path) writes it, gnb.{name}.load(path, model, tokenizer) reads it"
         )
 
     def adopt(self, tree: ConversationTree) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
@@ -31,6 +32,7 @@ _SMALLEST_CACHE = 512
 _STEP = 8
 
 
+@pinned
 def score(
     model: GemmaTransformer,
     ids: Sequence[int],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NoReturn
 
 from gemma_nb.chat.branches import Plan
 from gemma_nb.chat.events import Origin, TokenEvent, TokenRecord, Turn
@@ -30,6 +31,13 @@ class ChatSession(InspectedConversation, SamplingConversation):
     streaming variant, `stream` or `stream_...`, which yields the new tokens as they are made and
     raises the same.
     """
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """Says how a message is sent."""
+        raise TypeError(
+            "a ChatSession is no function: chat.chat(text) returns a reply, chat.stream(text) "
+            "yields it token by token"
+        )
 
     # --- talking --------------------------------------------------------------------------------
 

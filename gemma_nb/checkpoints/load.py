@@ -139,7 +139,7 @@ def load_params(
 
     Takes and raises what `load` does.
     """
-    from gemma_nb import placement
+    from gemma_nb import executables, placement
 
     settings.path("source", source, "a released name or a path")
     if revision is not None and not isinstance(revision, str):
@@ -152,7 +152,8 @@ def load_params(
     name, where = _dtype_name(_spelled(dtype)), placement.resolve(mesh)
     try:
         job = _Job(resolve(source, revision, step), name, where, progress, force)
-        return job.gguf() if job.source.format == "GGUF" else job.folder()
+        with executables.ours():
+            return job.gguf() if job.source.format == "GGUF" else job.folder()
     except OSError as error:  # of a folder that nobody may look into, or a file that vanished
         if error.filename is None:  # not of a file: a broken pipe under the progress bar
             raise

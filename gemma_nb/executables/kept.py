@@ -14,6 +14,7 @@ import jax
 
 from gemma_nb.executables.files import folder, generation, is_refused, load, save, trial
 from gemma_nb.executables.jax_cache import aside
+from gemma_nb.executables.limits import note, on_relief
 from gemma_nb.executables.names import disabled, program_name, settings
 from gemma_nb.executables.starts import start
 
@@ -91,6 +92,7 @@ class Kept:
         place /= name
         loaded = start.loaded(name) or load(place)
         if loaded is not None:
+            note()
             return _FirstRun(loaded, place)
         if is_refused(place):
             return self.jitted
@@ -149,6 +151,9 @@ def forget() -> None:
     """Lets go of all compiled programs, as `jax.clear_caches` does of the others."""
     for kept in list(_all):
         kept.forget()
+
+
+on_relief.append(forget)
 
 
 def shapes_of(tree: Any) -> Hashable:

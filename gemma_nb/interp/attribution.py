@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.executables import pinned
 from gemma_nb.indices import Indices
 from gemma_nb.interp.lens import model_of
 from gemma_nb.interp.sizes import check_position
 from gemma_nb.interp.trace import Trace
+from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import check_heads, check_layers
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import xarray
 
 
+@pinned
 def direct_logit_attribution(
     trace: Trace,
     token: int | str,
@@ -220,6 +223,7 @@ def attention_rollout(trace: Trace, *, residual: float = 0.5) -> xarray.DataArra
     )
 
 
+@pinned
 def value_weighted_attention(
     trace: Trace, layers: Indices = None, heads: Indices = None
 ) -> xarray.DataArray:
@@ -244,9 +248,11 @@ def value_weighted_attention(
     weights = trace.get("attention", chosen, heads=some)
     found = np.empty(weights.shape, np.float32)
     for row, i in enumerate(chosen):
-        w = model.params[f"layer_{i}"]["attn"]["attn_vec_einsum"]["w"][np.array(some)]
-        values = jnp.asarray(_values_by_head(trace, i)[:, list(some)])
-        norms = np.asarray(_norms(values, w.astype(jnp.float32)))
+        w = model.params[f"layer_{i}"]["attn"]["attn_vec_einsum"]["w"]
+        values = _values_by_head(trace, i)
+        # Of all heads, and of few counts of positions: each is compiled.
+        padded = np.pad(values, ((0, room(len(values)) - len(values)), (0, 0), (0, 0)))
+        norms = np.asarray(_norms(padded, w))[: len(values), list(some)]
         found[row] = weights.values[row] * norms.T[:, None]
     return trace.labels_of.array(
         found,
@@ -260,4 +266,4 @@ def value_weighted_attention(
 @jax.jit
 def _norms(values: jax.Array, w: jax.Array) -> jax.Array:
     """(S, N) of values (S, N, H) through w (N, H, D)."""
-    return jnp.linalg.norm(jnp.einsum("SNH,NHD->SND", values, w), axis=-1)
+    return jnp.linalg.norm(jnp.einsum("SNH,NHD->SND", values, w.astype(jnp.float32)), axis=-1)

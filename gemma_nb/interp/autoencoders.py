@@ -13,13 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gemma_nb.executables import pinned
 from gemma_nb.indices import Index, Indices, one
 from gemma_nb.interp import autoencoder_files as files
 from gemma_nb.interp.features import strongest
 from gemma_nb.interp.sizes import check_positions
 from gemma_nb.interp.trace import Trace
 from gemma_nb.interventions import Steer
+from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
+from gemma_nb.summaries import summary
 from gemma_nb.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -76,7 +79,10 @@ class SparseAutoencoder:
     k: int | None = flax.struct.field(pytree_node=False, default=None)
     gate: Float[Array, "2 features"] | None = None
 
+    __repr__ = summary
+
     @classmethod
+    @pinned
     def load(
         cls: type[_Self],
         path: str | os.PathLike[str],
@@ -112,10 +118,12 @@ class SparseAutoencoder:
         """How many there are."""
         return int(self.b_enc.shape[0])
 
-    def encode(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead features"]:
+    @pinned
+    def encode(self, x: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead features"]:
         """Feature activations."""
-        return _encode(self, jnp.asarray(x, jnp.float32))
+        return _encode(self, _float32(x))
 
+    @pinned
     def decode(self, features: Float[Array, "*lead features"]) -> Float[Array, "*lead D"]:
         """What is rebuilt from them.
 
@@ -129,10 +137,12 @@ class SparseAutoencoder:
             )
         return features @ self.w_dec + self.b_dec
 
-    def reconstruct(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+    @pinned
+    def reconstruct(self, x: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead D"]:
         """What it makes of `x`: encoded, and decoded."""
-        return _reconstruct(self, jnp.asarray(x, jnp.float32))
+        return _reconstruct(self, _float32(x))
 
+    @pinned
     def features(self, trace: Trace, positions: Indices = None) -> xarray.DataArray:
         """(position, feature) activations on a traced text.
 
@@ -140,23 +150,29 @@ class SparseAutoencoder:
           ValueError: a model of another width, or an unknown layer.
         """
         at = check_positions(positions, len(trace.tokens))
-        values = np.asarray(self.encode(jnp.asarray(self._seen(trace, at))))
+        seen = self._seen(trace, at)
+        values = np.asarray(_encode(self, _padded(seen)))[: len(seen)]
         dims = ("position", "feature")
         return trace.labels_of.array(values, dims, "features", self._attrs(), positions=at)
 
+    @pinned
     def top_features(self, trace: Trace, k: int = 10, positions: Indices = None) -> xarray.Dataset:
         """The most active features at each position: feature and activation (position, rank)."""
         at = check_positions(positions, len(trace.tokens))
-        values, which = _best(self, jnp.asarray(self._seen(trace, at)), min(k, self.num_features))
+        seen, count = self._seen(trace, at), min(k, self.num_features)
+        best = _best(self, _padded(seen), min(room(count), self.num_features))
+        values, which = (np.asarray(x)[: len(seen), :count] for x in best)
         dims = ("position", "rank")
-        data = {"feature": (dims, np.asarray(which)), "activation": (dims, np.asarray(values))}
+        data = {"feature": (dims, which), "activation": (dims, values)}
         return trace.labels_of.dataset(data, self._attrs(), positions=at)
 
+    @pinned
     def unexplained(self, trace: Trace) -> float:
         """Share of the variance over positions (but the first) that is not rebuilt."""
         rest = tuple(range(1, len(trace.tokens)))
         x, wanted = self._seen(trace, rest), self._wanted(trace, rest)
-        error = np.square(wanted - np.asarray(self.reconstruct(jnp.asarray(x)))).sum()
+        rebuilt = np.asarray(self.reconstruct(_padded(x)))[: len(x)]
+        error = np.square(wanted - rebuilt).sum()
         return float(error / np.square(wanted - wanted.mean(axis=0)).sum())
 
     def top_activations(
@@ -182,10 +198,10 @@ class SparseAutoencoder:
         )
 
         def activations(traced: Trace) -> np.ndarray:
-            x = jnp.asarray(self._seen(traced, None))
+            seen = self._seen(traced, None)
             # Which are the k largest, only all of them can tell.
-            found = single.encode(x)[:, 0] if whole is None else whole.encode(x)[:, feature]
-            return np.asarray(found)
+            used, column = (single, 0) if whole is None else (whole, feature)
+            return np.asarray(_encode(used, _padded(seen)))[: len(seen), column]
 
         what = {"feature": feature, **self._attrs()}
         return strongest(
@@ -194,6 +210,7 @@ class SparseAutoencoder:
             only_on=True,
         )
 
+    @pinned
     def steer(self, feature: int, scale: float, *, positions: Positions = None) -> Steer:
         """Adds `scale` times the feature's decoder row where the autoencoder writes.
 
@@ -252,7 +269,10 @@ class Transcoder(SparseAutoencoder):
     skip: Float[Array, "D D"] | None = None
     site_out: str = flax.struct.field(pytree_node=False, default="mlp_out")
 
+    __repr__ = summary
+
     @classmethod
+    @pinned
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -273,6 +293,7 @@ class Transcoder(SparseAutoencoder):
         place = read.refuse_other_kind(transcoder=True).place(layer, site, site_out)
         return cls(**read.arrays(), **read.settings, **place)
 
+    @pinned
     def decode(self, features: Float[Array, "*lead features"]) -> Float[Array, "*lead D"]:
         """The prediction from the features alone.
 
@@ -286,9 +307,10 @@ class Transcoder(SparseAutoencoder):
             )
         return features @ self.w_dec + self.b_dec
 
-    def reconstruct(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+    @pinned
+    def reconstruct(self, x: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead D"]:
         """What it predicts from `x`, the skip connection included."""
-        x = jnp.asarray(x, jnp.float32)
+        x = _float32(x)
         predicted = self.encode(x) @ self.w_dec + self.b_dec
         return predicted if self.skip is None else predicted + x @ self.skip
 
@@ -309,6 +331,17 @@ def _at(
     values = trace.get(site, layer, positions).values
     values = values if layer is None else values[0]
     return values.reshape(len(values), -1)
+
+
+def _float32(x: Any) -> Any:
+    # Not `jnp.asarray` of what is on the host, which is a program for each shape.
+    return x.astype(jnp.float32) if isinstance(x, jax.Array) else np.asarray(x, np.float32)
+
+
+def _padded(seen: np.ndarray) -> np.ndarray:
+    """(T, D) float32 with the last row repeated, so that few counts of them are compiled."""
+    more = room(len(seen)) - len(seen)
+    return np.pad(_float32(seen), ((0, more), (0, 0)), mode="edge")
 
 
 def _normalised(sae: SparseAutoencoder, x: jax.Array) -> tuple[jax.Array, Any, Any]:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma_nb import indices
+from gemma_nb.executables import pinned
+from gemma_nb.expected import expect
 from gemma_nb.indices import one
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interventions.base import lines_of
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 _CONTEXT = 12  # tokens shown before an activating token, and half as many behind it
 
 
+@pinned
 def top_activations(
     model: GemmaTransformer,
     tokenizer: Tokenizer,
@@ -57,6 +61,7 @@ def top_activations(
     Raises:
       ValueError: an unknown layer, neuron or site, or no text with a position that counts.
     """
+    _expect(model, tokenizer)
     found = site_of(model, site)
     if len(found.dims) != 3 or not found.per_layer:
         raise ValueError(f"neurons are looked for in sites of one vector per position, not {site}")
@@ -97,6 +102,8 @@ def strongest(
     """
     import xarray
 
+    _expect(model, tokenizer)
+    k = indices.number(k, "k")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     texts = [texts] if isinstance(texts, str) else texts
@@ -139,3 +146,10 @@ def strongest(
         coords={"rank": np.arange(len(best))},
         attrs={"model": model.title, "interventions": lines_of(model.interventions), **what},
     )
+
+
+def _expect(model: Any, tokenizer: Any) -> None:
+    """Raises TypeError for something else in their places."""
+    expect(model, GemmaTransformer, "model", "model, tokenizer = gnb.load(...)")
+    if not hasattr(tokenizer, "token_text"):
+        expect(tokenizer, Tokenizer, "tokenizer", "model, tokenizer = gnb.load(...)")

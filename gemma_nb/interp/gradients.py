@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.executables import pinned
+from gemma_nb.indices import number
 from gemma_nb.interp.lens import model_of
 from gemma_nb.interp.passes import padded_length
 from gemma_nb.interp.sizes import check_position
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import xarray
 
 
+@pinned
 def token_attribution(
     trace: Trace,
     target: int | str | None = None,
@@ -91,6 +94,9 @@ def token_attribution(
         shares = (gradient * x)[0].sum(axis=-1)
     else:
         base = _embedded(model.transformer, model.params, jnp.full_like(positions, baseline))
+        steps = number(steps, "steps")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         total = jnp.zeros_like(x)
         for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 from gemma_nb.config import TransformerConfig
 from gemma_nb.indices import number
 from gemma_nb.sites import Site
+from gemma_nb.summaries import summary
 
 if TYPE_CHECKING:
     import xarray
@@ -52,6 +53,8 @@ class Labels:
     roles: tuple[str, ...] | None = None
     attrs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+
+    __repr__ = summary
 
     def piece(self, token: int) -> str:
         """What a token stands for: its text, or without a tokenizer its number."""

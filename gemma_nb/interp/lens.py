@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_nb.indices import Indices
+from gemma_nb.executables import pinned
+from gemma_nb.expected import expect
+from gemma_nb.indices import Indices, number
 from gemma_nb.interp.sizes import check_positions
 from gemma_nb.interp.trace import Trace
 from gemma_nb.interp.vocabulary import normalise, read
@@ -22,8 +24,10 @@ def model_of(trace: Trace) -> GemmaTransformer:
     """The model that made a trace.
 
     Raises:
+      TypeError: no trace.
       ValueError: the trace was loaded from a file, without its model.
     """
+    expect(trace, Trace, "trace", "gnb.trace(model, text, tokenizer=tokenizer) makes one")
     if trace.source is None:
         raise ValueError(
             "this trace was loaded from a file, without its model: trace the text again"
@@ -31,6 +35,7 @@ def model_of(trace: Trace) -> GemmaTransformer:
     return trace.source.model
 
 
+@pinned
 def logit_lens(
     trace: Trace,
     k: int = 10,
@@ -66,6 +71,7 @@ def logit_lens(
       ValueError: an unknown layer, position or token, k below 1, or a trace without its model.
     """
     model, config = model_of(trace), trace.config
+    k = number(k, "k")
     chosen = check_layers(layers, config.num_layers)
     at = check_positions(positions, len(trace.tokens)) or tuple(range(len(trace.tokens)))
     single = isinstance(watch, str) or np.ndim(watch) == 0
@@ -112,6 +118,7 @@ def logit_lens(
     )
 
 
+@pinned
 def token_statistics(trace: Trace) -> xarray.Dataset:
     """How the model expected each token of the text, given those before it.
 

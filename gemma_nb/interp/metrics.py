@@ -10,6 +10,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from gemma_nb.summaries import summary
+
 if TYPE_CHECKING:
     from gemma_nb.interp.labels import Labels
 
@@ -27,6 +29,8 @@ class LogitDifference:
 
     token: int | str | jax.Array
     against: int | str | jax.Array
+
+    __repr__ = summary
 
     def rows(self) -> jax.Array:
         """Ids of the logits that are needed."""
@@ -51,6 +55,8 @@ class Logit:
     """
 
     token: int | str | jax.Array
+
+    __repr__ = summary
 
     def rows(self) -> jax.Array:
         """Ids of the logits that are needed."""

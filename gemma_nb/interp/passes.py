@@ -225,10 +225,9 @@ class Pass:
         onward: bool,
     ) -> jax.Array | None:
         """The stream after a layer (None unless `onward`); adds sites of it to `pieces`."""
-        heads, size = pieces.select.heads, self._tokens.shape[1]
+        size, call = self._tokens.shape[1], self._call
         run = partial(
-            self._call(programs.run_block, layer, sites, pieces.select.dtype, onward),
-            None if heads is None else np.array(heads, np.int32),
+            call(programs.run_block, layer, sites, pieces.select.dtype, onward), pieces.heads()
         )
 
         def add(found: dict[str, jax.Array], start: int, stop: int) -> None:

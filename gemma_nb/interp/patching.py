@@ -20,14 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb import placement
+from gemma_nb.executables import pinned
+from gemma_nb.expected import expect
 from gemma_nb.interp.labels import Labels
 from gemma_nb.interp.metrics import Metric, resolve
 from gemma_nb.interp.packing import Batch, Cell, SlotPatch, run_layer
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interp.vocabulary import normalise
+from gemma_nb.interventions import Interventions
+from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.block import Block
+from gemma_nb.sites import EVERYWHERE
 from gemma_nb.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +44,7 @@ _ROWS = 16  # packed rows that go through a layer at a time
 _BATCH_TOKENS = 1024  # fewer rows where texts are long
 
 
+@pinned
 def activation_patching(
     model: GemmaTransformer,
     clean: Any,
@@ -80,6 +86,8 @@ def activation_patching(
       ValueError: texts of different lengths, an unknown axis, site or token, heads of another site
         than z, no metric, or a transformer of another library.
     """
+    way = "gnb.activation_patching(model, clean, corrupted, metric, tokenizer=tokenizer)"
+    expect(model, GemmaTransformer, "model", way)
     if not isinstance(model.transformer, Transformer):
         raise ValueError("patching needs gnb.nn.Transformer on the same parameters")
     axes, site = _checked(over, site)
@@ -180,14 +188,14 @@ class _Sweep:
 
     def _final(self, residual: np.ndarray) -> np.ndarray:
         """Final-normed, under the model's interventions."""
-        final = np.asarray(normalise(self.model, residual))
+        final = normalise(self.model, residual)
         given = self.model.interventions
         if given is None:
             return final
-        from gemma_nb.sites import EVERYWHERE
-
-        at = jnp.full((len(final), 1), self.length - 1, jnp.int32)
-        return np.asarray(given.at(EVERYWHERE, at)("final", jnp.asarray(final)[:, None])[:, 0])
+        # Few counts of cells are compiled.
+        padded = np.pad(final, ((0, room(len(final)) - len(final)), (0, 0)))
+        at = np.full((len(padded), 1), self.length - 1, np.int32)
+        return np.asarray(placement.fetch(_edited(given, at, padded)))[: len(final)]
 
     def _packed(self, axes: tuple[str, ...]) -> Iterator[Batch]:
         """The cells of one patched layer, two to a row where they fit, `rows` rows to a batch."""
@@ -245,6 +253,12 @@ class _Sweep:
             if cell.head is not None:
                 heads[row, start:end] = np.arange(heads.shape[-1]) == cell.head
         return SlotPatch(acts, heads, values)
+
+
+@jax.jit
+def _edited(interventions: Interventions, at: jax.Array, final: jax.Array) -> jax.Array:
+    """Final-normed states (cells, D) at positions (cells, 1), under interventions."""
+    return interventions.at(EVERYWHERE, at)("final", final[:, None])[:, 0]
 
 
 # Static: the soft-cap, and a metric that is a function.  Traced: the tokens of the others.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_nb.interventions.numbers import room
 from gemma_nb.sites import Site
 
 
@@ -45,14 +46,26 @@ class Pieces:
         self._waiting: list[Callable[[], None]] = []
 
     def rows(self, start: int, stop: int) -> np.ndarray | None:
-        """Rows of a piece to return, as many for every piece; None for all."""
+        """Rows of a piece to return, as many for every piece; None for all.
+
+        Some are returned twice, so that few counts of them are compiled.
+        """
         positions = self.select.positions
         if positions is None:
             return None
         inside = [p - start for p in positions if start <= p < stop]
-        rows = np.full(len(positions), inside[0] if inside else 0, np.int32)
+        count = min(room(len(positions)), stop - start)
+        rows = np.full(count, inside[0] if inside else 0, np.int32)
         rows[: len(inside)] = inside
         return rows
+
+    def heads(self) -> np.ndarray | None:
+        """Heads to return; None for all.  Some twice, as of `rows`, but never twice as many."""
+        heads = self.select.heads
+        if heads is None:
+            return None
+        count = 1 << (len(heads) - 1).bit_length()
+        return np.array([*heads, *heads[:1] * (count - len(heads))], np.int32)
 
     def add(self, s: Site, row: int, read: Callable[[], Any], start: int, stop: int) -> None:
         """Notes what a site is from `start` up to `stop`, in the layer that comes `row`-th.
@@ -84,6 +97,8 @@ class Pieces:
     def _put(self, s: Site, row: int, read: Callable[[], Any], at: slice) -> None:
         """Puts a piece's rows in their place, which is made at the first piece."""
         cut = np.asarray(read())[: at.stop - at.start]
+        if self.select.heads is not None and {"N", "K"} & set(s.dims):
+            cut = cut[:, : len(self.select.heads)]
         axis = 0
         if s.is_map:
             # The model keeps queries in front; a map is read head by head.  XLA would take two

@@ -131,7 +131,8 @@ def run_block(
         array = array[0]
         if rows is not None:
             array = array[rows]
-        if heads is not None and {"N", "K"} & set(s.dims) and array.shape[1] != heads.shape[0]:
+        chosen = s.name == "attention" and plain
+        if heads is not None and {"N", "K"} & set(s.dims) and not chosen:
             array = array[:, heads]
         return array.astype(dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_nb.config import Sliding, TransformerConfig
+from gemma_nb.executables import pinned
+from gemma_nb.expected import a, expect, token_array
 from gemma_nb.indices import Indices
 from gemma_nb.interp import store
 from gemma_nb.interp.display import Facts, pictures
@@ -91,6 +94,7 @@ class Trace:
         kind = self.config.layers[check_layer(layer, self.config.num_layers)].kind
         return kind.window if isinstance(kind, Sliding) else None
 
+    @pinned
     def get(
         self,
         site: str,
@@ -184,6 +188,10 @@ class Trace:
     def __copy__(self) -> Trace:
         return dataclasses.replace(self, data=dict(self.data))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trace:
+        # The model is shared, as it never changes: a copy in the same process computes, too.
+        return dataclasses.replace(self, data=copy.deepcopy(self.data, memo))
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {dict(x.sizes)}" for name, x in self.data.items())
         under = f", under {'; '.join(self.interventions)}" if self.interventions else ""
@@ -273,7 +281,9 @@ def trace(
     Raises:
       ValueError: an unknown site or layer, an empty text, ids outside the vocabulary, or a request
         larger than the limit; the message says what to ask for instead.
+      TypeError: no model, text, ids or tokenizer where one is expected.
     """
+    expect(model, GemmaTransformer, "model", "gnb.trace(model, text, tokenizer=tokenizer)")
     ids = token_ids(model, tokens_or_text, tokenizer)
     warn_of_unreached(model.interventions, len(ids))
     return captured(
@@ -288,6 +298,7 @@ def trace(
     )
 
 
+@pinned
 def captured(
     model: GemmaTransformer,
     ids: np.ndarray,
@@ -328,14 +339,22 @@ def captured(
 
 
 def token_ids(model: GemmaTransformer, given: Any, tokenizer: Tokenizer | None) -> np.ndarray:
-    """(T,) int32 of a text or of ids; raises ValueError as `trace` says."""
+    """(T,) int32 of a text or of ids; raises as `trace` says."""
+    if tokenizer is not None and not hasattr(tokenizer, "token_text"):
+        expect(tokenizer, Tokenizer, "tokenizer", "model, tokenizer = gnb.load(...)")
     if isinstance(given, str):
         if tokenizer is None:
             raise ValueError("a text needs tokenizer=...; or pass token ids")
         given = tokenizer.encode(given, bos=True)
-    ids = np.asarray(given)
-    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise ValueError(f"expected a text or a non-empty list of token ids, got {given!r:.80}")
+    way = "give a text with tokenizer=..., or the ids of one text"
+    ids = token_array(given, "tokens_or_text", way)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]  # a batch of one text
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError(
+            "tokens_or_text must be one text, or its token ids (T,) and not empty, got "
+            f"{a(given)} of shape {ids.shape}: trace several texts one by one"
+        )
     if ids.min() < 0 or ids.max() >= model.config.num_embed:
         raise ValueError(
             f"token ids must lie in 0 to {model.config.num_embed - 1}, "

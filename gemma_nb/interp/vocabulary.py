@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ import numpy as np
 from jax import lax
 
 from gemma_nb import placement
+from gemma_nb.executables import pinned
 from gemma_nb.interp import split
+from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn.layers import RMSNorm
 from gemma_nb.typing import Params
@@ -35,6 +37,7 @@ _PART = 128
 _MENDED = 32  # best entries whose part of the sums is put right
 _AT_ONCE = 8  # states whose best entries are looked at together
 _POSITIONS = (1, 8, 16, 32, 64)  # how many positions are read at a time
+_RANKS = (1, 10, 32)  # how many best entries are looked up, and multiples of 64
 _ABSENT = -1e30  # the logit of an entry that was counted before
 
 
@@ -61,9 +64,14 @@ class Reading:
     watched_ranks: np.ndarray
 
 
-def normalise(model: GemmaTransformer, residual: Any) -> jax.Array:
+@pinned
+def normalise(model: GemmaTransformer, residual: np.ndarray) -> np.ndarray:
     """`residual` (..., D) through the model's final norm."""
-    return _normalise(model.params["final_norm"], jnp.asarray(residual))
+    flat = np.asarray(residual).reshape(-1, residual.shape[-1])
+    # Few counts of vectors are compiled.
+    padded = np.pad(flat, ((0, room(len(flat)) - len(flat)), (0, 0)))
+    normal = placement.fetch(_normalise(model.params["final_norm"], padded))
+    return normal[: len(flat)].reshape(residual.shape)
 
 
 @jax.jit
@@ -71,6 +79,7 @@ def _normalise(params: Params, residual: jax.Array) -> jax.Array:
     return cast(jax.Array, RMSNorm().apply({"params": params}, residual))
 
 
+@pinned
 def read(
     model: GemmaTransformer, states: np.ndarray, k: int, watched: np.ndarray | None = None
 ) -> Reading:
@@ -85,6 +94,12 @@ def read(
     count = states.shape[1]
     if watched is None:
         watched = np.zeros((count, 0), np.int32)
+    # Few numbers of each are compiled.
+    columns = watched.shape[1]
+    more = (1 << (columns - 1).bit_length()) - columns if columns else 0
+    watched = np.pad(watched, ((0, 0), (0, more)), mode="edge") if more else watched
+    ranks = next((n for n in _RANKS if n >= k), -(-k // 64) * 64)
+    ranks = min(ranks, model.config.num_embed)
     parts = []
     for start in range(0, count, _POSITIONS[-1]):
         stop = min(start + _POSITIONS[-1], count)
@@ -92,7 +107,9 @@ def read(
         more = size - (stop - start)
         some = np.pad(states[:, start:stop], ((0, 0), (0, more), (0, 0)))
         ids = np.pad(watched[start:stop], ((0, more), (0, 0)))
-        part = _read_some(model, some, ids, k)
+        part = _read_some(model, some, ids, ranks)
+        part |= {name: part[name][..., :k] for name in ("top_logits", "top_ids")}
+        part |= {n: part[n][..., :columns] for n in ("watched_logits", "watched_ranks")}
         parts.append(jax.tree.map(lambda x, real=stop - start: x[:, :real], part))
     return Reading(**{n: np.concatenate([p[n] for p in parts], axis=1) for n in parts[0]})
 
@@ -103,7 +120,7 @@ def _read_some(
     table = model.params["embedder"]["input_embedding"]
     cap = model.config.final_logit_soft_cap
     size = min(_STRETCH, table.shape[0])
-    x, ids = jnp.asarray(states, jnp.float32), jnp.asarray(watched)
+    x, ids = jax.device_put((np.asarray(states, np.float32), watched))
     watched_logits = _watched(table, cap, x, ids)
     # A rank counts all that is larger, however little: watched entries need the plain product.
     terms = split.pays() and not ids.shape[1] and table.dtype in (jnp.float32, jnp.bfloat16)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb.indices import Indices
 from gemma_nb.interventions.base import (
@@ -22,6 +23,7 @@ from gemma_nb.interventions.base import (
     single,
     taken,
 )
+from gemma_nb.interventions.numbers import array, padded
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
@@ -36,7 +38,7 @@ class KnockOut(Intervention):
 
     Attributes:
       layer: () int32.
-      heads: (n,) int32, or None for all.
+      heads: (n,) int32, padded, or None for all.
       queries: positions of the queries.
       keys: positions of the keys.
     """
@@ -98,8 +100,8 @@ class ReplaceAttention(Intervention):
     Attributes:
       layer: () int32.
       head: () int32.
-      queries: (P,) int32 positions of the queries.
-      weights: (P, S) from each of them to key positions 0 to S - 1; later keys get none.
+      queries: (P,) int32 positions of the queries, padded.
+      weights: (P, S) from each of them to key positions 0 to S - 1, padded; later keys get none.
     """
 
     layer: jax.Array
@@ -110,7 +112,7 @@ class ReplaceAttention(Intervention):
     edits_attention: ClassVar[bool] = True
 
     def __init__(self, layer: int, head: int, weights: Any, *, queries: Indices = None) -> None:
-        rows = jnp.asarray(weights, jnp.float32)
+        rows = array(weights, np.float32, "weights")
         at = list(range(len(rows))) if queries is None else taken(queries, "queries")[0]
         if rows.ndim != 2 or len(at) != len(rows):
             raise ValueError(
@@ -119,7 +121,8 @@ class ReplaceAttention(Intervention):
             )
         if len(set(at)) < len(at):
             raise ValueError(f"a query's weights can be replaced once, got {short(at)}")
-        fill(self, layer=single(layer, "layer"), head=single(head, "head"), weights=rows)
+        fill(self, layer=single(layer, "layer"), head=single(head, "head"))
+        fill(self, weights=padded(rows, np.float32, 0, axes=2))
         fill(self, queries=from_zero(at, queries, "queries"))
 
     @property
@@ -141,10 +144,10 @@ class ReplaceAttention(Intervention):
         match = positions[..., None] == self.queries
         rows = self.weights[match.argmax(axis=-1)]  # (B, T, given)
         size = rows.shape[-1]
-        known = (keys >= 0) & (keys < size)
+        given = (keys >= 0) & (keys < size)
         at = jnp.clip(keys, 0, size - 1)[:, None, :]
         new = jnp.take_along_axis(rows, jnp.broadcast_to(at, (*rows.shape[:2], at.shape[-1])), -1)
-        new = jnp.where(known[:, None], new, 0.0)[:, :, None].astype(value.dtype)
+        new = jnp.where(given[:, None], new, 0.0)[:, :, None].astype(value.dtype)
         mine = (jnp.arange(value.shape[2]) == self.head) & (self.layer == layer)
         return jnp.where(match.any(axis=-1)[:, :, None, None] & mine[:, None], new, value)
 

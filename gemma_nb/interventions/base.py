@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import flax
@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.indices import Indices, is_mask, listed, number
+from gemma_nb.interventions.numbers import array, is_traced, known, padded, real
 from gemma_nb.sites import SITES, check_heads, check_layers, site
 from gemma_nb.structure import DrawnArray
+from gemma_nb.summaries import one_line, summary
 
 if TYPE_CHECKING:
     from treescope import renderers, rendering_parts
@@ -25,6 +27,7 @@ Positions: TypeAlias = Indices
 
 _T = TypeVar("_T")
 _LAST = 2**30  # a position that no text reaches
+_LINE = 240  # characters of the line that tells an intervention of one's own
 
 
 def node(cls: type[_T]) -> type[_T]:
@@ -63,7 +66,7 @@ class Where:
     Attributes:
       start: () int32.
       stop: () int32.
-      listed: (P,) int32; empty where a range says it all.
+      listed: (P,) int32, padded; nothing but padding where a range says it all.
       mask: length of the mask that it was made from; None for others, and once JAX has rebuilt it.
     """
 
@@ -71,6 +74,9 @@ class Where:
     stop: jax.Array
     listed: jax.Array
     mask: ClassVar[int | None] = None
+
+    def __repr__(self) -> str:
+        return summary(self) if is_traced(self) else f"<{self}>"
 
     @classmethod
     def of(cls, positions: Positions) -> Where:
@@ -82,6 +88,7 @@ class Where:
         if positions is None:
             positions = slice(None)
         if isinstance(positions, slice):
+            known("positions", (positions.start, positions.stop))
             ends = (positions.start, positions.stop)
             start, stop = (None if end is None else number(end, "positions") for end in ends)
             start, stop = start or 0, _LAST if stop is None else stop
@@ -90,9 +97,10 @@ class Where:
                     f"positions={positions} must count up from the beginning of the context, "
                     "one by one: slice(start, stop)"
                 )
-            return cls(jnp.int32(start), jnp.int32(stop), jnp.zeros(0, jnp.int32))
+            return cls(array(start, np.int32), array(stop, np.int32), ints(()))
         at, mask = taken(positions, "positions")
-        found = cls(jnp.int32(0), jnp.int32(0), from_zero(at, positions))
+        none = array(0, np.int32)
+        found = cls(none, none, from_zero(at, positions))
         fill(found, mask=mask)
         return found
 
@@ -101,8 +109,8 @@ class Where:
 
         Of a range only its start counts; one that holds no position has no other.
         """
-        if self.listed.size:
-            return [p for p in plain(self.listed) if p >= length]
+        if at := plain(self.listed):
+            return [p for p in at if p >= length]
         start, stop = int(self.start), int(self.stop)
         return [start] if start >= min(length, stop) else []
 
@@ -117,8 +125,8 @@ class Where:
         return max([*plain(self.listed), int(self.stop) - 1 if self.stop > self.start else -1])
 
     def __str__(self) -> str:
-        if self.listed.size:
-            return f"positions {short(plain(self.listed))}"
+        if at := plain(self.listed):
+            return f"positions {short(at)}"
         start, stop = int(self.start), int(self.stop)
         if start >= stop:
             return "no position"
@@ -130,12 +138,25 @@ class Where:
 class Intervention:
     """One change.  Subclasses are flax dataclasses: pytrees of arrays.
 
-    `sites` names where it acts; `apply` gives the site's new value.
+    `sites` names where it acts; `apply` gives the site's new value.  A class of one's own is told
+    by its fields, or by its `__str__`.
     """
 
     edits_attention: ClassVar[bool] = False
     # Name and length of each argument that was a mask; none once JAX has rebuilt it.
     masks: ClassVar[tuple[tuple[str, int], ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Otherwise a dataclass gets one that prints its arrays.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Intervention.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {line_of(self)}>"
+
+    def __str__(self) -> str:
+        return summary(self)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -234,9 +255,13 @@ class Interventions:
 
     def describe(self) -> tuple[str, ...]:
         """One line for each."""
-        start = int(self.start)
+        traced = is_traced(self.start)
+        start = "traced" if traced else int(self.start)
         note = f", from position {start} on" if start else ""
-        return tuple(f"{item}{note}" for item in self.items)
+        return tuple(f"{line_of(item)}{note}" for item in self.items)
+
+    def __repr__(self) -> str:
+        return f"<Interventions: {self}>"
 
     def __str__(self) -> str:
         return "; ".join(self.describe())
@@ -259,6 +284,12 @@ class Interventions:
         )
 
 
+def line_of(item: Intervention) -> str:
+    """One intervention in one line."""
+    # Traced numbers are told by their shapes alone.
+    return one_line(summary(item) if is_traced(item) else str(item), _LINE)
+
+
 def lines_of(under: Interventions | None) -> str:
     """What labelled arrays carry as "interventions": one on a line, "" without any.
 
@@ -277,6 +308,8 @@ class LayerEdit:
     interventions: Interventions
     layer: Any
     positions: jax.Array
+
+    __repr__ = summary
 
     @property
     def edits_attention(self) -> bool:
@@ -304,6 +337,10 @@ class LayerEdit:
 
 def check(item: Any, config: TransformerConfig) -> None:
     """Raises ValueError for what is no intervention, or one that the model cannot carry out."""
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Intervention):
+        raise ValueError(
+            "interventions are given one by one: intervene(*interventions), got a list of them"
+        )
     if not isinstance(item, Intervention):
         raise ValueError(
             f"expected interventions, such as gnb.AblateHeads({{5: [2]}}), got {item!r:.60}"
@@ -341,16 +378,17 @@ def fill(target: Any, **fields: Any) -> None:
 
 
 def ints(values: Iterable[int]) -> jax.Array:
-    """(n,) int32."""
-    return jnp.asarray(list(values), jnp.int32)
+    """(n,) int32, padded with `NOWHERE`."""
+    return padded(np.array(list(values), np.int32), np.int32)
 
 
 def taken(given: Any, argument: str) -> tuple[list[int], int | None]:
     """Indices into what is not known yet, and the length of the mask that they were, or None.
 
     Raises:
-      ValueError: no indices, or a slice without an end.
+      ValueError: no indices, a slice without an end, or traced ones.
     """
+    known(argument, given)
     if isinstance(given, slice):
         if given.stop is None:
             raise ValueError(f"{argument}={given} needs an end here: name the {argument}")
@@ -365,11 +403,9 @@ def single(given: Any, argument: str) -> jax.Array:
     """() int32 of an argument that names one thing.
 
     Raises:
-      ValueError: no index, or several.
+      ValueError: no index, several, or a traced one.
     """
-    if isinstance(given, jax.core.Tracer):
-        return given.astype(jnp.int32)
-    return jnp.int32(number(given, argument, argument))
+    return array(number(known(argument, given), argument, argument), np.int32)
 
 
 def from_zero(positions: Sequence[int], given: Any, argument: str = "positions") -> jax.Array:
@@ -387,15 +423,23 @@ def from_zero(positions: Sequence[int], given: Any, argument: str = "positions")
     return ints(positions)
 
 
-def plain(values: jax.Array) -> list[Any]:
-    """As Python numbers."""
-    return np.asarray(values).tolist()
+def plain(values: Any) -> list[Any]:
+    """Layers, heads or positions as Python numbers, without the padding."""
+    found = np.asarray(values)
+    kept: list[Any] = found[real(found)].tolist()
+    return kept
 
 
 def short(values: Sequence[int]) -> str:
     """A list of numbers, cut where it is long."""
     shown = ", ".join(map(str, values[:6]))
     return shown if len(values) <= 6 else f"{shown}, ... ({len(values)} of them)"
+
+
+def several(names: Sequence[str]) -> str:
+    """A list of names, cut where it is long."""
+    shown = ", ".join(names[:24])
+    return shown if len(names) <= 24 else f"{shown}, ... ({len(names)} of them)"
 
 
 def wide(mask: jax.Array, ndim: int) -> jax.Array:
@@ -423,9 +467,9 @@ def check_places(
         ("layer", layers, config.num_layers),
         ("head", heads, num_heads or config.num_heads),
     ):
-        if given is None:
+        if given is None or is_traced(given):
             continue
-        indices = np.atleast_1d(np.asarray(given)).tolist()
+        indices = plain(np.atleast_1d(given))
         (check_layers if name == "layer" else check_heads)(indices, count)
         if min(indices) < 0:
             raise ValueError(f"interventions count {name}s from 0, got {min(indices)}")
@@ -458,35 +502,3 @@ def shape_of(name: str, config: TransformerConfig) -> tuple[int, ...]:
     sizes = {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
     sizes |= {"D": config.embed_dim, "F": config.hidden_dim}
     return tuple(sizes[axis] for axis in SITES[name].dims[2:])
-
-
-def replacements(method: str, values: Callable[[int], Any] | None, count: int) -> jax.Array:
-    """What `count` ablated parts are replaced with: (count, P, width) float32.
-
-    P is 1 for "zero" and "mean", and the length of the reference text for "resample".
-
-    Args:
-      method: "zero", "mean" or "resample".
-      values: from the index of a part to its (P, width) values in a reference trace; None where
-        there is none.
-      count: how many parts.
-
-    Raises:
-      ValueError: another method, or no reference where one is needed.
-    """
-    if method == "zero":
-        return jnp.zeros((count, 1, 1))
-    if method not in ("mean", "resample"):
-        raise ValueError(f'method must be "zero", "mean" or "resample", got {method!r}')
-    needs_reference(values, method)
-    assert values is not None
-    taken = [np.asarray(values(i)) for i in range(count)]
-    if method == "mean":
-        taken = [x.mean(axis=0, keepdims=True) for x in taken]
-    return jnp.asarray(np.stack(taken), jnp.float32)
-
-
-def needs_reference(reference: Any, method: str) -> None:
-    """Raises ValueError where there is no trace to take values from."""
-    if reference is None:
-        raise ValueError(f'method="{method}" needs reference=gnb.trace(...) to take values from')

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb.indices import Indices, number
 from gemma_nb.interventions.base import (
@@ -19,12 +20,14 @@ from gemma_nb.interventions.base import (
     ints,
     node,
     plain,
-    replacements,
+    several,
     static,
     taken,
     wide,
 )
+from gemma_nb.interventions.numbers import known, padded, real
 from gemma_nb.interventions.reach import unsampled
+from gemma_nb.interventions.replacements import last_of, replaced, replacements
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
@@ -35,7 +38,7 @@ class ScaleHeads(Intervention):
     """Multiplies the outputs z of heads, before they are projected: `ScaleHeads({5: {2: 0.5}})`.
 
     Attributes:
-      layers: (M,) int32, one for each head.
+      layers: (M,) int32, one for each head, padded.
       heads: (M,) int32.
       factors: (M,) float32.
       where: at which positions.
@@ -56,9 +59,11 @@ class ScaleHeads(Intervention):
                 "name each head's factor by its layer, such as {5: {2: 0.5}}, got "
                 f"{factors!r:.60}"
             ) from None
-        fill(self, layers=ints(number(x[0], "a layer in factors") for x in flat))
-        fill(self, heads=ints(number(x[1], "a head in factors") for x in flat))
-        fill(self, factors=jnp.asarray([x[2] for x in flat], jnp.float32))
+        known("layers and heads", [x[:2] for x in flat])
+        layers = ints(number(x[0], "a layer in factors") for x in flat)
+        heads = ints(number(x[1], "a head in factors") for x in flat)
+        fill(self, layers=layers, heads=heads)
+        fill(self, factors=padded([x[2] for x in flat], np.float32, 1.0, name="factors"))
         fill(self, where=Where.of(positions))
 
     @property
@@ -69,8 +74,9 @@ class ScaleHeads(Intervention):
     def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
         """z of the heads, multiplied."""
         del keys
-        factors = jnp.where(self.layers == layer, self.factors, 1.0)
-        by_head = jnp.ones(value.shape[2]).at[self.heads].multiply(factors)
+        mine = (self.layers == layer)[:, None] & (self.heads[:, None] == jnp.arange(value.shape[2]))
+        # Not a scatter, which has no gradient.
+        by_head = jnp.where(mine, self.factors[:, None], 1.0).prod(axis=0)
         scaled = value * by_head[:, None].astype(value.dtype)
         return jnp.where(wide(self.where(positions), value.ndim), scaled, value)
 
@@ -79,8 +85,9 @@ class ScaleHeads(Intervention):
         check_places(config, self.layers, self.heads)
 
     def __str__(self) -> str:
-        parts = zip(*map(plain, (self.layers, self.heads, self.factors)), strict=True)
-        heads = ", ".join(f"{i}.{h} by {f:g}" for i, h, f in parts)
+        factors = np.asarray(self.factors)[real(self.layers)].tolist()
+        parts = zip(plain(self.layers), plain(self.heads), factors, strict=True)
+        heads = several([f"{i}.{h} by {f:g}" for i, h, f in parts])
         return f"scale heads {heads} at {self.where}"
 
 
@@ -94,9 +101,10 @@ class AblateHeads(Intervention):
     when it has nothing to say: where that matters, ablate with a mean.
 
     Attributes:
-      layers: (M,) int32, one for each head.
+      layers: (M,) int32, one for each head, padded.
       heads: (M,) int32.
-      values: (M, P, H), what they are replaced with; P is 1 but for "resample".
+      values: (M, P, H), what they are replaced with; P is 1 but for "resample", see
+        `replacements`.
       where: at which positions.
       method: "zero", "mean" or "resample".
     """
@@ -115,6 +123,7 @@ class AblateHeads(Intervention):
         reference: Any = None,
         positions: Positions = None,
     ) -> None:
+        known("heads", heads)
         try:
             given: list[tuple[int, Any]] = [
                 (number(i, "a layer in heads"), of if isinstance(of, slice) else list(of))  # type: ignore[arg-type]
@@ -148,15 +157,11 @@ class AblateHeads(Intervention):
     def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
         """z, replaced."""
         del keys
-        acts = self.where(positions)
-        if self.method == "resample":
-            acts &= positions < self.values.shape[1]
-        for m in range(self.heads.shape[0]):
-            row = jnp.clip(positions, 0, self.values.shape[1] - 1)
-            new = self.values[m][row][:, :, None].astype(value.dtype)  # (B, T, 1, H)
-            mine = (self.layers[m] == layer) & (jnp.arange(value.shape[2]) == self.heads[m])
-            value = jnp.where(mine[:, None] & wide(acts, value.ndim), new, value)
-        return value
+        mine = (self.layers == layer)[:, None] & (self.heads[:, None] == jnp.arange(value.shape[2]))
+        found, which = last_of(mine)
+        new, inside = replaced(self.values, which, positions, self.method)
+        acts = wide(self.where(positions), value.ndim) & found[:, None] & inside
+        return jnp.where(acts, new.astype(value.dtype), value)
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head, or a reference of another width."""
@@ -166,5 +171,5 @@ class AblateHeads(Intervention):
 
     def __str__(self) -> str:
         parts = zip(*map(plain, (self.layers, self.heads)), strict=True)
-        heads = ", ".join(f"{i}.{h}" for i, h in parts)
+        heads = several([f"{i}.{h}" for i, h in parts])
         return f"ablate heads {heads} ({self.method}) at {self.where}"

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb.errors import InterventionWarning
 from gemma_nb.interventions.base import Interventions
@@ -50,7 +50,11 @@ def warn_of_unreached(under: Interventions | None, length: int, *text: str) -> N
 
 def unsampled(item: Any, length: int) -> str:
     """That the reference of a resampling ablation ends before a text of `length`; "" otherwise."""
-    end = item.values.shape[1]
-    if item.method != "resample" or not item.where(jnp.arange(end, max(length, end))[None]).any():
+    if item.method != "resample":
+        return ""
+    # The rest is padding.
+    end = int((~np.isnan(np.asarray(item.values)).all(axis=(0, 2))).sum())
+    where: Any = jax.tree.map(np.asarray, item.where)
+    if not where(np.arange(end, max(length, end))[None]).any():
         return ""
     return f"its reference has {end} positions, and nothing is replaced from position {end} on"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb.interventions.base import (
     Intervention,
@@ -14,6 +15,7 @@ from gemma_nb.interventions.base import (
     node,
     single,
 )
+from gemma_nb.interventions.numbers import array, is_traced
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig
@@ -33,9 +35,10 @@ class ForceToken(Intervention):
 
     def __init__(self, position: int, token: int) -> None:
         at = single(position, "position")
-        if not isinstance(at, jax.core.Tracer):
-            at = from_zero([int(at)], position, "position")[0]
-        fill(self, position=at, token=single(token, "token"))
+        from_zero([int(at)], position, "position")
+        # A token may be traced.
+        read = array(token, np.int32) if is_traced(token) else single(token, "token")
+        fill(self, position=at, token=read)
 
     @property
     def last(self) -> int:
@@ -58,7 +61,7 @@ class ForceToken(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an id outside the vocabulary."""
-        if not 0 <= int(self.token) < config.num_embed:
+        if not is_traced(self.token) and not 0 <= int(self.token) < config.num_embed:
             raise ValueError(
                 f"token ids must lie in 0 to {config.num_embed - 1}, got {int(self.token)}"
             )

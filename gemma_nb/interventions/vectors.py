@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_nb.indices import Indices
 from gemma_nb.interventions.base import (
@@ -21,7 +22,6 @@ from gemma_nb.interventions.base import (
     ints,
     node,
     plain,
-    replacements,
     shape_of,
     short,
     single,
@@ -29,7 +29,9 @@ from gemma_nb.interventions.base import (
     taken,
     wide,
 )
+from gemma_nb.interventions.numbers import array, is_traced, padded
 from gemma_nb.interventions.reach import unsampled
+from gemma_nb.interventions.replacements import last_of, replaced, replacements
 from gemma_nb.sites import EVERYWHERE, SITES
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def _layer(layer: int | None) -> jax.Array:
-    return jnp.int32(EVERYWHERE) if layer is None else single(layer, "layer")
+    return array(EVERYWHERE, np.int32) if layer is None else single(layer, "layer")
 
 
 @node
@@ -45,8 +47,8 @@ class AblateMLP(Intervention):
     """Replaces what feed-forward layers add to the residual stream: `AblateMLP([5, 6])`.
 
     Attributes:
-      layers: (M,) int32.
-      values: (M, P, D), what it is replaced with; P is 1 but for "resample".
+      layers: (M,) int32, padded.
+      values: (M, P, D), what it is replaced with; P is 1 but for "resample", see `replacements`.
       where: at which positions.
       method: "zero", "mean" or "resample", as of `AblateHeads`.
     """
@@ -86,14 +88,10 @@ class AblateMLP(Intervention):
     def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
         """mlp_out, replaced."""
         del keys
-        acts = self.where(positions)
-        if self.method == "resample":
-            acts &= positions < self.values.shape[1]
-        for m in range(self.layers.shape[0]):
-            row = jnp.clip(positions, 0, self.values.shape[1] - 1)
-            new = self.values[m][row].astype(value.dtype)
-            value = jnp.where(wide(acts & (self.layers[m] == layer), value.ndim), new, value)
-        return value
+        found, which = last_of((self.layers == layer)[:, None])
+        new, inside = replaced(self.values, which, positions, self.method)
+        acts = wide(self.where(positions), 4) & found[:, None] & inside
+        return jnp.where(acts, new.astype(value.dtype), value[:, :, None])[:, :, 0]
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer, or a reference of another width."""
@@ -114,9 +112,9 @@ class Patch(Intervention):
 
     Attributes:
       layer: () int32.
-      positions: (P,) int32 absolute positions.
+      positions: (P,) int32 absolute positions, padded.
       value: (P, ...) of the site, or of its `heads` only: (P, heads, H).
-      heads: (n,) int32, or None for all of the site.
+      heads: (n,) int32, padded, or None for all of the site.
       site: any sown site but the maps and norms' scales.
     """
 
@@ -138,7 +136,7 @@ class Patch(Intervention):
     ) -> None:
         check_patchable(site, layer)
         named, mask = taken(positions, "positions")
-        at, new = from_zero(named, positions), jnp.asarray(value)
+        at, new = from_zero(named, positions), array(value)
         if len(set(named)) < len(named):
             raise ValueError(f"a position can be patched once, got {short(named)}")
         if heads is not None and len(SITES[site].dims) < 4:
@@ -147,12 +145,18 @@ class Patch(Intervention):
         if some is not None and len(set(some)) < len(some):
             raise ValueError(f"a head can be patched once, got {short(some)}")
         if new.ndim == len(SITES[site].dims) - 2:
-            new = jnp.broadcast_to(new, (len(at), *new.shape))
-        if new.shape[:1] != at.shape:
+            new = jnp.broadcast_to(new, (len(named), *new.shape))
+        if new.shape[:1] != (len(named),):
             raise ValueError(
-                f"value must hold one {site} for each of {len(at)} positions, got {new.shape}"
+                f"value must hold one {site} for each of {len(named)} positions, got {new.shape}"
             )
-        fill(self, site=site, layer=_layer(layer), positions=at, value=new)
+        if some is not None and new.shape[1:2] != (len(some),):
+            raise ValueError(
+                f"value must hold one vector for each of {len(some)} heads, got {new.shape}"
+            )
+        axes = 1 if some is None else 2
+        fill(self, site=site, layer=_layer(layer), positions=at)
+        fill(self, value=padded(new, new.dtype, 0, axes))
         fill(self, heads=None if some is None else ints(some), mask=mask)
         fill(self, masks=() if of_heads is None else (("heads", of_heads),))
 
@@ -210,14 +214,14 @@ class Patch(Intervention):
     def apply(self, value: jax.Array, layer: Any, positions: jax.Array, keys: Any) -> jax.Array:
         """The site with the given numbers at the given positions."""
         del keys
-        if not self.positions.shape[0]:
-            return value
         match = positions[..., None] == self.positions  # (B, T, P)
         new = self.value[match.argmax(axis=-1)].astype(value.dtype)
         acts = wide(match.any(axis=-1) & (self.layer == layer), value.ndim)
         if self.heads is not None:
             new = jnp.broadcast_to(new, (*value.shape[:2], *new.shape[2:]))
-            new = value.at[:, :, self.heads].set(new)
+            # Padding, which is negative, would be counted from the end.
+            heads = jnp.where(self.heads < 0, value.shape[2], self.heads)
+            new = value.at[:, :, heads].set(new, mode="drop")
         return jnp.where(acts, new, value)
 
     def check(self, config: TransformerConfig) -> None:
@@ -271,9 +275,8 @@ class Steer(Intervention):
         site: str = "residual",
     ) -> None:
         check_patchable(site, layer)
-        fill(self, layer=_layer(layer))
-        fill(self, vector=jnp.asarray(vector, jnp.float32))
-        fill(self, scale=jnp.float32(scale), where=Where.of(positions), site=site)
+        fill(self, layer=_layer(layer), vector=array(vector, np.float32, "vector"))
+        fill(self, scale=array(scale, np.float32, "scale"), where=Where.of(positions), site=site)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -296,7 +299,7 @@ class Steer(Intervention):
             raise ValueError(f"a vector for {self.site} is {expected}, got {self.vector.shape}")
 
     def __str__(self) -> str:
-        norm = float(jnp.linalg.norm(self.vector))
+        norm = float(np.linalg.norm(np.asarray(self.vector)))
         where = "" if int(self.layer) == EVERYWHERE else f" of layer {int(self.layer)}"
         return (
             f"steer {self.site}{where} by {float(self.scale):g} times a vector of norm {norm:.3g} "
@@ -334,7 +337,7 @@ class EditNeuron(Intervention):
         if method not in ("set", "add", "multiply"):
             raise ValueError(f'method must be "set", "add" or "multiply", got {method!r}')
         fill(self, layer=single(layer, "layer"), neuron=single(neuron, "neuron"), method=method)
-        fill(self, value=jnp.float32(value), where=Where.of(positions))
+        fill(self, value=array(value, np.float32), where=Where.of(positions))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -353,7 +356,7 @@ class EditNeuron(Intervention):
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or neuron."""
         check_places(config, self.layer)
-        if not 0 <= int(self.neuron) < config.hidden_dim:
+        if not is_traced(self.neuron) and not 0 <= int(self.neuron) < config.hidden_dim:
             raise ValueError(
                 f"neuron {int(self.neuron)} does not exist: "
                 f"a layer has neurons 0 to {config.hidden_dim - 1}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gemma_nb.config import AttentionKind, Sliding
@@ -49,7 +50,7 @@ def extend_cache(
     new = {name: value.astype(cache[name].dtype) for name, value in new.items()}
     real = new["positions"] >= 0
     added = real.sum(axis=1, dtype=end.dtype)
-    index = jnp.arange(length)
+    index = jnp.arange(length, dtype=jnp.int32)
     slots = end[:, None] + index
     if ring:
         real = real & (index >= added[:, None] - size)  # the last of those that share a slot
@@ -74,14 +75,14 @@ def _extend_columns(
     added = jnp.sum(new["positions"] >= 0, dtype=end.dtype)
     if ring:
         start, count = jnp.zeros((), end.dtype), size
-        token = (jnp.arange(size) - end) % size
+        token = (jnp.arange(size, dtype=jnp.int32) - end) % size
         # The last of those that share a slot.
         token += jnp.maximum(added - 1 - token, 0) // size * size
     else:
         # All slots that may take one; not beyond the last slot, where they would be moved.
         count = min(length, size)
         start = jnp.minimum(end, size - count)
-        token = start - end + jnp.arange(count)
+        token = start - end + jnp.arange(count, dtype=jnp.int32)
     taken = (token >= 0) & (token < added)
     token = jnp.clip(token, 0, length - 1)
 
@@ -91,7 +92,8 @@ def _extend_columns(
         held = cache[name].reshape((-1, size) if last else (size, -1))
         value = value.astype(held.dtype).reshape(length, -1)[token]
         value = value.T if last else value
-        place = (0, start) if last else (start, 0)
+        zero = np.zeros((), start.dtype)
+        place = (zero, start) if last else (start, zero)
         old = lax.dynamic_slice(held, place, value.shape)
         value = jnp.where(taken if last else taken[:, None], value, old)
         return lax.dynamic_update_slice(held, value, place).reshape(cache[name].shape)
@@ -120,7 +122,8 @@ def _extend_by_one(cache: LayerCache, new: LayerCache, ring: bool) -> tuple[Laye
         # updated in another shape.
         held = cache[name]
         last = name == "vt"
-        shape, place = ((-1, size), (0, slot)) if last else ((size, -1), (slot, 0))
+        zero = np.zeros((), slot.dtype)
+        shape, place = ((-1, size), (zero, slot)) if last else ((size, -1), (slot, zero))
         value = value.astype(held.dtype).reshape((-1, 1) if last else (1, -1))
         return lax.dynamic_update_slice(held.reshape(shape), value, place).reshape(held.shape)
 

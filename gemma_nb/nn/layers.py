@@ -119,7 +119,9 @@ class Embedder(nn.Module):
         bfloat16 rounds it by up to 0.4 %, and that is the number the models were trained with.
         """
         multiplier = jnp.asarray(math.sqrt(self.embed_dim), self.table.dtype)
-        return self.table[tokens].astype(self.dtype) * multiplier.astype(self.dtype)
+        # numpy's arrays cannot be indexed with what is being traced.
+        table = jnp.asarray(self.table)
+        return table[tokens].astype(self.dtype) * multiplier.astype(self.dtype)
 
     def decode(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
         """Logits of normalised hidden states, in float32."""

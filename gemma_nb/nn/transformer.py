@@ -24,6 +24,7 @@ from gemma_nb.nn.sample import SAMPLE
 from gemma_nb.nn.storage import exact_layers, pack
 from gemma_nb.processor import ONE_PLACE, Streams
 from gemma_nb.sites import EVERYWHERE
+from gemma_nb.summaries import summary
 from gemma_nb.typing import KVCache, Params
 
 # Layers of one kind differ in their names only, and are traced once: tracing all of them takes
@@ -59,6 +60,8 @@ class Output:
     logits: jax.Array
     cache: KVCache | None
     hidden_states: jax.Array | None
+
+    __repr__ = summary
 
 
 class Transformer(nn.Module):
@@ -151,9 +154,10 @@ class Transformer(nn.Module):
         last_only: bool,
         interventions: Any = None,
     ) -> Output:
+        count = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         if positions is None:
             start = 0 if cache is None else cache["layer_0"]["end_index"][:, None]
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = jnp.broadcast_to(start + count, tokens.shape)
         x, rotations = self.enter(tokens, positions, interventions)
         new_cache: KVCache = {}
         for i, block in enumerate(self.blocks):
@@ -166,7 +170,7 @@ class Transformer(nn.Module):
         x = self.leave(x, positions, interventions)
         if last_only:
             real = (tokens != _PADDING_ID) & (positions >= 0)
-            index = jnp.max(jnp.where(real, jnp.arange(tokens.shape[1]), 0), axis=-1)
+            index = jnp.max(jnp.where(real, count, 0), axis=-1)
             x = x[jnp.arange(len(x)), index]
         # A caller under jit that ignores the logits does not pay for them.
         return Output(

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from gemma_nb.executables import pinned
+
 # The name of the threads.
 COMPILING = "gemma-nb-compile"
 
@@ -34,9 +36,9 @@ def _run(jobs: Iterable[Callable[[], object]]) -> None:
         if not threading.main_thread().is_alive():
             return  # Python ends, and waits
         try:
-            job()
+            pinned(job)()
         except Exception:  # whatever it is: nobody asked for this yet
-            # No warning: settings of JAX that hold for one thread only are lawful, and fail here.
+            # No warning: it may be a setting of JAX's that holds for one thread only.
             _log.info("compiling ahead of need failed; it is done when needed", exc_info=True)
         _give_back()
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
@@ -83,6 +84,7 @@ class Batch:
         self._controls: Any = None
         self._keys: Any = None
 
+    @pinned
     def begin(
         self,
         prompts: Sequence[Sequence[int]],
@@ -125,6 +127,7 @@ class Batch:
         hidden = self._feed_rest(len(common), width, between)
         return None if hidden is None else self._choose(hidden, range(len(prompts)))
 
+    @pinned
     def step(self, tokens: dict[int, int]) -> dict[int, Evidence]:
         """Feeds the next token of some streams, and chooses the one after each.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb import executables, placement
+from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
@@ -49,6 +50,7 @@ class Decoder:
       limit: most positions that the cache may hold.
     """
 
+    @pinned
     def __init__(
         self,
         model: GemmaTransformer,
@@ -107,6 +109,7 @@ class Decoder:
         """Whether no further token can be fed."""
         return len(self.ids) >= self.limit
 
+    @pinned
     def reset(self) -> None:
         """Forgets everything; the next prompt is computed from its first token."""
         self.ids, self._cache, self._next, self._ahead = [], None, None, None
@@ -120,11 +123,13 @@ class Decoder:
         self._start_over_if_torn()
         return self.ids[: len(ids)] == list(ids)
 
+    @pinned
     def keep(self, ids: Sequence[int]) -> None:
         """Takes back what is in the cache beyond the prefix that it shares with `ids`."""
         with self._changing():
             self._take_back(shared_prefix(self.ids, ids))
 
+    @pinned
     def intervene(self, interventions: Interventions | None) -> None:
         """Computes under other interventions from now on; None takes them away.
 
@@ -137,6 +142,7 @@ class Decoder:
                 self._take_back(min(start, len(self.ids)))
                 self._interventions = interventions
 
+    @pinned
     def begin(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
         """Readies the stream to continue `ids`, reusing what the cache already holds of it.
 
@@ -169,6 +175,7 @@ class Decoder:
             self._seen = placement.put(seen, where)
         return list(ids[len(self.ids) :])
 
+    @pinned
     def prefill(
         self,
         ids: Sequence[int],
@@ -209,6 +216,7 @@ class Decoder:
         executables.started()
         return result
 
+    @pinned
     def step(self, token: int | None = None, *, last: bool = False) -> Evidence:
         """Feeds the token chosen last, and chooses the next; evidence on the host.
 
@@ -238,6 +246,7 @@ class Decoder:
                 self._ahead = self._feed_one(made.token, at + 1, controls)
             return cast(Evidence, self._take([fed], made))
 
+    @pinned
     def look(self, position: int) -> Look:
         """What the model computes at a position that is in the cache, in about the time of a step.
 
@@ -267,6 +276,7 @@ class Decoder:
             *(self.ids[position], position),
         )
 
+    @pinned
     def residuals(self, ids: Sequence[int]) -> KeptResiduals:
         """The residual stream of the tokens in the cache that `ids` begins with, as computed.
 
@@ -287,6 +297,7 @@ class Decoder:
                 self._take_back(shared)
         return kept
 
+    @pinned
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
         """Compiles every step that a short conversation needs, and leaves the stream empty.
 

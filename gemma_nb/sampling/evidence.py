@@ -113,7 +113,9 @@ class Evidence:
     def pack(self) -> jax.Array:
         """All of it as one array of 32-bit words: each array that a step makes costs time."""
         fields = [getattr(self, name) for name in (*_ONES, *_LISTS)]
-        words = [jnp.ravel(x) if x.dtype != bool else jnp.ravel(x).astype(int) for x in fields]
+        words = [
+            jnp.ravel(x) if x.dtype != bool else jnp.ravel(x).astype(jnp.int32) for x in fields
+        ]
         return jnp.concatenate([lax.bitcast_convert_type(x, jnp.uint32) for x in words])
 
     @classmethod

@@ -20,6 +20,7 @@ from gemma_nb.sampling.feed import kept, sown_attention
 from gemma_nb.sampling.rows import in_order, together
 from gemma_nb.sampling.weights import DecodingWeights
 from gemma_nb.sites import SITES
+from gemma_nb.summaries import summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Look:
     attention: np.ndarray
     residual: np.ndarray
     final: np.ndarray
+
+    __repr__ = summary
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb import settings
-from gemma_nb.executables import Kept
 from gemma_nb.sampling.top_k import top_k
+from gemma_nb.summaries import summary
 
 if TYPE_CHECKING:
     from gemma_nb.model import GemmaTransformer
@@ -62,6 +62,8 @@ class Sampling:
     max_new_tokens: int = 512
     stop: tuple[str, ...] = ()
     forbidden: tuple[int, ...] = ()
+
+    __repr__ = summary
 
     def __post_init__(self) -> None:
         for name, value in self._checked().items():
@@ -169,6 +171,8 @@ class Controls:
     key: jax.Array
     forced: jax.Array
 
+    __repr__ = summary
+
     @classmethod
     def of(cls, sampling: Sampling, num_embed: int) -> Controls:
         """Controls for `sampling`, whose seed must be set.
@@ -201,17 +205,14 @@ class Controls:
 
 
 def seeded(seed: int) -> jax.Array:
-    """The key () that `jax.random.key` makes of a seed, without lowering it in every process.
+    """The key () that `jax.random.key` makes of a seed, without a program that makes it.
 
     Args:
       seed: 0 to 2**32 - 1.
     """
-    return jax.random.wrap_key_data(_key_data((), np.uint32(seed)))
-
-
-@Kept
-def _key_data(seed: jax.Array) -> jax.Array:
-    return jax.random.key_data(jax.random.key(seed))
+    # Of threefry it is the seed itself, in two words.
+    words = jax.device_put(np.array([0, seed], np.uint32))
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 # Kept, since most replies of a chat have the settings of the one before, and differ in their seed.
@@ -245,6 +246,8 @@ class Distribution:
     scores: jax.Array
     threshold: jax.Array
     log_total: jax.Array
+
+    __repr__ = summary
 
     def probability(self, ids: Int[Array, "*n"]) -> Float[Array, "*n"]:
         """Probability of drawing each id."""

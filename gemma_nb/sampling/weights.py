@@ -14,6 +14,7 @@ import numpy as np
 
 from gemma_nb import processor
 from gemma_nb.checkpoints import memory
+from gemma_nb.executables import pinned
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.storage import Stored
@@ -182,6 +183,7 @@ def _is_stored(leaf: Any) -> bool:
 _made: weakref.WeakValueDictionary[Any, DecodingWeights] = weakref.WeakValueDictionary()
 
 
+@pinned
 def decoding_weights(model: GemmaTransformer) -> DecodingWeights:
     """The weights that decoding `model` runs on; made anew only where nobody holds them."""
     # They hold the parameters, whose identities therefore stay theirs.

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import anywidget
 import traitlets
@@ -67,6 +67,14 @@ def close_layout(widget: Any) -> None:
         widget.layout.close()
 
 
+def refuse_to_copy(widget: object) -> NoReturn:
+    """Raises TypeError, with what to do instead of pickling or copying a widget."""
+    raise TypeError(
+        f"a {type(widget).__name__} belongs to its notebook and cannot be pickled or copied: make "
+        "another one of the same session, and save that with chat.save(path)"
+    )
+
+
 def command(method: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a method as callable from the front end, by its name."""
     method._panel_command = True  # type: ignore[attr-defined]
@@ -97,6 +105,9 @@ class Panel(anywidget.AnyWidget):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        refuse_to_copy(self)
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, Any], dict[str, Any]]:
         html = self.static_html()  # first: it takes over what was said since
