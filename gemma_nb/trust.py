@@ -38,14 +38,14 @@ def distrust(folder: Path, own: Path) -> str:
     if not hasattr(os, "geteuid"):
         return ""
     try:
-        top, end = own.resolve(), folder.resolve()
-        for path, about in _walk(folder.absolute()):
-            strict = path == end or path.is_relative_to(top)
+        top = os.path.realpath(own)
+        steps = list(_walk(folder.absolute()))
+        for path, about in steps:
+            inside = str(path) == top or str(path).startswith(top + os.sep)
+            strict = inside or path is steps[-1][0]
             if reason := _objection(path, about, strict=strict):
                 return reason
-    except FileNotFoundError:  # what is not there yet will be ours
-        return ""
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         return f"{folder} cannot be looked into: {error}"
     return ""
 
@@ -86,10 +86,10 @@ def read(file: Path) -> bytes:
 
 
 def _walk(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Every folder and link on the way to an absolute path, from the top, and itself.
+    """Every folder and link that is there on the way to an absolute path, from the top, and itself.
 
     Raises:
-      OSError: there is none, or links lead in a circle.
+      OSError: one cannot be looked into, or links lead in a circle.
     """
     at, left, links = Path(path.anchor), list(reversed(path.parts[1:])), 0
     yield at, at.lstat()
@@ -99,7 +99,10 @@ def _walk(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
             at = at.parent
             continue
         step = at / part
-        about = step.lstat()
+        try:
+            about = step.lstat()
+        except FileNotFoundError:  # what is not there yet will be ours
+            return
         yield step, about
         if not stat.S_ISLNK(about.st_mode):
             at = step

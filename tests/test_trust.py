@@ -41,6 +41,8 @@ def test_what_is_ours_alone_is_trusted(own):
     assert trust.distrust(own / "part", own) == ""
     assert trust.read(own / "part" / "file") == b"ours"
     assert trust.distrust(own / "not there yet", own) == ""
+    own.chmod(0o777)
+    assert trust.distrust(own / "not" / "there", own) == f"others can write to {own}"
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, 0o1777, 0o722])
