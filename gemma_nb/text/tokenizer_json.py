@@ -230,7 +230,8 @@ class Bpe:
         """The `tokenizers` library, which never gives a control piece for text."""
         if self._model.get("ignore_merges"):
             self._fail("model.ignore_merges with pieces that no merges make, which no Gemma has")
-        control = {p for p, kind in zip(base.pieces, base.types, strict=True) if kind == CONTROL}
+        typed = zip(base.pieces, base.types, strict=True)
+        control = {piece for piece, kind in typed if kind in (CONTROL, UNKNOWN)}
         added = [
             {**entry, "special": entry.get("content") in control}
             for entry in self._fields.get("added_tokens") or []
