@@ -225,6 +225,7 @@ def test_a_stream_that_is_closed_is_no_traceback(monkeypatch, capsys, name):
             "gemma-nb: standard output is closed: there is nowhere to write to\n",
         )
     else:
+        getattr(sys, name).close()
         assert (code, out, err) == (0, "Paris.\n", "")
 
 
