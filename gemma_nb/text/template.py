@@ -97,8 +97,9 @@ class Template(abc.ABC):
         return tokenizer.encode(text)
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Tokens that end a reply: `<eos>` and, where the vocabulary has it, `<end_of_turn>`."""
-        ends = {tokenizer.eos_id, tokenizer.control.get(_END, tokenizer.eos_id)}
+        """Tokens that end a reply: `<eos>` and `<end_of_turn>`, whichever of them the files name."""
+        control = tokenizer.control
+        ends = {tokenizer.eos_id, *(control[end] for end in ("<eos>", _END) if end in control)}
         return frozenset(ends - {-1})
 
     def forbidden_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
