@@ -136,9 +136,11 @@ class Transformer(nn.Module):
             tokens, cache, positions, attention_mask = jax.tree.map(
                 lambda x: x.reshape(math.prod(batch), *x.shape[len(batch) :]), inputs
             )
-        output = self._forward(
-            tokens, cache, positions, attention_mask, bool(return_last_only), interventions
-        )
+        # A setting of JAX's for the code around it.
+        with jax.numpy_rank_promotion("allow"):
+            output = self._forward(
+                tokens, cache, positions, attention_mask, bool(return_last_only), interventions
+            )
         if not return_hidden_states:
             output = output.replace(hidden_states=None)  # type: ignore[attr-defined]
         if len(batch) != 1:
