@@ -284,7 +284,8 @@ def use_compilation_cache() -> None:
     except UnicodeEncodeError as error:  # XLA takes names in UTF-8 only
         _log.info("compiled programs are not kept in %r: %s", folder, error)
         return
-    jax_cache.use(folder)
+    if not jax_cache.use(folder):
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX's default of a second leaves out programs that a start of the app waits for.
     if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # type: ignore[attr-defined]

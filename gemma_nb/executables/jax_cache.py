@@ -84,12 +84,19 @@ class Entries:
             cache.drop_oldest(self._path, "*-cache", most)
 
 
-def use(folder: Path) -> None:
-    """Lets JAX keep its programs in a folder of ours, from the next compilation on."""
+def use(folder: Path) -> bool:
+    """Lets JAX keep its programs in a folder of ours, from the next compilation on.
+
+    Returns:
+      False where this version of JAX reads its files in another way: then it is to keep none.
+    """
     trust.warn_of(folder, cache.cache_dir())
-    plain = compilation_cache.get_file_cache
+    plain = getattr(compilation_cache, "get_file_cache", None)
+    if plain is None:
+        _log.info("this version of JAX has no get_file_cache: compiled programs are not kept")
+        return False
     if getattr(plain, "is_ours", False):
-        return
+        return True
 
     def get_file_cache(path: str) -> Any:
         ours = path == str(cache.cache_dir() / "jax")
@@ -97,6 +104,7 @@ def use(folder: Path) -> None:
 
     get_file_cache.is_ours = True  # type: ignore[attr-defined]
     compilation_cache.get_file_cache = get_file_cache
+    return True
 
 
 @contextlib.contextmanager
