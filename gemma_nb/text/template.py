@@ -97,7 +97,7 @@ class Template(abc.ABC):
         return tokenizer.encode(text)
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Tokens that end a reply: `<eos>` and `<end_of_turn>`, whichever of them the files name."""
+        """Tokens that end a reply: `<eos>` and `<end_of_turn>`, where the vocabulary has them."""
         control = tokenizer.control
         ends = {tokenizer.eos_id, *(control[end] for end in ("<eos>", _END) if end in control)}
         return frozenset(ends - {-1})
