@@ -89,7 +89,7 @@ def tar() -> bytes:
         ("a.gguf", bytes(5000), "nothing but zeros: its download was not finished"),
         ("a.gguf.part", b"GGUF", "a download that was not finished"),
         ("Unconfirmed.crdownload", b"GGUF", "a download that was not finished"),
-        ("a.gguf", gzip.compress(b"GGUF"), "a gzip archive; unpack it"),
+        ("a.gguf", gzip.compress(b"GGUF", mtime=0), "a gzip archive; unpack it"),
         ("a.tar", tar(), "a tar archive; unpack it"),
         ("a.gguf", packed("gemma/config.json"), "a zip archive.*unpack it"),
         ("a.bin", packed("archive/data.pkl"), "a file of torch, a pickle"),
