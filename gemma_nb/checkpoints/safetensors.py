@@ -318,9 +318,10 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
     files = sorted(set(where.values()))
     absent = [f for f in files if "\0" not in f and not os.path.lexists(folder / f)]
     if absent:
+        why = kinds.unfinished(folder)
         raise CheckpointError(
             f"{folder / absent[0]} is missing; {len(absent)} of the {len(files)} files that "
-            f"{INDEX} names are not in the folder: download them"
+            f"{INDEX} names are not in the folder: {why or 'download them'}"
         )
     headers = {file: _header(folder, file) for file in files}
     for file, tensors in headers.items():
