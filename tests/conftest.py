@@ -87,7 +87,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     To compile takes most of the tests' time, and a third less without.  What is held to numbers of
     other implementations, or runs on the default model, is compiled as it is for users.
     """
-    optimized = item.get_closest_marker("real") or PARITY in item.path.parents
+    marked = item.get_closest_marker("real") or item.get_closest_marker("optimized")
+    optimized = marked or PARITY in item.path.parents
     jax.config.update("jax_disable_most_optimizations", not optimized)
     return (yield)
 

@@ -38,10 +38,7 @@ def test_none_is_all_and_iterators_are_lists():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        *(
-            (x, "layers must be whole numbers")
-            for x in (2.0, [2.0], np.array(2.0), "all", ...)
-        ),
+        *((x, "layers must be whole numbers") for x in (2.0, [2.0], np.array(2.0), "all", ...)),
         *((x, "layers must be whole numbers") for x in ([[1]], np.ones((1, 1), int), 2**70)),
         *((x, "the truth value True") for x in (True, np.True_, jnp.bool_(True), np.array(True))),
         ([True, 2], "layers mixes truth values and numbers"),

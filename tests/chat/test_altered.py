@@ -142,7 +142,7 @@ class Shift(Intervention):
 
 def test_a_class_of_the_users_own_is_kept_and_read_where_it_is_given(chat, tiny_model, tmp_path):
     chat.chat("Hi")
-    shift = Shift(1, 20 * jnp.ones(32), Where.of([6, 7]), "minus")
+    shift = Shift(1, 20 * jnp.ones(32), Where.of([19, 20]), "minus")
     turn = chat.intervene(shift, gnb.AblateMLP(0), at=1)
     paths = [tmp_path / "a.gnb", tmp_path / "b.gnb"]
     chat.save(paths[0])

@@ -50,28 +50,40 @@ def test_heads_and_source_tokens_add_up_to_layers(traced):
         )
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        gnb.AblateHeads({1: [2]}),
-        gnb.ScaleHeads({1: {2: 3.0}}, positions=[4, 30]),
-        gnb.Steer(2, np.linspace(-1, 1, 64), 5.0),
-        gnb.Steer(None, np.ones(64), site="final"),
-        gnb.Steer(1, np.linspace(-1, 1, 64), 5.0, site="attn_out"),
-        gnb.AblateMLP(1),
-        gnb.KnockOut(1, keys=[0]),
-    ],
-    ids=str,
-)
-def test_what_interventions_add_is_a_component(traced, change):
-    model, trace = traced
-    changed = gnb.trace(model.intervene(change), trace.tokens, sites=())
+CHANGES = [
+    gnb.AblateHeads({1: [2]}),
+    gnb.ScaleHeads({1: {2: 3.0}}, positions=[4, 30]),
+    gnb.Steer(2, np.linspace(-1, 1, 64), 5.0),
+    gnb.Steer(None, np.ones(64), site="final"),
+    gnb.Steer(1, np.linspace(-1, 1, 64), 5.0, site="attn_out"),
+    gnb.AblateMLP(1),
+    gnb.KnockOut(1, keys=[0]),
+]
+
+
+def assert_shares_add_up(changed):
+    """Returns the shares by token, for what else is to be said of them."""
     expected = uncapped(changed, 7)
     for by in ("component", "head"):
         shares = gnb.direct_logit_attribution(changed, 7, by=by)
         np.testing.assert_allclose(shares.sum("component"), expected, atol=3e-4)
     tokens = gnb.direct_logit_attribution(changed, 7, by="token", position=30)
     np.testing.assert_allclose(tokens.sum(), expected[30], atol=3e-4)
+    return tokens
+
+
+def test_what_all_interventions_together_add_is_a_component(traced):
+    model, trace = traced
+    changed = gnb.trace(model.intervene(*CHANGES), trace.tokens, sites=())
+    assert "interventions" in assert_shares_add_up(changed).component
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_what_an_intervention_adds_is_a_component(change):
+    model = model_of(RANDOM["Gemma 2"])
+    tokens = RANDOM["Gemma 2"].tokens()[:50]
+    changed = gnb.trace(model.intervene(change), tokens, sites=())
+    tokens = assert_shares_add_up(changed)
     between = change.sites and change.sites[0] in ("z", "residual", "final", "attn_out")
     assert ("interventions" in tokens.component) == bool(between)
     if change.sites == ("residual",):  # a part of its own, not hidden in another's
