@@ -10,6 +10,7 @@ import numpy as np
 import gemma_nb as gnb
 
 if TYPE_CHECKING:
+    from gemma_nb.config import TransformerConfig
     from gemma_nb.model import GemmaTransformer
     from gemma_nb.text.tokenizer import Tokenizer
 
@@ -49,4 +50,14 @@ def model(vocab_size: int) -> GemmaTransformer:
         query_pre_attn_scalar=16,
         max_context=4096,
     )
-    return gnb.GemmaTransformer.from_config(config, key=jax.random.key(0))
+    return random_model(config)
+
+
+def random_model(config: TransformerConfig) -> GemmaTransformer:
+    """Random weights, in every process the same to the last bit."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        return gnb.GemmaTransformer.from_config(config, key=jax.random.key(0))
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

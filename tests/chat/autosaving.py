@@ -14,12 +14,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
 import gemma_nb as gnb
 from gemma_nb.chat.events import TokenEvent
 from gemma_nb.config import TransformerConfig, interleave
 from gemma_nb.text.tokenizer import Tokenizer
+from tests import tiny
 
 
 def model_for(tokenizer: Tokenizer) -> gnb.GemmaTransformer:
@@ -35,7 +34,7 @@ def model_for(tokenizer: Tokenizer) -> gnb.GemmaTransformer:
         query_pre_attn_scalar=16,
         max_context=1024,
     )
-    return gnb.GemmaTransformer.from_config(config, key=jax.random.key(0))
+    return tiny.random_model(config)
 
 
 def replies(chat: gnb.ChatSession, draw: random.Random) -> Iterator[TokenEvent]:

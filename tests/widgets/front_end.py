@@ -65,7 +65,7 @@ class FrontEnd:
             for message in early:
                 self._receive(message)
             opened, self.acknowledges = True, acknowledges
-        if early and acknowledges:
+        if early and acknowledges and "transcript" in self.state:
             panel.set_state({"ack": self.state["transcript"]["seq"]})
 
     def _receive(self, message: dict[str, Any]) -> None:
