@@ -96,8 +96,9 @@ def test_import_pulls_in_nothing_heavy():
 
 def test_import_takes_well_under_half_a_second():
     program = (
-        "import time; start = time.perf_counter(); import gemma_nb; "
-        "print(time.perf_counter() - start)"
+        # Of the processor: others may be using it, too.
+        "import time; start = time.process_time(); import gemma_nb; "
+        "print(time.process_time() - start)"
     )
     assert min(float(python(program)) for _ in range(3)) < 0.1
 
