@@ -107,6 +107,7 @@ def test_rows_have_a_limit_that_is_told_once(make):
     assert chat.attention_kept.evicted > kept.evicted
 
 
+@pytest.mark.optimized
 def test_capturing_changes_no_reply(make):
     """On this machine's compiler also bit for bit."""
     turns = [

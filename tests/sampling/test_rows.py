@@ -135,6 +135,7 @@ def test_the_oldest_rows_go_first(make, tiny_model):
     assert (rows.kept.tokens, rows.kept.bytes) == (0, 0)
 
 
+@pytest.mark.optimized
 def test_capturing_changes_no_choice(make, tiny_model):
     """Here tokens and evidence are the same bit for bit."""
     ids = random_ids(25)
