@@ -88,7 +88,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     other implementations, or runs on the default model, is compiled as it is for users.
     """
     marked = item.get_closest_marker("real") or item.get_closest_marker("optimized")
-    optimized = marked or PARITY in item.path.parents
+    optimized = bool(marked or PARITY in item.path.parents)
+    if optimized and jax.config.values["jax_disable_most_optimizations"]:
+        # JAX would run what it has compiled without them, whatever is set now.
+        jax.clear_caches()
+        executables.forget()
     jax.config.update("jax_disable_most_optimizations", not optimized)
     return (yield)
 

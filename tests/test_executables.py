@@ -121,6 +121,7 @@ def test_a_second_start_lowers_nothing(place):
     [
         "jax.config.update('jax_enable_x64', True)",
         "jax.config.update('jax_default_matmul_precision', 'highest')",
+        "jax.config.update('jax_disable_most_optimizations', True)",
         "storage._FEW = 1",
     ],
 )

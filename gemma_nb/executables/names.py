@@ -20,6 +20,8 @@ import jax
 PACKAGE = Path(__file__).parents[1]
 # What a program is traced through.
 _TRACED = ("config", "interventions", "nn", "processor", "sampling", "sites", "typing")
+# The one setting of a whole process that changes programs.
+_OPTIMIZATIONS = "jax_disable_most_optimizations"
 # JAX's settings that say where things go and what is said of them, or are for other devices: they
 # change no program.  Of the others each takes a quarter of a microsecond of every step.
 _ASIDE = (
@@ -37,13 +39,15 @@ def disabled() -> bool:
 
 def settings() -> tuple[Any, ...]:
     """JAX's settings that hold here, in this thread."""
-    return tuple([getattr(jax.config, name) for name in _names()])
+    of_threads = [getattr(jax.config, name) for name in _names()]
+    return (*of_threads, jax.config.values[_OPTIMIZATIONS])
 
 
 @functools.cache
 def _names() -> tuple[str, ...]:
+    """Those that a thread can have for itself, which are attributes."""
     named = (n for n in jax.config.values if not any(word in n for word in _ASIDE))
-    return tuple(name for name in named if hasattr(jax.config, name))  # flags have no attribute
+    return tuple(name for name in named if hasattr(jax.config, name))
 
 
 def program_name(static: str, args: tuple[Any, ...]) -> str | None:
