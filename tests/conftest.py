@@ -94,6 +94,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         jax.clear_caches()
         executables.forget()
     jax.config.update("jax_disable_most_optimizations", not optimized)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))  # of processes it starts
     return (yield)
 
 

@@ -11,7 +11,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gemma_nb.nn.storage import Stored, preparing, product, typical
+from gemma_nb.nn.blocks import takes_blocks, times_in_blocks
+from gemma_nb.nn.storage import Stored, materialize, preparing, product, typical
 
 # Parameters that nobody loads are only ever tested against themselves; a small normal keeps
 # random models finite at any depth.
@@ -74,7 +75,14 @@ class Einsum(nn.Module):
         w = self.param(self.weight_name, _INIT, self.shape)
         if preparing(self) and not self.joined:
             self.put_variable("prepared", self.weight_name, self.stored(x))
-        return jnp.einsum(self.eqn, x, w.astype(x.dtype))
+        size = math.prod(self.shape[axis] for axis in inner)
+        if not takes_blocks(x, size):
+            return jnp.einsum(self.eqn, x, w.astype(x.dtype))
+        columns = w.transpose(*inner, *out).reshape(size, -1)
+        if w.dtype != x.dtype:  # once, and not in every block anew
+            columns = materialize(columns.astype(x.dtype))
+        y = times_in_blocks(x.reshape(*x.shape[: x.ndim - len(inner)], size), columns)
+        return y.reshape(*y.shape[:-1], *(self.shape[axis] for axis in out))
 
 
 class RMSNorm(nn.Module):
