@@ -15,6 +15,7 @@ from gemma_nb.chat.scoring import score, score_cached
 from gemma_nb.chat.tree import Node
 from gemma_nb.errors import ContextFullError
 from gemma_nb.interventions import Intervention, Interventions
+from gemma_nb.interventions.reach import refuse_uncached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.methods import Sampling
@@ -306,6 +307,7 @@ class Planner:
         settings = self._with_seed_of(source, sampling)
         plan = self._continue(node, "intervene", source.tokens[:index], settings)
         changed = self._model.intervene(*items, start=len(plan.all_ids) - 1)
+        refuse_uncached(changed.interventions, changed.config)
         return dataclasses.replace(plan, interventions=changed.interventions)
 
     def under(self, turn: Turn) -> Interventions | None:
@@ -324,6 +326,7 @@ class Planner:
         if found is not None:
             for item in found.items:
                 item.check(self._model.config)
+            refuse_uncached(found, self._model.config)
             return found
         if turn.interventions == (() if own is None else own.describe()):
             return own

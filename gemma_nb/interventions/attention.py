@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_nb.config import Sliding
 from gemma_nb.indices import Indices
 from gemma_nb.interventions.base import (
     Intervention,
@@ -154,6 +155,19 @@ class ReplaceAttention(Intervention):
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head."""
         check_places(config, self.layer, self.head)
+
+    def uncached(self, config: TransformerConfig, start: int) -> str:
+        """Weights on keys that come after a query, or that its layer no longer keeps."""
+        queries, weights = np.asarray(self.queries)[:, None], np.asarray(self.weights)
+        keys = np.arange(weights.shape[1])
+        kind = config.layers[int(self.layer)].kind
+        gone = keys <= queries - kind.window if isinstance(kind, Sliding) else keys < 0
+        for lost, why in ((keys > queries, "comes later"), (gone, "has left the layer's window")):
+            found = np.argwhere((weights != 0) & (queries >= max(start, 0)) & lost)
+            if len(found):
+                query, key = int(queries[found[0, 0], 0]), int(found[0, 1])
+                return f"it has a weight from query {query} on key {key}, which {why}"
+        return ""
 
     def __str__(self) -> str:
         return (

@@ -208,6 +208,11 @@ class Intervention:
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError where the model has no such layer, head, neuron or shape."""
 
+    def uncached(self, config: TransformerConfig, start: int) -> str:
+        """What of it, from position `start` on, cannot be computed with a cache; "" for nothing."""
+        del config, start
+        return ""
+
     def __treescope_repr__(
         self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
     ) -> rendering_parts.Rendering:

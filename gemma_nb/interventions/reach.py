@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from gemma_nb.errors import InterventionWarning
 from gemma_nb.interventions.base import Interventions
+from gemma_nb.interventions.numbers import is_traced
+
+if TYPE_CHECKING:
+    from gemma_nb.config import TransformerConfig
 
 
 def unreached(
@@ -46,6 +50,22 @@ def warn_of_unreached(under: Interventions | None, length: int, *text: str) -> N
     """
     for sentence in unreached(under, length, *text):
         warnings.warn(sentence, InterventionWarning, stacklevel=3)
+
+
+def refuse_uncached(under: Interventions | None, config: TransformerConfig) -> None:
+    """Refuses what decoding with a cache would compute otherwise than a pass over the whole text.
+
+    Raises:
+      ValueError: names the intervention, and why.
+    """
+    if under is None or is_traced(under):
+        return
+    for item in under.items:
+        if words := item.uncached(config, int(under.start)):
+            raise ValueError(
+                f"{item}: {words}, so it cannot be decoded token by token; trace the whole text "
+                "(gnb.trace), or give weights on keys that the query sees"
+            )
 
 
 def unsampled(item: Any, length: int) -> str:

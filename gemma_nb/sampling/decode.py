@@ -13,6 +13,7 @@ import numpy as np
 from gemma_nb import executables, placement
 from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
+from gemma_nb.interventions.reach import refuse_uncached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewind, size_for
@@ -70,6 +71,7 @@ class Decoder:
         self.limit = limit
         self.ids: list[int] = []
         self._config = model.transformer.config
+        refuse_uncached(model.interventions, self._config)
         self._mesh = model.mesh
         self._interventions = model.interventions
         self._rows = rows
@@ -134,8 +136,12 @@ class Decoder:
         """Computes under other interventions from now on; None takes them away.
 
         What is cached stays up to where the old or the new ones start to act.
+
+        Raises:
+          ValueError: they cannot be computed token by token.
         """
         if interventions is not self._interventions:
+            refuse_uncached(interventions, self._config)
             both = (self._interventions, interventions)
             start = min(int(x.start) for x in both if x is not None)
             with self._changing():

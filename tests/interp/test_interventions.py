@@ -255,6 +255,15 @@ layer = st.integers(0, 2)
 rng = np.random.default_rng(0)
 VECTOR = rng.normal(size=32).astype(np.float32)
 ROWS = np.abs(rng.normal(size=(2, 6))).astype(np.float32)
+
+
+def in_sight(query):
+    """Its weights on the last six keys at most, all within the window."""
+    row = np.zeros(query + 1, np.float32)
+    row[-6:] = ROWS[0, : query + 1]
+    return row
+
+
 interventions = st.one_of(
     st.builds(lambda i, p: gnb.AblateHeads({i: [1]}, positions=p), layer, some_positions),
     st.builds(lambda i, p: gnb.ScaleHeads({i: {0: 3.0}}, positions=p), layer, some_positions),
@@ -268,7 +277,7 @@ interventions = st.one_of(
         numbers,
     ),
     st.builds(lambda i, p: gnb.Patch("k", i, p, VECTOR[None, :16]), layer, numbers),
-    st.builds(lambda i, p: gnb.ReplaceAttention(i, 1, ROWS, queries=[p, 31]), layer, numbers),
+    st.builds(lambda i, p: gnb.ReplaceAttention(i, 1, [in_sight(p)], queries=p), layer, numbers),
     st.builds(lambda p: gnb.ForceToken(p, 9), numbers),
 )
 
@@ -287,6 +296,40 @@ def test_cached_decoding_equals_the_full_pass(tiny_model, items, start):
     for i, evidence in enumerate(evidences):
         expected = whole[len(IDS) - 1 + i]
         assert_close(evidence.logprobs, expected[evidence.ids], atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "query", "message"),
+    [
+        (2, 3, "a weight from query 3 on key 4, which comes later"),
+        (0, 13, "from query 13 on key 0, which has left the layer's window.*gnb.trace"),
+    ],
+)
+def test_weights_on_what_a_cache_does_not_hold_are_refused(tiny_model, layer, query, message):
+    """Decoded they would be other numbers than those of a pass over the whole text."""
+    model, tokenizer = tiny_model
+    changed = model.intervene(gnb.ReplaceAttention(layer, 1, ROWS[:1], queries=[query]))
+    trace = gnb.trace(changed, IDS)
+    row = trace.attention.sel(layer=layer, head=1, query=query, key=slice(0, 5))
+    np.testing.assert_array_equal(row, ROWS[0])
+    with pytest.raises(ValueError, match=message):
+        Decoder(changed, limit=64, top_k=8)
+    with pytest.raises(ValueError, match=message):
+        gnb.ChatSession(changed, tokenizer, template="none")
+
+
+def test_a_chat_that_refuses_weights_goes_on(tiny_model):
+    sampling = Sampling(seed=1, max_new_tokens=12)
+    chat = gnb.ChatSession(*tiny_model, template="none", sampling=sampling)
+    first = chat.chat("Hello")
+    with pytest.raises(ValueError, match="from query 14 on key 0, which has left"):
+        chat.intervene(gnb.ReplaceAttention(0, 1, ROWS[:1], queries=[14]))
+    assert chat.turns[-1] == first
+    # What is before the reply does not act.
+    row = np.eye(15, 6, dtype=np.float32)[[5]]
+    early = gnb.ReplaceAttention(0, 1, [*ROWS[:1], *row], queries=[3, 9])
+    assert chat.intervene(early, at=1).tokens[0] == first.tokens[0]
+    assert len(chat.chat("More").tokens) == 12
 
 
 def test_values_that_change_do_not_compile_the_step_again(tiny_model):
