@@ -187,7 +187,7 @@ def test_damaged_configurations_are_said(tmp_path):
 
 @pytest.mark.parametrize("affine", [False, True])
 def test_transcoders_predict_the_output_from_the_input(tmp_path, tiny_model, affine):
-    """Gemma Scope 2; the formula of its model cards, JumpReLU plus x times the affine part."""
+    """As Gemma Scope 2's: JumpReLU, plus x times the affine part where there is one."""
     arrays = {n.lower(): P[n] for n in (*PLAIN, "threshold")}
     if affine:
         arrays["affine_skip_connection"] = P["W_skip"]
