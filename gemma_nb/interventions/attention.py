@@ -98,6 +98,9 @@ class KnockOut(Intervention):
 class ReplaceAttention(Intervention):
     """Puts given weights in the place of a head's: `ReplaceAttention(5, 2, rows, queries=[9])`.
 
+    Where tokens are decoded with a cache (chats, samplers), weights on keys after their query, or
+    outside a sliding layer's window, are refused with a ValueError: they are not there then.
+
     Attributes:
       layer: () int32.
       head: () int32.

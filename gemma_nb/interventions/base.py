@@ -209,7 +209,7 @@ class Intervention:
         """Raises ValueError where the model has no such layer, head, neuron or shape."""
 
     def uncached(self, config: TransformerConfig, start: int) -> str:
-        """What of it, from position `start` on, cannot be computed with a cache; "" for nothing."""
+        """Says why it cannot be computed with a cache from position `start` on; "" where it can."""
         del config, start
         return ""
 

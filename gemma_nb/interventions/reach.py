@@ -1,4 +1,4 @@
-"""What of the interventions a text does not reach: positions behind its end act nowhere."""
+"""Interventions that a text does not reach, as it ends before, or that a cache cannot compute."""
 
 from __future__ import annotations
 
