@@ -258,7 +258,7 @@ ROWS = np.abs(rng.normal(size=(2, 6))).astype(np.float32)
 
 
 def in_sight(query):
-    """Its weights on the last six keys at most, all within the window."""
+    """A query's weights on the last six keys that it sees, all within the window."""
     row = np.zeros(query + 1, np.float32)
     row[-6:] = ROWS[0, : query + 1]
     return row

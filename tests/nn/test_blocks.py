@@ -24,7 +24,7 @@ def error(product, x, y):
 
 @pytest.mark.optimized
 def test_they_lose_less(factors):
-    """Of numpy's own sums 3e-7 are lost, of XLA:CPU's 8e-7."""
+    """numpy's own sums lose 3e-7, those of XLA:CPU 8e-7."""
     found = jax.jit(times_in_blocks)(*factors)
     assert error(found, *factors) < 3e-7
     assert error(found, *factors) < 0.7 * error(jax.jit(jnp.matmul)(*factors), *factors)

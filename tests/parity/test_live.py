@@ -139,7 +139,7 @@ def test_configuration_survives_the_reference(runs: Runs) -> None:
 
 def test_recording_is_what_the_reference_computes(runs: Runs) -> None:
     if runs.name == RANDOM_TOKENS:
-        pytest.skip("what is not recorded")
+        pytest.skip("the reference on random tokens is computed here, and not recorded")
     recorded = recording.load(runs.name)
     np.testing.assert_array_equal(runs.tokens, recorded.tokens)
     error = compare(sketch(runs.double, recorded.sketch["top_ids"]), recorded.sketch)

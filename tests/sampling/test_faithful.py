@@ -32,7 +32,7 @@ def passage(real_model):
 
 @pytest.fixture(scope="module")
 def plain(real_model, passage):
-    """Of the plain pass in float32: final states (T, D), and in parts of the text its
+    """Final states (T, D) of the plain pass in float32, and part by part of the text its
     log-probabilities (T, V) and the ids of the twenty likeliest tokens (T, 20)."""
     model, _ = real_model
     run = jax.jit(partial(model.transformer.apply, return_hidden_states=True))
