@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax._src import compiler
 
 import gemma_nb as gnb
 import tests.tiny
@@ -55,6 +56,31 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gemma_nb")
 
 
+# Fusions by way of MLIR are half and more of what a small program takes to compile; the older way
+# computes the same.
+_QUICK = {"xla_cpu_use_fusion_emitters": False}
+_options_of = compiler.get_compile_options
+
+
+def _can_be_quick() -> bool:
+    """Whether this XLA knows the option; newer ones do not."""
+    try:
+        jax.jit(jnp.add).lower(1.0, 1.0).compile(compiler_options=_QUICK)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _compile_options(*args: Any, **kwargs: Any) -> Any:
+    if jax.config.values["jax_disable_most_optimizations"]:
+        kwargs["env_options_overrides"] = _QUICK | (kwargs.get("env_options_overrides") or {})
+    return _options_of(*args, **kwargs)
+
+
+if _can_be_quick():
+    compiler.get_compile_options = _compile_options
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="K/N", help="run the K-th of N parts of the tests")
 
@@ -84,8 +110,8 @@ def _group(item: pytest.Item) -> tuple[str, ...]:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Leaves out most of XLA's optimisations where small models are computed with.
 
-    To compile takes most of the tests' time, and a third less without.  What is held to numbers of
-    other implementations, or runs on the default model, is compiled as it is for users.
+    To compile takes most of the tests' time, and half without.  What is held to numbers of other
+    implementations, or runs on the default model, is compiled as it is for users.
     """
     marked = item.get_closest_marker("real") or item.get_closest_marker("optimized")
     optimized = bool(marked or PARITY in item.path.parents)
