@@ -14,13 +14,14 @@ class Ending(threading.Event):
 
     def is_set(self) -> bool:
         """Whether it was set, or Python ends."""
-        return super().is_set() or _python_ends()
+        return super().is_set() or python_ends()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for at most so many seconds; see `is_set`."""
         return super().wait(timeout) or self.is_set()
 
 
-def _python_ends() -> bool:
+def python_ends() -> bool:
+    """Whether Python ends, and waits for the thread that asks."""
     main = threading.main_thread()
     return not main.is_alive() and threading.current_thread() is not main

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from gemma_nb.ending import python_ends
 from gemma_nb.executables import pinned
 
 # The name of the threads.
@@ -26,15 +27,16 @@ def begin(jobs: Iterable[Callable[[], object]]) -> None:
     then, and is the one to be told why that cannot be done.
     """
     jobs = list(jobs)
-    if jobs:
-        # Not a daemon: XLA must not be stopped in the middle of a compilation when Python ends.
-        threading.Thread(target=_run, args=(jobs,), name=COMPILING).start()
+    if jobs and not python_ends():
+        # Not a daemon, whoever starts it: XLA must not be stopped in the middle of a compilation
+        # when Python ends.
+        threading.Thread(target=_run, args=(jobs,), name=COMPILING, daemon=False).start()
 
 
 def _run(jobs: Iterable[Callable[[], object]]) -> None:
     for job in jobs:
-        if not threading.main_thread().is_alive():
-            return  # Python ends, and waits
+        if python_ends():
+            return
         try:
             pinned(job)()
         except Exception:  # whatever it is: nobody asked for this yet

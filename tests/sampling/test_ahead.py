@@ -50,3 +50,17 @@ def test_decoding_goes_on_where_the_next_size_could_not_be_compiled_ahead(
     assert len(tried) == 5  # the next prompt's programs, and those of the next size
     likeliest = score(decoder.ids)[-1].argmax()
     assert int(evidence.token) == int(likeliest)
+
+
+def test_python_waits_for_it_whoever_began_it():
+    """A thread that is cut off inside of XLA takes the whole process down."""
+    daemons = []
+
+    def job():
+        daemons.append(threading.current_thread().daemon)
+
+    starter = threading.Thread(target=ahead.begin, args=([job],), daemon=True)
+    starter.start()
+    starter.join()
+    joined()
+    assert daemons == [False]
