@@ -77,7 +77,10 @@ def _compile_options(*args: Any, **kwargs: Any) -> Any:
     return _options_of(*args, **kwargs)
 
 
-if _can_be_quick():
+CAN_BE_QUICK = _can_be_quick()
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+QUICK_XLA_FLAGS = f"{XLA_FLAGS} --xla_cpu_use_fusion_emitters=false".strip()
+if CAN_BE_QUICK:
     compiler.get_compile_options = _compile_options
 
 
@@ -120,7 +123,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         jax.clear_caches()
         executables.forget()
     jax.config.update("jax_disable_most_optimizations", not optimized)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))  # of processes it starts
+    # Of processes that it starts:
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))
+    os.environ["XLA_FLAGS"] = XLA_FLAGS if optimized or not CAN_BE_QUICK else QUICK_XLA_FLAGS
     return (yield)
 
 

@@ -113,7 +113,7 @@ def test_what_is_not_of_the_text_model_is_everywhere(tiny_model):
 def eight_devices():
     """What tests/on_eight_devices.py reports."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     program = [sys.executable, "-W", "error", "-m", "tests.on_eight_devices"]
@@ -174,7 +174,7 @@ def two_hosts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     written.hugging_face(folder / "hf", written.params())
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "GEMMA_NB_CACHE": str(folder / "cache"),
     }

@@ -20,9 +20,6 @@ from gemma_nb.sampling.rows import AttentionRows
 from gemma_nb.sampling.step import Program
 from gemma_nb.sampling.weights import decoding_weights
 
-# How far the two may be apart is what rounding leaves of them as users compile them.
-pytestmark = pytest.mark.optimized
-
 GREEDY = Sampling(temperature=0, seed=0)
 
 
@@ -85,7 +82,14 @@ def test_within_a_window_one_kind_of_layer_is_compiled(tiny_model):
     ],
 )
 # The cache holds 200: a window of 300 is never left, and all layers are computed as one kind.
-@pytest.mark.parametrize(("before", "window"), [(0, 8), (7, 8), (40, 8), (0, 300), (40, 300)])
+@pytest.mark.parametrize(
+    ("before", "window"),
+    [
+        *((0, 8), (7, 8), (0, 300), (40, 300)),
+        # As users compile them, too.
+        pytest.param(40, 8, marks=pytest.mark.optimized),
+    ],
+)
 def test_layer_by_layer_is_what_one_program_computes(
     tiny_model, before, window, storage, dtype, matrix_unit, monkeypatch
 ):
