@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_nb.chat import archive, journal, store
 from gemma_nb.chat.identity import Identity
+from gemma_nb.chat.reading import close_all
 from gemma_nb.chat.standing import Stamp, Standing, free_beside, stamp_of, standing
 from gemma_nb.chat.store import Encoder, Partial, Settings
 from gemma_nb.chat.tree import ConversationTree
@@ -158,6 +159,8 @@ class Autosave:
     def _end(self) -> None:
         """`close`, where nobody is left to be told what went wrong but who reads the output."""
         told = self.error
+        if not threading.main_thread().is_alive():  # Python ends
+            close_all()  # what is being made is saved, too
         self.close()
         if self.error is not told:
             warnings.warn(f"Autosave: {self.error}", ConversationWarning, stacklevel=1)

@@ -21,7 +21,7 @@ from gemma_nb.chat.generation import STOPPED, Generation
 from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.keeping import Keeper
 from gemma_nb.chat.places import turn_of
-from gemma_nb.chat.reading import Reading, close, close_at_end
+from gemma_nb.chat.reading import Reading, close, closed_at_end
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning, InterventionWarning
@@ -326,9 +326,6 @@ class Conversation:
         stream = self._generate(make, reading)
         # Weak, so that a stream that its reader drops is closed at once.
         reading.stream = weakref.ref(stream)
-        # One that is still open when Python ends is closed while that still works, and before the
-        # autosave is: what was made last is finalized first.
-        weakref.finalize(stream, close_at_end, reading.stream)
         return stream
 
     def _generate(
@@ -358,7 +355,7 @@ class Conversation:
         self, make: Callable[[], Plan], reading: Reading
     ) -> Generator[TokenEvent, None, None]:
         generation = self._generation
-        with self._locked():
+        with self._locked(), closed_at_end(reading):
             generation.stop.clear()
             plan = make()
             reply = self._new_reply(plan)

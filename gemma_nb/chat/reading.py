@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import inspect
 import threading
 import time
 import weakref
-from collections.abc import Generator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 
 from gemma_nb.chat.events import TokenEvent
 
@@ -18,7 +19,7 @@ Stream = Generator[TokenEvent, None, None]
 _LAST_STEP_SECONDS = 60.0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Reading:
     """Who reads a reply.
 
@@ -40,15 +41,33 @@ def close(stream: weakref.ref[Stream] | None) -> None:
             open_stream.close()
 
 
-def close_at_end(stream: weakref.ref[Stream]) -> None:
-    """Ends a reply that is still there when Python ends; waits for a daemon thread's step.
+# Of the replies that are being made.  No finalizers of their streams: these would run, and could be
+# interrupted, wherever a reply ends.
+_open: set[Reading] = set()
+
+
+@contextmanager
+def closed_at_end(reading: Reading) -> Iterator[None]:
+    """Ends the reply that is made in the block if Python ends first."""
+    _open.add(reading)
+    try:
+        yield
+    finally:
+        _open.discard(reading)
+
+
+@atexit.register
+def close_all() -> None:
+    """Ends what is still being made when Python ends; waits for a daemon thread's step.
 
     A thread that is cut off inside of XLA takes the whole process down.
     """
     deadline = time.monotonic() + _LAST_STEP_SECONDS
-    while _runs(stream()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    close(stream)
+    for reading in tuple(_open):
+        assert reading.stream is not None
+        while _runs(reading.stream()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        close(reading.stream)
 
 
 def _runs(stream: Stream | None) -> bool:
