@@ -12,7 +12,7 @@ TESTS ?= tests
 # Files are dealt out to three processes, which keep two cores busy; each loads the default model
 # once.  Browser tests come after the others, alone: they hold the app to how soon it answers.
 # (5: TESTS holds none of a kind.)
-PARALLEL ?= -n 3 --dist loadfile
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 VENV = .venv
 BIN = $(VENV)/bin
 INSTALL = PYTHON='$(PYTHON)' VENV='$(VENV)' sh .ci/venv.sh

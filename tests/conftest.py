@@ -89,7 +89,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deals out files, and where a fixture of a module has several values, each of these."""
+    """Takes one part of the tests; what takes long comes first, so that no process is left with it.
+
+    Dealt out are files, and where a fixture of a module has several values, each of these.
+    """
+    long = {item.path for item in items if item.get_closest_marker("real")}
+    items.sort(key=lambda item: item.path not in long)
     if part := config.getoption("--part"):
         number, of = map(int, part.split("/"))
         if not 1 <= number <= of:
