@@ -14,7 +14,8 @@ class Ending(threading.Event):
 
     def is_set(self) -> bool:
         """Whether it was set, or Python ends."""
-        return super().is_set() or python_ends()
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        return super().is_set() or (python_ends() and not on_main_thread)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for at most so many seconds; see `is_set`."""
@@ -22,6 +23,5 @@ class Ending(threading.Event):
 
 
 def python_ends() -> bool:
-    """Whether Python ends, and waits for the thread that asks."""
-    main = threading.main_thread()
-    return not main.is_alive() and threading.current_thread() is not main
+    """Whether Python ends: it waits for threads, or what is to run at its end runs."""
+    return not threading.main_thread().is_alive()

@@ -29,6 +29,7 @@ from gemma_nb.chat.reading import close_all
 from gemma_nb.chat.standing import Stamp, Standing, free_beside, stamp_of, standing
 from gemma_nb.chat.store import Encoder, Partial, Settings
 from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.ending import python_ends
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.text.template import Template
 
@@ -159,7 +160,7 @@ class Autosave:
     def _end(self) -> None:
         """`close`, where nobody is left to be told what went wrong but who reads the output."""
         told = self.error
-        if not threading.main_thread().is_alive():  # Python ends
+        if python_ends():
             close_all()  # what is being made is saved, too
         self.close()
         if self.error is not told:

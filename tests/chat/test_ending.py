@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gemma_nb.chat import journal, restore
+from gemma_nb.chat import journal, reading, restore
 
 REPO = Path(__file__).parents[2]
 _ENDS = """
@@ -75,3 +75,20 @@ def test_a_reply_that_is_open_when_python_ends_is_saved(tiny_tokenizer, tmp_path
     assert reply.finish_reason == "cancelled"
     read = [int(line) for line in ended.stdout.split()]
     assert [token.token_id for token in reply.tokens][:3] == read, "what was read is not there"
+
+
+def test_a_reply_is_noted_only_while_it_is_made(make):
+    """However it ends; what is noted would be ended, and waited for, at Python's end."""
+    chat = make()
+    for end in ("read to its end", "closed", "dropped", "stopped"):
+        stream = chat.stream("Hello")
+        next(stream)
+        assert [noted.stream() for noted in reading._open] == [stream], end
+        if end == "read to its end":
+            assert list(stream)
+        elif end == "closed":
+            stream.close()
+        elif end == "stopped":
+            chat.stop()
+        del stream
+        assert reading._open == set(), end
