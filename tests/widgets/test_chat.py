@@ -150,7 +150,7 @@ def test_stop_ends_a_long_reply_from_the_thread_of_the_message(panels) -> None:
     began = time.monotonic()
     front.run("stop")
     wait_until(lambda: phase(panel) == "ready")
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2  # some 0.05 on a quiet machine
     last = front.state["transcript"]["turns"][-1]
     assert last["finish"] == "cancelled"
     assert "Stopped" in last["detail"]
