@@ -75,4 +75,4 @@ def test_a_record_takes_little_memory():
     tracemalloc.stop()
     size = sum(trace.size for trace in traces)
     assert len(kept[7].alternatives) == 10
-    assert size / len(kept) < 500  # four times that as objects
+    assert 100 < size / len(kept) < 500  # four times that as objects; none if nothing is traced
