@@ -172,6 +172,38 @@ def test_a_program_that_crashed_is_not_tried_again(place):
     assert not executables.files.load(file)
 
 
+def test_first_runs_together_are_waited_for_at_the_end(place, monkeypatch):
+    """They overlap, and each is known to be tried until all of them have ended."""
+    x = np.zeros(2, np.float32)
+    for name in "ab":
+        Kept(jnp.exp, name)((), x)
+    made = [Kept(jnp.exp, name) for name in "ab"]  # loaded, not compiled
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    with executables.tried_together():
+        first = made[0]((), x)
+        made[1]((), x)  # freed at once
+        assert len(list(place.glob("*/*.tried"))) == 2
+        assert not waited
+    assert [[result is first for result in results] for results in waited] == [[True]]
+    assert not list(place.glob("*/*.tried"))
+    made[0]((), x)
+    Kept(jnp.exp, "a")((), x)
+    assert len(waited) == 2  # a first run elsewhere is waited for by itself, and no second one
+
+
+def test_a_crash_among_first_runs_together_is_remembered(place):
+    run(place)
+    [file] = programs(place)
+    together = CODE.replace(
+        "y, after = kept(", "with executables.tried_together(): y, after = kept("
+    )
+    with pytest.raises(subprocess.CalledProcessError):
+        run(place, CRASH, code=f"import os\n{together}")
+    [marker] = place.glob("*/*.tried")
+    assert marker.name.startswith(file.name)
+
+
 def test_a_program_that_was_refused_long_ago_is_kept_again(place):
     """Processes are also ended by somebody, in the midst of a first run."""
     x = np.zeros(2, np.float32)

@@ -6,8 +6,18 @@ found by what it would be traced from: the source, the versions, the settings an
 """
 
 from gemma_nb.executables.files import folder
-from gemma_nb.executables.kept import Kept, forget, shapes_of
+from gemma_nb.executables.kept import Kept, forget, shapes_of, tried_together
 from gemma_nb.executables.settings import ours, pinned
 from gemma_nb.executables.starts import expect, started
 
-__all__ = ["Kept", "expect", "folder", "forget", "ours", "pinned", "shapes_of", "started"]
+__all__ = [
+    "Kept",
+    "expect",
+    "folder",
+    "forget",
+    "ours",
+    "pinned",
+    "shapes_of",
+    "started",
+    "tried_together",
+]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,36 @@ class _FirstRun:
         place = self._place
         if place is None:
             return self._program(*args)
-        with trial(place):
-            results = jax.block_until_ready(self._program(*args))
         self._place = None
+        trials: contextlib.ExitStack | None = getattr(_together, "trials", None)
+        if trials is None:
+            with trial(place):
+                return jax.block_until_ready(self._program(*args))
+        trials.enter_context(trial(place))
+        results = self._program(*args)
+        # Weakly: what the block frees is to be freed, which waits for it, too.
+        _together.results += map(weakref.ref, jax.tree.leaves(results))
         return results
+
+
+_together = threading.local()
+
+
+@contextlib.contextmanager
+def tried_together() -> Iterator[None]:
+    """First runs in the block are waited for at its end, and not each by itself.
+
+    So many computations overlap with each other, and with what Python does meanwhile.  None of
+    their results is to be given away to another program in the block.
+    """
+    with contextlib.ExitStack() as trials:
+        _together.trials, _together.results = trials, []
+        try:
+            yield
+        finally:
+            results = [result() for result in _together.results]
+            del _together.trials, _together.results
+            jax.block_until_ready([result for result in results if result is not None])
 
 
 def _own(static: object) -> bool:

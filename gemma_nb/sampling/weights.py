@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_nb import processor
 from gemma_nb.checkpoints import memory
-from gemma_nb.executables import pinned
+from gemma_nb.executables import pinned, tried_together
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.storage import Stored
@@ -191,7 +191,8 @@ def decoding_weights(model: GemmaTransformer) -> DecodingWeights:
     key = (hash(model.transformer), model.storage, *map(id, jax.tree.leaves(model.params)))
     made = _made.get(key)
     if made is None:
-        made = _made[key] = _make(model)
+        with tried_together():
+            made = _made[key] = _make(model)
     return made
 
 
