@@ -56,12 +56,12 @@ def test_gradients_are_those_of_the_product(factors):
 @pytest.mark.parametrize(
     ("shape", "dtype", "inner", "taken"),
     [
-        ((1, 640, 1024), "float32", 1024, True),
-        ((2, 320, 4, 256), "float32", 1024, True),
-        ((1, 512, 1024), "float32", 1024, False),  # would take a fifth longer
-        ((1, 640, 1024), "bfloat16", 1024, False),
-        ((1, 640, 128), "float32", 128, False),  # is one block
-        ((1, 640, 1000), "float32", 1000, False),  # is no number of blocks
+        ((1, 800, 1024), "float32", 1024, True),
+        ((2, 400, 4, 256), "float32", 1024, True),
+        ((1, 704, 1024), "float32", 1024, False),  # would take a fifth longer
+        ((1, 800, 1024), "bfloat16", 1024, False),
+        ((1, 800, 128), "float32", 128, False),  # is one block
+        ((1, 800, 1000), "float32", 1000, False),  # is no number of blocks
     ],
 )
 def test_where_blocks_are_taken(shape, dtype, inner, taken):
@@ -73,9 +73,9 @@ def test_where_blocks_are_taken(shape, dtype, inner, taken):
 @pytest.mark.parametrize(
     ("eqn", "shape", "x"),
     [
-        ("...D,NDH->...NH", (2, 640, 32), (2, 320, 640)),
-        ("...D,CFD->...CF", (2, 24, 640), (640, 640)),
-        ("...NH,NHD->...D", (4, 256, 48), (1, 640, 4, 256)),
+        ("...D,NDH->...NH", (2, 640, 32), (2, 400, 640)),
+        ("...D,CFD->...CF", (2, 24, 640), (800, 640)),
+        ("...NH,NHD->...D", (4, 256, 48), (1, 800, 4, 256)),
     ],
 )
 def test_linear_maps_take_them(eqn, shape, x, dtype):
