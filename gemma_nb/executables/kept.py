@@ -137,7 +137,7 @@ class _FirstRun:
                 return jax.block_until_ready(self._program(*args))
         trials.enter_context(trial(place))
         results = self._program(*args)
-        # Weakly: what the block frees is to be freed, which waits for it, too.
+        # Weakly: what the block has read and lets go of must not stay in memory.
         _together.results += map(weakref.ref, jax.tree.leaves(results))
         return results
 
@@ -149,8 +149,9 @@ _together = threading.local()
 def tried_together() -> Iterator[None]:
     """First runs in the block are waited for at its end, and not each by itself.
 
-    So many computations overlap with each other, and with what Python does meanwhile.  None of
-    their results is to be given away to another program in the block.
+    Computations then overlap with each other, and with what Python does meanwhile.  For blocks that
+    read what they free, and give no result away to another program: else a program's mark could be
+    taken away while it still runs.
     """
     with contextlib.ExitStack() as trials:
         _together.trials, _together.results = trials, []

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 BLOCK = 128
 
 # From so many vectors on: each block of a weight is copied before it is multiplied, which takes a
-# tenth of a pass of Gemma 3 270M over 800 tokens, a fifth over 512 to 700.
-_MANY = 800
+# tenth of a pass of Gemma 3 270M over 800 tokens, but a quarter over 256.
+_MANY = 512
 
 
 def takes_blocks(x: jax.Array, inner: int) -> bool:
