@@ -76,8 +76,8 @@ def load(
         Orbax saves to, or a Hugging Face folder.
       dtype: of the parameters: "bfloat16" (the default) or "float32", in which logits of whole
         passes of Gemma 3 270M are 1e-6 to 3e-6 (relative) off float64's on a CPU, from 512 tokens
-        on 1e-6 to 2e-6 (torch's are 1e-6); "int8" keeps them in bfloat16 and decodes from an int8 copy of the
-        layers, which is faster and less exact (see `gemma_nb.sampling.weights`).
+        on 1e-6 to 2e-6 (torch's are 1e-6); "int8" keeps them in bfloat16 and decodes from an int8
+        copy of the layers, which is faster and less exact (see `gemma_nb.sampling.weights`).
       mesh: devices to spread the parameters over, see `gemma_nb.placement`; "auto" takes all.
       revision: of a released model at its hub.
       step: of a `CheckpointManager`'s folder; None takes the last one that was finished.
