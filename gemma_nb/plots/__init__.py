@@ -1,7 +1,9 @@
-"""Pictures of what was computed: labelled data in, a matplotlib Figure out.
+"""Pictures of what was computed: labelled data in, a matplotlib Figure or Axes out.
 
-Every plot takes `ax=` to draw into a figure of yours, and returns the Figure.  None calls a model,
-and none normalises: colours stand for the numbers as given, on the scale that the plot shows.
+Every plot makes a Figure and returns it; with `ax=` it draws there, leaves the rest of that figure
+alone, and returns the Axes.  Colours follow matplotlib's `vmin=`, `vmax=`, `norm=` and `cmap=`.
+None calls a model, and none normalises: colours stand for the numbers as given, on the scale that
+the plot shows.
 """
 
 from __future__ import annotations
