@@ -22,6 +22,7 @@ import numpy as np
 
 from gemma_nb.checkpoints import kinds
 from gemma_nb.indices import number
+from gemma_nb.sites import canonical
 from gemma_nb.sites import site as site_called
 
 _CONFIGS = ("cfg.json", "config.json")
@@ -122,6 +123,8 @@ class AutoencoderFile:
           ValueError: what is given contradicts the configuration, or there is no layer.
         """
         layer = None if layer is None else number(layer, "layer", "layer")
+        site = None if site is None else canonical(site)
+        site_out = None if site_out is None else canonical(site_out)
         read = self._read_place("hook_name", "hook_point", "hf_hook_point_in", "hook_point_in")
         if self.is_transcoder:
             out = self._read_place("hook_name_out", "hf_hook_point_out", "hook_point_out")

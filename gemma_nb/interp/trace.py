@@ -23,7 +23,7 @@ from gemma_nb.interp.sizes import Chosen, refuse_too_large
 from gemma_nb.interventions.base import lines_of
 from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.sites import SITES, Site, check_layer, site_of
+from gemma_nb.sites import SITES, Site, canonical, check_layer, site_of
 from gemma_nb.structure import draw
 from gemma_nb.text.tokenizer import Tokenizer
 
@@ -38,6 +38,7 @@ class Trace:
 
     `trace.attention`, `trace.residual`, ... is what was asked for at `gnb.trace`; a site that was
     not is computed when it is looked at, from the residual stream that the trace keeps, and kept.
+    The field's other words are as good: `trace.pattern`, `trace.resid_pre`, `trace.resid_post`.
     `get` computes a part without keeping it.
 
     Attributes:
@@ -54,6 +55,11 @@ class Trace:
     def tokens(self) -> np.ndarray:
         """(T,) int32 token ids."""
         return self.labels_of.ids
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """(T,) int32, as `tokens`."""
+        return self.tokens
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -114,7 +120,7 @@ class Trace:
             trace.get("logits", positions=-1)               # (1, vocabulary)
 
         Args:
-          site: see `gnb.list_sites`.
+          site: see `gnb.list_sites`; an alias ("pattern", "resid_post") is as good.
           layers: which; None for all.
           positions: which (queries, on a map); None for all.
           heads: which query heads, or of k, v and what else has these, key-value heads; None for
@@ -139,17 +145,18 @@ class Trace:
         refuse_too_large([found], chosen, len(self.tokens), self.config, dtype)
         select = Selection(chosen.positions, chosen.heads, dtype)
         values = self.source.capture([found], chosen.layers, select)
-        return self._labelled(found, values[site], chosen)
+        return self._labelled(found, values[found.name], chosen)
 
     def __getitem__(self, site: str) -> xarray.DataArray:
         """All of a site, kept from now on; raises as `get` does."""
-        if site not in self.data:
-            self.data[site] = self.get(site)
-        return self.data[site]
+        name = canonical(site)
+        if name not in self.data:
+            self.data[name] = self.get(name)
+        return self.data[name]
 
     def __getattr__(self, name: str) -> xarray.DataArray:
         # Dunder look-ups (copy, pickle) come before `data` exists.
-        if name not in SITES or "data" not in self.__dict__:
+        if canonical(name) not in SITES or "data" not in self.__dict__:
             raise AttributeError(f"Trace has no attribute {name!r}")
         try:
             return self[name]
@@ -265,7 +272,8 @@ def trace(
       model: what computes.
       tokens_or_text: token ids, or a text (then with a tokenizer; <bos> is put in front).
       tokenizer: for texts, and for the token labels; without it tokens are labelled by their ids.
-      sites: see `gnb.list_sites`; none at all computes nothing until it is looked at.
+      sites: see `gnb.list_sites`; an alias ("pattern", "resid_post") is as good, and none at all
+        computes nothing until it is looked at.
       layers: which layers; None for all.
       positions: which positions (queries, on maps); None for all.
       heads: which query heads, or key-value heads where only sites that have these are asked for;

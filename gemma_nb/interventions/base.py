@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma_nb.indices import Indices, is_mask, listed, number
 from gemma_nb.interventions.numbers import array, is_traced, known, padded, real
-from gemma_nb.sites import SITES, check_heads, check_layers, site
+from gemma_nb.sites import SITES, canonical, check_heads, check_layers, site, spelled
 from gemma_nb.structure import DrawnArray
 from gemma_nb.summaries import one_line, summary
 
@@ -160,7 +160,7 @@ class Intervention:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the sites where it acts."""
+        """Names, or aliases, of the sites where it acts."""
         raise NotImplementedError
 
     def beyond(self, length: int) -> list[int]:
@@ -289,6 +289,11 @@ class Interventions:
         )
 
 
+def sites_of(item: Intervention) -> tuple[str, ...]:
+    """The names of the sites where an intervention acts, whichever words its class uses."""
+    return tuple(map(canonical, item.sites))
+
+
 def line_of(item: Intervention) -> str:
     """One intervention in one line."""
     # Traced numbers are told by their shapes alone.
@@ -323,7 +328,7 @@ class LayerEdit:
 
     def __call__(self, name: str, value: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """The value of a site, edited."""
-        items = [item for item in self.interventions.items if name in item.sites]
+        items = [item for item in self.interventions.items if name in sites_of(item)]
         if not items:
             return value
         edited = value
@@ -354,10 +359,10 @@ def check(item: Any, config: TransformerConfig) -> None:
     if jax.tree_util.all_leaves([item]):
         raise ValueError(f"{name} is no pytree: decorate the class with @flax.struct.dataclass")
     editable = (*patchable(), "attention", "tokens")
-    if unknown := set(item.sites) - set(editable):
+    if unknown := set(sites_of(item)) - set(editable):
         raise ValueError(
             f"{name} names the sites {', '.join(sorted(unknown))}, which cannot be changed; what "
-            f"can be is {', '.join(editable)}"
+            f"can be is {spelled(editable)}"
         )
     for argument, length in item.masks:
         what = "layer" if argument.startswith("layer") else "head"
@@ -372,7 +377,7 @@ def check(item: Any, config: TransformerConfig) -> None:
 
 def _num_heads(item: Intervention, config: TransformerConfig) -> int:
     """How many heads there are where it acts."""
-    shapes = [shape_of(name, config) for name in item.sites if name in patchable()]
+    shapes = [shape_of(name, config) for name in sites_of(item) if name in patchable()]
     return shapes[0][0] if shapes and len(shapes[0]) > 1 else config.num_heads
 
 
@@ -486,15 +491,20 @@ def check_width(given: int, expected: int, what: str) -> None:
         raise ValueError(f"{what} has {given} numbers, this model's has {expected}")
 
 
-def check_patchable(name: str, layer: int | None) -> None:
-    """Raises ValueError for a site that is unknown, computed from others, or elsewhere."""
+def patchable_site(name: str, layer: int | None) -> str:
+    """The name of the site that `name` means, maybe as an alias.
+
+    Raises:
+      ValueError: one that is unknown, computed from others, or elsewhere.
+    """
     found = site(name)
-    if name not in patchable():
-        raise ValueError(f"{name} cannot be changed there; what can be is {', '.join(patchable())}")
+    if found.name not in patchable():
+        raise ValueError(f"{name} cannot be changed there; what can be is {spelled(patchable())}")
     if found.per_layer != (layer is not None):
         raise ValueError(
             f"{name} exists {'in every layer: name one' if found.per_layer else 'once: layer=None'}"
         )
+    return found.name
 
 
 def patchable() -> list[str]:

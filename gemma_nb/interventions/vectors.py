@@ -14,13 +14,13 @@ from gemma_nb.interventions.base import (
     Intervention,
     Positions,
     Where,
-    check_patchable,
     check_places,
     check_width,
     fill,
     from_zero,
     ints,
     node,
+    patchable_site,
     plain,
     shape_of,
     short,
@@ -115,7 +115,7 @@ class Patch(Intervention):
       positions: (P,) int32 absolute positions, padded.
       value: (P, ...) of the site, or of its `heads` only: (P, heads, H).
       heads: (n,) int32, padded, or None for all of the site.
-      site: any sown site but the maps and norms' scales.
+      site: any sown site but the maps and norms' scales; an alias ("resid_post") is as good.
     """
 
     layer: jax.Array
@@ -134,7 +134,7 @@ class Patch(Intervention):
         *,
         heads: Indices = None,
     ) -> None:
-        check_patchable(site, layer)
+        site = patchable_site(site, layer)
         named, mask = taken(positions, "positions")
         at, new = from_zero(named, positions), array(value)
         if len(set(named)) < len(named):
@@ -182,7 +182,7 @@ class Patch(Intervention):
         Raises:
           ValueError: something that the trace does not have.
         """
-        check_patchable(site, layer)
+        site = patchable_site(site, layer)
         found = trace.get(site, None if layer is None else single(layer, "layer"), positions, heads)
         at, value = found["position"].values, found.values
         if layer is not None:
@@ -256,7 +256,7 @@ class Steer(Intervention):
         heads side by side are as good.
       scale: () float32.
       where: at which positions.
-      site: by default the residual stream after the layer.
+      site: by default the residual stream after the layer; an alias is as good.
     """
 
     layer: jax.Array
@@ -274,7 +274,7 @@ class Steer(Intervention):
         positions: Positions = None,
         site: str = "residual",
     ) -> None:
-        check_patchable(site, layer)
+        site = patchable_site(site, layer)
         fill(self, layer=_layer(layer), vector=array(vector, np.float32, "vector"))
         fill(self, scale=array(scale, np.float32, "scale"), where=Where.of(positions), site=site)
 
