@@ -36,7 +36,7 @@ ROOMS = [
         "placement",
         "checkpoints",
     ),
-    *("text", "structure", "inputs", "interventions", "model"),
+    *("text", "structure", "inputs", "interventions", "edits", "model"),
     *("interp", "sampling", "chat", "plots", "widgets", "app", "cli", "__main__"),
 ]
 # Imports inside a function, from rooms further down: who may, and from where.

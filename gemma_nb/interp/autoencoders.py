@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from gemma_nb.executables import pinned
 from gemma_nb.indices import Index, Indices, one
 from gemma_nb.interp import autoencoder_files as files
+from gemma_nb.interp import hook_points
 from gemma_nb.interp.features import strongest
 from gemma_nb.interp.sizes import check_positions
 from gemma_nb.interp.trace import Trace
@@ -28,7 +29,7 @@ from gemma_nb.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import xarray
 
-    from gemma_nb.interventions.base import Positions
+    from gemma_nb.interventions.positions import Positions
 
 _Self = TypeVar("_Self", bound="SparseAutoencoder")
 
@@ -110,7 +111,7 @@ class SparseAutoencoder:
           FileNotFoundError: it is not there.
         """
         read = files.read(path)
-        place = read.refuse_other_kind(transcoder=False).place(layer, site)
+        place = hook_points.place(read.refuse_other_kind(transcoder=False), layer, site)
         return cls(**read.arrays(), **read.settings, **place)
 
     @property
@@ -290,7 +291,8 @@ class Transcoder(SparseAutoencoder):
           site_out: what it predicts; None takes the configuration's, or else mlp_out.
         """
         read = files.read(path)
-        place = read.refuse_other_kind(transcoder=True).place(layer, site, site_out)
+        read = read.refuse_other_kind(transcoder=True)
+        place = hook_points.place(read, layer, site, site_out)
         return cls(**read.arrays(), **read.settings, **place)
 
     @pinned

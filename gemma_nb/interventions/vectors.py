@@ -10,26 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.indices import Indices
-from gemma_nb.interventions.base import (
-    Intervention,
-    Positions,
-    Where,
-    check_places,
-    check_width,
-    fill,
-    from_zero,
-    ints,
-    node,
-    patchable_site,
-    plain,
-    shape_of,
-    short,
-    single,
-    static,
-    taken,
-    wide,
-)
-from gemma_nb.interventions.numbers import array, is_traced, padded
+from gemma_nb.interventions.base import Intervention, wide
+from gemma_nb.interventions.checks import check_places, check_width, patchable_site, shape_of
+from gemma_nb.interventions.numbers import array, is_traced, padded, plain, short
+from gemma_nb.interventions.positions import Positions, Where, from_zero, ints, single, taken
+from gemma_nb.interventions.pytrees import fill, node, static
 from gemma_nb.interventions.reach import unsampled
 from gemma_nb.interventions.replacements import last_of, replaced, replacements
 from gemma_nb.sites import EVERYWHERE, SITES

@@ -12,10 +12,10 @@ from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon
 
+from gemma_nb.edits import EDITED
 from gemma_nb.expected import a
 from gemma_nb.indices import one_among
 from gemma_nb.interp.trace import Trace
-from gemma_nb.model import EDITED
 from gemma_nb.plots.colors import FAINT, LOCAL
 from gemma_nb.plots.tokens import Tokens
 
