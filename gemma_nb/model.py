@@ -229,7 +229,7 @@ class GemmaTransformer:
         return orbax.save_params(self.params, self.config, path)
 
     def input_structure(self) -> dict[str, ArrayStructure]:
-        """What `GemmaInputs` takes: field -> axes, sizes and type.  "batch" may be left out."""
+        """Fields of `GemmaInputs`: their axes, sizes and types.  "batch" may be left out."""
         sizes = {"batch": None, "seq": None}
         last = self.config.num_embed - 1
         return {
@@ -241,7 +241,7 @@ class GemmaTransformer:
         }
 
     def output_structure(self) -> ArrayStructure:
-        """What calling the model gives.  There is a "batch" where the tokens have one."""
+        """Axes, sizes and type of the scores.  There is a "batch" where the tokens have one."""
         sizes = {"batch": None, "seq": None, "vocabulary": self.config.num_embed}
         return ArrayStructure(sizes, "float32", "logits of the next token")
 
@@ -317,7 +317,7 @@ class GemmaTransformer:
 
     @property
     def title(self) -> str:
-        """What the model is called: its released name, or "Gemma", and what of it was edited."""
+        """Name of the model: its released one, or "Gemma", and its edits."""
         return titled(self.info.title if self.info else "Gemma", self.edits)
 
     def __treescope_repr__(

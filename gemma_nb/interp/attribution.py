@@ -1,4 +1,4 @@
-"""Where a logit comes from: exact shares of components, heads and source tokens."""
+"""Direct logit attribution: exact shares of components, heads and source tokens in a logit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def direct_logit_attribution(
     position: int | None = None,
     against: int | str | None = None,
 ) -> xarray.DataArray:
-    """How much each part of the model adds to the logit of `token`.
+    """Shares of the parts of the model in the logit of `token`.
 
     The last residual is a sum: embedding + attention outputs + feed-forward outputs.  With the
     final norm's divisor frozen at what it was, the logit is linear in it, and each term c has a

@@ -45,7 +45,7 @@ _NAMES: Mapping[str, str] = {"affine_skip_connection": "skip", "topk_threshold":
 
 @dataclasses.dataclass
 class AutoencoderFile:
-    """What was read.
+    """An autoencoder's arrays and configuration as they were read.
 
     Attributes:
       name: of the file, for errors.
@@ -66,7 +66,7 @@ class AutoencoderFile:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def refuse_other_kind(self, *, transcoder: bool) -> AutoencoderFile:
-        """Itself; raises ValueError for a transcoder where none is wanted, and the reverse."""
+        """The file; raises ValueError for a transcoder where none is wanted, and the reverse."""
         if self.is_transcoder != transcoder:
             here = (
                 "a transcoder: it predicts another site than it reads"
@@ -288,7 +288,7 @@ def _file(path: Path) -> Path:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """What a file holds, by name in small letters; raises ValueError where it cannot be read."""
+    """Arrays of a file by name in small letters; raises ValueError where it cannot be read."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as opened:

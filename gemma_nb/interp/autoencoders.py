@@ -116,7 +116,7 @@ class SparseAutoencoder:
 
     @property
     def num_features(self) -> int:
-        """How many there are."""
+        """Number of features."""
         return int(self.b_enc.shape[0])
 
     @pinned
@@ -126,7 +126,7 @@ class SparseAutoencoder:
 
     @pinned
     def decode(self, features: Float[Array, "*lead features"]) -> Float[Array, "*lead D"]:
-        """What is rebuilt from them.
+        """Inputs rebuilt from features.
 
         Raises:
           ValueError: more than the features is needed, see `reconstruct`.
@@ -140,7 +140,7 @@ class SparseAutoencoder:
 
     @pinned
     def reconstruct(self, x: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead D"]:
-        """What it makes of `x`: encoded, and decoded."""
+        """`x` encoded, and decoded again."""
         return _reconstruct(self, _float32(x))
 
     @pinned
@@ -186,7 +186,7 @@ class SparseAutoencoder:
         *,
         include_first: bool = False,
     ) -> xarray.Dataset:
-        """As `gnb.top_activations`, of a feature; positions where it is off are no examples."""
+        """Top activations of a feature (see `gnb.top_activations`); none where it is off."""
         feature = self._check(feature)
         whole = self if self.k is not None else None
         columns = slice(feature, feature + 1)
@@ -282,7 +282,7 @@ class Transcoder(SparseAutoencoder):
         site: str | None = None,
         site_out: str | None = None,
     ) -> Transcoder:
-        """As `SparseAutoencoder.load`.
+        """Reads a folder or file, as `SparseAutoencoder.load` does.
 
         Args:
           path: a folder or file.
@@ -311,7 +311,7 @@ class Transcoder(SparseAutoencoder):
 
     @pinned
     def reconstruct(self, x: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead D"]:
-        """What it predicts from `x`, the skip connection included."""
+        """Prediction from `x`, the skip connection included."""
         x = _float32(x)
         predicted = self.encode(x) @ self.w_dec + self.b_dec
         return predicted if self.skip is None else predicted + x @ self.skip

@@ -1,4 +1,4 @@
-"""What neurons and learned features respond to, in the user's own texts."""
+"""Top activations of neurons and learned features in the user's own texts."""
 
 from __future__ import annotations
 

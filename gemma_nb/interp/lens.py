@@ -1,4 +1,4 @@
-"""What the residual stream already says about the next token, layer by layer."""
+"""Logit lens: predictions read from the residual stream, layer by layer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def logit_lens(
     positions: Indices = None,
     watch: Sequence[int | str] = (),
 ) -> xarray.Dataset:
-    """What would be predicted if the model ended after each layer.
+    """Predictions that the model would make if it ended after each layer.
 
     logits = softcap(W_E norm_final(residual_l)): the residual stream after layer l, through the
     final norm, the vocabulary head and, where the model has one, the soft-cap.  The last layer is
@@ -120,7 +120,7 @@ def logit_lens(
 
 @pinned
 def token_statistics(trace: Trace) -> xarray.Dataset:
-    """How the model expected each token of the text, given those before it.
+    """Log-probability, entropy and rank of each token of the text, given those before it.
 
     logprob = log softmax(logits at the position before)[token], in nats; entropy is of that
     distribution; rank counts the tokens that were likelier.  The first token is predicted by

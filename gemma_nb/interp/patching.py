@@ -245,7 +245,7 @@ class _Sweep:
         return np.asarray(placement.fetch(x))
 
     def _patch(self, layer: int, batch: Batch) -> SlotPatch:
-        """Where and with what the slots of a batch are patched."""
+        """Values and places that the slots of a batch are patched with."""
         values = self.clean.get(self.site, layer).values[0][batch.source]
         acts: Any = np.zeros(batch.positions.shape, bool)
         heads = np.ones((len(acts), acts.shape[1], self.model.config.num_heads), bool)

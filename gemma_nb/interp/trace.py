@@ -1,4 +1,4 @@
-"""What a forward pass computed, as labelled arrays."""
+"""Traces: what a forward pass computed, as labelled arrays."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Trace:
-    """What a forward pass over a text computed.
+    """A forward pass over a text, as labelled arrays of its capture sites.
 
     `trace.attention`, `trace.residual`, ... is what was asked for at `gnb.trace`; a site that was
     not is computed when it is looked at, from the residual stream that the trace keeps, and kept.
@@ -68,7 +68,7 @@ class Trace:
 
     @property
     def config(self) -> TransformerConfig:
-        """Of the model."""
+        """Configuration of the model."""
         return self.labels_of.config
 
     @property
@@ -83,16 +83,16 @@ class Trace:
 
     @property
     def interventions(self) -> tuple[str, ...]:
-        """What it was computed under, one line for each."""
+        """Interventions that the trace was computed under, one line for each."""
         return tuple(self.labels_of.attrs["interventions"].splitlines())
 
     @property
     def model_title(self) -> str:
-        """Of which model."""
+        """Title of the model that computed the trace."""
         return str(self.labels_of.attrs["model"])
 
     def window(self, layer: int) -> int | None:
-        """How many positions a query of this layer sees, itself included; None: all before it.
+        """Number of positions that a query of this layer sees, with its own; None: all before it.
 
         Raises:
           ValueError: no such layer.
@@ -148,7 +148,7 @@ class Trace:
         return self._labelled(found, values[found.name], chosen)
 
     def __getitem__(self, site: str) -> xarray.DataArray:
-        """All of a site, kept from now on; raises as `get` does."""
+        """All of a site, held from now on; raises as `get` does."""
         name = canonical(site)
         if name not in self.data:
             self.data[name] = self.get(name)
@@ -164,7 +164,7 @@ class Trace:
             raise AttributeError(str(error)) from error
 
     def to_dataset(self) -> xarray.Dataset:
-        """What is held, and all that `save` writes."""
+        """Dataset of all sites that are held, which is what `save` writes."""
         return store.to_dataset(self.labels_of, self.data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -220,7 +220,7 @@ class Trace:
         return {"text/plain": repr(self), "text/html": treescope.render_to_html(self)}
 
     def _held(self, s: Site, chosen: Chosen) -> xarray.DataArray | None:
-        """A part of what is held, where it is held."""
+        """The part of a site that is held; None where some of it is not."""
         array = self.data.get(s.name)
         if array is None:
             return None

@@ -60,7 +60,7 @@ class Intervention:
         return max((where.last for where in self._wheres()), default=None)
 
     def unreached(self, length: int) -> str:
-        """What of it a text of `length` tokens does not reach, in words; "" for nothing."""
+        """Positions that a text of `length` tokens does not reach, in words; "" for none."""
         masks = {where.mask for where in self._wheres()} - {None, length}
         if masks:
             return f"its mask of positions is {masks.pop()} long"
@@ -131,7 +131,7 @@ class Intervention:
 
 @flax.struct.dataclass
 class Interventions:
-    """All that is changed in a computation.
+    """The changes of a computation.
 
     Attributes:
       items: the interventions, in order.
@@ -142,7 +142,7 @@ class Interventions:
     start: jax.Array
 
     def at(self, layer: Any, positions: jax.Array) -> LayerEdit:
-        """What is changed in one layer, for tokens at `positions` (B, T)."""
+        """The changes in one layer, for tokens at `positions` (B, T)."""
         return LayerEdit(self, layer, positions)
 
     def describe(self) -> tuple[str, ...]:
@@ -188,7 +188,7 @@ def line_of(item: Intervention) -> str:
 
 
 def lines_of(under: Interventions | None) -> str:
-    """What labelled arrays carry as "interventions": one on a line, "" without any.
+    """The attribute "interventions" of labelled arrays: one on a line, "" without any.
 
     A text, because files take no lists of texts as an attribute.
     """
@@ -210,7 +210,7 @@ class LayerEdit:
 
     @property
     def edits_attention(self) -> bool:
-        """Whether attention's edges or weights are changed anywhere (static)."""
+        """True where attention's edges or weights are changed anywhere (static)."""
         return any(item.edits_attention for item in self.interventions.items)
 
     def __call__(self, name: str, value: jax.Array, keys: jax.Array | None = None) -> jax.Array:

@@ -46,7 +46,7 @@ def check(item: Any, config: TransformerConfig) -> None:
 
 
 def _num_heads(item: Intervention, config: TransformerConfig) -> int:
-    """How many heads there are where it acts."""
+    """Number of heads at the site where an intervention acts."""
     shapes = [shape_of(name, config) for name in sites_of(item) if name in patchable()]
     return shapes[0][0] if shapes and len(shapes[0]) > 1 else config.num_heads
 
@@ -107,7 +107,7 @@ def patchable() -> list[str]:
 
 
 def shape_of(name: str, config: TransformerConfig) -> tuple[int, ...]:
-    """Of one position's value."""
+    """Shape of one position's value of a site."""
     sizes = {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
     sizes |= {"D": config.embed_dim, "F": config.hidden_dim}
     return tuple(sizes[axis] for axis in SITES[name].dims[2:])

@@ -135,7 +135,7 @@ class AblateHeads(Intervention):
         fill(self, values=replacements(method, None if reference is None else z, len(flat)))
 
     def unreached(self, length: int) -> str:
-        """As of every intervention, or that the reference is shorter than the text."""
+        """Positions that are not reached, in words, or a reference shorter than the text."""
         return super().unreached(length) or unsampled(self, length)
 
     @property

@@ -36,7 +36,7 @@ def room(count: int) -> int:
 
 
 def is_traced(values: Any) -> bool:
-    """Whether an array, or one of several numbers, is not known while a program is traced."""
+    """True where an array, or one of some numbers, is not known while a program is traced."""
     if isinstance(values, slice):
         values = (values.start, values.stop, values.step)
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
@@ -112,7 +112,7 @@ def known(name: str, value: Any) -> Any:
 
 
 def real(places: Any) -> np.ndarray:
-    """Which entries of padded places are no padding."""
+    """Bool mask of the entries of padded places that are no padding."""
     found: np.ndarray = np.asarray(places) != NOWHERE
     return found
 

@@ -62,7 +62,7 @@ class AblateMLP(Intervention):
         fill(self, values=replacements(method, given, len(chosen)))
 
     def unreached(self, length: int) -> str:
-        """As of every intervention, or that the reference is shorter than the text."""
+        """Positions that are not reached, in words, or a reference shorter than the text."""
         return super().unreached(length) or unsampled(self, length)
 
     @property
@@ -155,7 +155,7 @@ class Patch(Intervention):
         *,
         heads: Indices = None,
     ) -> Patch:
-        """What a `Trace` saw there, each value at its own position and in its own head.
+        """A patch of what a `Trace` saw, each value at its own position and in its own head.
 
         Args:
           trace: where values come from.
@@ -186,7 +186,7 @@ class Patch(Intervention):
         return [p for p in plain(self.positions) if p >= length]
 
     def unreached(self, length: int) -> str:
-        """As of every intervention."""
+        """Positions that are not reached, in words; "" for none."""
         if self.mask is not None and self.mask != length:
             return f"its mask of positions is {self.mask} long"
         return super().unreached(length)

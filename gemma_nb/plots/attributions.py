@@ -32,7 +32,7 @@ def attribution_bars(
     most: int = 40,
     ax: Axes | None = None,
 ) -> Axes:
-    """What each part adds, as bars from zero, in the order of the model or of the text.
+    """Contributions as bars from zero, in the order of the model or of the text.
 
     Args:
       attribution: (component), (position) or (component, position), such as
@@ -108,7 +108,7 @@ def attribution_matrix(
     norm: str | Normalize | None = None,
     cmap: str | Colormap | None = None,
 ) -> Axes:
-    """What each component adds at each position: tokens down, components across.
+    """Contributions of each component at each position: tokens down, components across.
 
     White is zero, and equal colours on both sides stand for equal magnitudes.
 
@@ -205,7 +205,7 @@ def _names(chosen: xarray.DataArray, dim: str) -> list[str]:
 
 
 def _title(attribution: xarray.DataArray) -> str:
-    """What is attributed: of which token, against which other."""
+    """Title of an attribution: its token, and the one that it is against."""
     attrs = attribution.attrs
     token = attrs.get("token", attrs.get("target"))
     name = str(attribution.name or attrs.get("method", "attribution")).replace("_", " ")

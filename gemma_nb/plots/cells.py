@@ -58,7 +58,7 @@ def cells(
 def blocks(
     values: np.ma.MaskedArray, height: int, width: int, center: float | None = None
 ) -> np.ma.MaskedArray:
-    """Of each block of `height` by `width` cells the largest visible value.
+    """The largest visible value of each block of `height` by `width` cells.
 
     With a `center`, the value that is farthest from it, on either side.
     """

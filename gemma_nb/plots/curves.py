@@ -46,7 +46,7 @@ def residual_norms(
     ax: Axes | None = None,
     hide_bos: bool = False,
 ) -> Axes:
-    """How long the residual stream is after each layer, and what the layer added to it.
+    """Norms of the residual stream after each layer, and of what the layer added to it.
 
     Lines are medians over the positions, bands hold the middle 80 % of them.  Position 0 has a line
     of its own (dotted): its norm is often many times that of the others.
@@ -97,7 +97,7 @@ def entropy_curves(
     positions: Indices = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """How undecided the prediction is after each layer, or how far it is from the output.
+    """Entropy of the prediction after each layer, or its divergence from the output.
 
     Up to twelve positions have a curve each; of more, the line is the median, the band holds the
     middle 80 %.

@@ -53,12 +53,12 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
     def savefig(self, *args: Any, **kwargs: Any) -> None:
-        """As matplotlib's, with fonts in PDF that printers take (TrueType rather than Type 3)."""
+        """Saves as matplotlib does, with fonts in PDF that printers take (TrueType, not Type 3)."""
         with own_settings():
             super().savefig(*args, **kwargs)
 
     def draw(self, renderer: RendererBase) -> None:
-        """As matplotlib's, under the settings that the picture was made with."""
+        """Draws as matplotlib does, under the settings that the picture was made with."""
         with own_settings():
             super().draw(renderer)
 

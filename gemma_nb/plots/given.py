@@ -1,4 +1,4 @@
-"""What a plot is given: values, or the trace that they can be computed from; what they are of."""
+"""Arguments of plots: values, or the trace that they can be computed from; what they are of."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def expect_array(given: Any, argument: str, way: str) -> None:
 
 
 def attributed(values: xarray.DataArray) -> list[str]:
-    """Of `gnb.token_attribution`, what is attributed and how; nothing of other values."""
+    """A remark on what `gnb.token_attribution` attributed and how; none on other values."""
     attrs = values.attrs
     if "query" not in attrs or "target" not in attrs:
         return []

@@ -131,7 +131,7 @@ def attention(
 
 
 def _label(source: Trace | xarray.DataArray) -> str:
-    """What the numbers of a source are."""
+    """Name of the numbers of a source."""
     name = getattr(source, "name", None)
     return "attention weight" if name in (None, "attention") else str(name).replace("_", " ")
 

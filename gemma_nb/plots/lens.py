@@ -56,7 +56,7 @@ def logit_lens(
     norm: str | Normalize | None = None,
     cmap: str | Colormap | None = None,
 ) -> Axes:
-    """What each layer would predict: positions down, layers across, the output at the right.
+    """Predictions of each layer: positions down, layers across, the output at the right.
 
     A row is named by the token that the model reads there; its cells show which token would follow.
     A frame marks where that is the token that does follow in the text.  Beyond 64 positions the
@@ -141,7 +141,7 @@ def logit_lens(
 
 
 def _watched(lens: xarray.Dataset, watch: int | str) -> int:
-    """Where a watched token is, by id or text."""
+    """Index of a watched token, by id or text."""
     ids = [int(i) for i in lens["watched"].values] if "watched" in lens.dims else []
     texts = [str(t) for t in lens["watched_token"].values] if ids else []
     known: list[Any] = ids if isinstance(watch, int) else texts

@@ -47,7 +47,7 @@ class Pattern:
 
     @property
     def window(self) -> int | None:
-        """How many positions, itself included, a query can see; None: all that came before."""
+        """Number of positions that a query can see, itself included; None: all that came before."""
         return window_of(self.kind)
 
     @property

@@ -149,7 +149,7 @@ def _groups(sweep: xarray.DataArray) -> list[int | None]:
 
 
 def _elsewhere(sweep: xarray.DataArray) -> str:
-    """Where along the axes that are not drawn: the place that was selected, or all there are."""
+    """Place along the axes that are not drawn: the selected one, or all there are."""
     over = str(sweep.attrs.get("over", "layer, position, head")).split(", ")
     found = []
     for dim in ("layer", "position", "head"):

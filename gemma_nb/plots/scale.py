@@ -19,7 +19,7 @@ Extend: TypeAlias = Literal["neither", "min", "max", "both"] | None
 
 
 class ColorScale(NamedTuple):
-    """How numbers become colours, and which ends of the colour bar are pointed."""
+    """A norm, a colour map, and the ends of the colour bar that are pointed."""
 
     norm: Normalize
     cmap: Colormap

@@ -1,4 +1,4 @@
-"""Which of matplotlib's settings pictures follow.
+"""The settings of matplotlib that pictures follow, and those that they do not.
 
 Taste is followed: faces, font families, the colour of text, resolution, how files are written.
 Everything else is as matplotlib has it by default while a picture is made or drawn, because it

@@ -162,7 +162,7 @@ class AttentionPanel(Panel):
         return replies[-1] if replies else None
 
     def _wanted(self, turn: Any) -> tuple[Any, int | None]:
-        """What should be traced: every layer when that fits, else the chosen one."""
+        """The layers to trace: all of them where that fits, else the chosen one."""
         length = turn.tokens[-1].position + 1
         layers, heads = len(self.shape["layers"]), self.shape["heads"]
         fits = heatmap.trace_bytes(layers, heads, length) <= heatmap.MAX_TRACE_BYTES
