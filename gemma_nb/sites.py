@@ -254,6 +254,8 @@ def check_heads(heads: Indices, num_heads: int) -> tuple[int, ...]:
 def list_sites(model: GemmaTransformer | TransformerConfig) -> list[Site]:
     """Every capture site that `model` has, in the order of the computation.
 
+    Each goes by its `name`, and where the field has another word, by its `alias`, too.
+
     Models without query-key norms or post-norms lack the sites of these; a transformer of another
     library (`GemmaTransformer.wrap`) shows what can be read from outside.
     """

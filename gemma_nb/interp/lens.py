@@ -85,28 +85,28 @@ def logit_lens(
     states: list[Any] = [normalise(model, trace.get("residual", i, at).values[0]) for i in before]
     states.append(trace.get("final", positions=at).values)
     reading = read(model, np.stack(states), k, np.broadcast_to(ids, (len(at), ids.size)))
-    keep = slice(None) if len(before) < len(chosen) else slice(len(before))
+    shown = slice(None) if len(before) < len(chosen) else slice(len(before))
 
     per_state = ("layer", "position")
-    total = reading.logsumexp[keep]
-    logprob = reading.top_logits[keep] - total[..., None]
-    top = reading.top_ids[keep]
+    total = reading.logsumexp[shown]
+    logprob = reading.top_logits[shown] - total[..., None]
+    top = reading.top_ids[shown]
     pieces = {int(i): trace.labels_of.piece(int(i)) for i in np.unique(top)}
     names = np.vectorize(pieces.__getitem__, otypes=[object])(top)
     dataset = trace.labels_of.dataset(
         {
             "token_id": ((*per_state, "rank"), top),
             "token": ((*per_state, "rank"), names),
-            "logit": ((*per_state, "rank"), reading.top_logits[keep]),
+            "logit": ((*per_state, "rank"), reading.top_logits[shown]),
             "logprob": ((*per_state, "rank"), logprob),
             "probability": ((*per_state, "rank"), np.exp(logprob)),
-            "entropy": (per_state, reading.entropy[keep]),
-            "kl": (per_state, reading.kl[keep]),
+            "entropy": (per_state, reading.entropy[shown]),
+            "kl": (per_state, reading.kl[shown]),
             "watched_logprob": (
                 (*per_state, "watched"),
-                reading.watched_logits[keep] - total[..., None],
+                reading.watched_logits[shown] - total[..., None],
             ),
-            "watched_rank": ((*per_state, "watched"), reading.watched_ranks[keep]),
+            "watched_rank": ((*per_state, "watched"), reading.watched_ranks[shown]),
         },
         layers=chosen,
         positions=at,

@@ -338,12 +338,12 @@ def captured(
         tokenizer=tokenizer,
     )
     source = Pass.of(model, ids)
-    made = Trace(labels, {}, source)
+    traced = Trace(labels, {}, source)
     select = Selection(chosen.positions, chosen.heads, dtype)
     values = source.capture(wanted, chosen.layers, select) if wanted else {}
     for s in wanted:
-        made.data[s.name] = made._labelled(s, values[s.name], chosen)
-    return made
+        traced.data[s.name] = traced._labelled(s, values[s.name], chosen)
+    return traced
 
 
 def token_ids(model: GemmaTransformer, given: Any, tokenizer: Tokenizer | None) -> np.ndarray:

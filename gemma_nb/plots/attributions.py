@@ -12,12 +12,12 @@ from gemma_nb.indices import one_among
 from gemma_nb.plots.cells import sheet
 from gemma_nb.plots.colors import FAINT, INK, OTHER, diverging
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline, picture
-from gemma_nb.plots.given import attributed, expect_array
 from gemma_nb.plots.ink import Ink, ink_inside
 from gemma_nb.plots.labels import drawable, families, isolated, legible
 from gemma_nb.plots.labels import inches as label_width
 from gemma_nb.plots.maps import computed_under
 from gemma_nb.plots.scale import color_scale
+from gemma_nb.plots.sources import attributed, expect_array
 from gemma_nb.plots.tokens import LABEL, MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def attribution_bars(
     (dim,) = chosen.dims
     labels = _names(chosen, str(dim))
     values = chosen.values.astype(float)
-    kept = np.sort(np.argsort(-np.abs(values), kind="stable")[:most])
-    names = [labels[i] for i in kept]
-    bars = values[kept]
-    if rest := len(values) - len(kept):
+    shown = np.sort(np.argsort(-np.abs(values), kind="stable")[:most])
+    names = [labels[i] for i in shown]
+    bars = values[shown]
+    if rest := len(values) - len(shown):
         names.append(f"{rest} others together")
         bars = np.append(bars, values.sum() - bars.sum())
     colors: list[Any] = [diverging()(0.06 if b < 0 else 0.94) for b in bars]

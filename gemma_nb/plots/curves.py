@@ -13,10 +13,10 @@ from gemma_nb.indices import Indices, among
 from gemma_nb.interp import lens as lens_of
 from gemma_nb.plots.colors import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from gemma_nb.plots.figure import SMALL, Numbers, canvas, footer, headline, picture
-from gemma_nb.plots.given import values_of
 from gemma_nb.plots.ink import ink_around, ink_inside
 from gemma_nb.plots.labels import drawable, isolated
 from gemma_nb.plots.maps import computed_under
+from gemma_nb.plots.sources import values_of
 from gemma_nb.plots.tokens import Tokens
 
 if TYPE_CHECKING:

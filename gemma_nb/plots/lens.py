@@ -14,12 +14,12 @@ from gemma_nb.interp import lens as lens_of
 from gemma_nb.plots.cells import kind_handles, sheet
 from gemma_nb.plots.colors import INK, VERMILION, text_on
 from gemma_nb.plots.figure import SMALL, canvas, color_bar, footer, headline, inches, picture
-from gemma_nb.plots.given import values_of
 from gemma_nb.plots.ink import Ink
 from gemma_nb.plots.labels import drawable, families
 from gemma_nb.plots.labels import inches as label_width
 from gemma_nb.plots.maps import computed_under
 from gemma_nb.plots.scale import color_scale
+from gemma_nb.plots.sources import values_of
 from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:

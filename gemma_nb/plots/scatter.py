@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from gemma_nb.interp import heads
 from gemma_nb.plots.colors import FAINT, GLOBAL, INK, LOCAL
 from gemma_nb.plots.figure import SMALL, canvas, footer, headline, inches, picture
-from gemma_nb.plots.given import values_of
 from gemma_nb.plots.ink import Ink
 from gemma_nb.plots.maps import computed_under, window_of
+from gemma_nb.plots.sources import values_of
 
 if TYPE_CHECKING:
     import xarray

@@ -30,11 +30,11 @@ from gemma_nb.plots.figure import (
     inches,
     picture,
 )
-from gemma_nb.plots.given import attributed, expect_array, values_of
 from gemma_nb.plots.ink import Ink, ink_inside
 from gemma_nb.plots.labels import drawable, families, isolated
 from gemma_nb.plots.maps import computed_under
 from gemma_nb.plots.scale import ColorScale, color_scale
+from gemma_nb.plots.sources import attributed, expect_array, values_of
 from gemma_nb.plots.tokens import Tokens, nice_step
 
 if TYPE_CHECKING:

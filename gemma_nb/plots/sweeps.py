@@ -14,10 +14,10 @@ from matplotlib.colors import Colormap, Normalize
 from gemma_nb.plots.cells import cells, kind_handles, name_heads, sheet
 from gemma_nb.plots.colors import kind_color
 from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline, picture
-from gemma_nb.plots.given import expect_array
 from gemma_nb.plots.labels import drawable, isolated, legible
 from gemma_nb.plots.maps import badge_of, computed_under
 from gemma_nb.plots.scale import ColorScale, color_scale
+from gemma_nb.plots.sources import expect_array
 from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:
