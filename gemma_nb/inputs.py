@@ -63,6 +63,26 @@ class GemmaInputs:
         mask = same & (at[None, :] <= at[:, None]) & (segments != 0)[..., None, :]
         return cls(tokens=tokens, positions=positions, attention_mask=mask)
 
+    def check(self, tokens: np.ndarray, num_embed: int) -> None:
+        """Refuses what a model with `num_embed` tokens cannot score.
+
+        Raises:
+          ValueError: tokens of other axes, or outside the vocabulary; positions or a mask of
+            another shape.
+        """
+        if tokens.ndim not in (1, 2) or tokens.size == 0:
+            raise ValueError(f"tokens must be (T,) or (B, T) and not empty, got {tokens.shape}")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= num_embed:
+            raise ValueError(f"token ids must lie in 0 to {num_embed - 1}, got {low} to {high}")
+        expected = {"positions": tokens.shape, "attention_mask": (*tokens.shape, tokens.shape[-1])}
+        for name, shape in expected.items():
+            given = getattr(self, name)
+            if given is not None and jnp.shape(given) != shape:
+                raise ValueError(
+                    f"{name} must be {shape} for tokens {tokens.shape}, got {jnp.shape(given)}"
+                )
+
 
 def _ids(given: Any, argument: str) -> jax.Array:
     if isinstance(given, jax.core.Tracer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,11 +15,12 @@ import numpy as np
 
 from gemma_nb import placement
 from gemma_nb.config import TransformerConfig
+from gemma_nb.edits import edited, titled
 from gemma_nb.executables import pinned
 from gemma_nb.expected import elsewhere, token_array
 from gemma_nb.inputs import GemmaInputs
 from gemma_nb.interventions import Intervention, Interventions
-from gemma_nb.interventions.base import check
+from gemma_nb.interventions.checks import check
 from gemma_nb.interventions.numbers import array, known
 from gemma_nb.interventions.reach import warn_of_too_late, warn_of_unreached
 from gemma_nb.nn import Output, Transformer, Wrapped, adapt
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     import xarray
     from jax.sharding import Mesh
     from treescope import renderers, rendering_parts
-
-# Between a model's name and what of it was edited, in titles.
-EDITED = ", edited ("
-_SHOWN_EDITS = 3
 
 
 @flax.struct.dataclass
@@ -173,24 +169,8 @@ class GemmaTransformer:
         Raises:
           ValueError: no parameter matches, or `fn` changed a shape.
         """
-        flat = flax.traverse_util.flatten_dict(dict(self.params))
-        pattern = tuple(path_glob.strip("/").split("/"))
-        matching = [path for path in flat if _matches(path, pattern)]
-        if not matching:
-            known = sorted({"/".join(_any_layer(path)) for path in flat})
-            raise ValueError(
-                f"no parameter matches {path_glob!r}; the parameters are {', '.join(known)}"
-            )
-        for path in matching:
-            new = jnp.asarray(fn(flat[path]))
-            if new.shape != flat[path].shape:
-                raise ValueError(
-                    f"{'/'.join(path)}: expected an array of shape {flat[path].shape} from fn, "
-                    f"got {new.shape}"
-                )
-            flat[path] = new
-        edits = (*self.edits, "/".join(pattern))
-        return self.replace(params=flax.traverse_util.unflatten_dict(flat), edits=edits)
+        params, told = edited(self.params, path_glob, fn)
+        return self.replace(params=params, edits=(*self.edits, told))
 
     def intervene(self, *interventions: Intervention, start: int = 0) -> GemmaTransformer:
         """A copy that computes differently; the weights are shared, this model is untouched.
@@ -249,7 +229,7 @@ class GemmaTransformer:
         return orbax.save_params(self.params, self.config, path)
 
     def input_structure(self) -> dict[str, ArrayStructure]:
-        """What `GemmaInputs` takes: field -> axes, sizes and type.  "batch" may be left out."""
+        """Fields of `GemmaInputs`: their axes, sizes and types.  "batch" may be left out."""
         sizes = {"batch": None, "seq": None}
         last = self.config.num_embed - 1
         return {
@@ -261,7 +241,7 @@ class GemmaTransformer:
         }
 
     def output_structure(self) -> ArrayStructure:
-        """What calling the model gives.  There is a "batch" where the tokens have one."""
+        """Axes, sizes and type of the scores.  There is a "batch" where the tokens have one."""
         sizes = {"batch": None, "seq": None, "vocabulary": self.config.num_embed}
         return ArrayStructure(sizes, "float32", "logits of the next token")
 
@@ -291,7 +271,12 @@ class GemmaTransformer:
             "model([tokenizer.encode(text, bos=True)]) scores a text, and "
             "gnb.trace(model, text, tokenizer=tokenizer) shows it from the inside",
         )
-        self._check(found, inputs)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.params)):
+            raise ValueError(
+                "this model has shapes in place of weights and cannot compute: give from_config a "
+                "key=jax.random.key(0), or load a checkpoint"
+            )
+        inputs.check(found, self.config.num_embed)
         at = None if inputs.positions is None else np.asarray(inputs.positions)
         length = found.shape[-1] if at is None else int(at.max()) + 1
         warn_of_unreached(self.interventions, length)
@@ -317,27 +302,6 @@ class GemmaTransformer:
         array = xarray.DataArray(placement.fetch(logits), dims=dims, name="logits")
         return array if tokens.ndim == 2 else array[0]
 
-    def _check(self, tokens: np.ndarray, inputs: GemmaInputs) -> None:
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.params)):
-            raise ValueError(
-                "this model has shapes in place of weights and cannot compute: give from_config a "
-                "key=jax.random.key(0), or load a checkpoint"
-            )
-        if tokens.ndim not in (1, 2) or tokens.size == 0:
-            raise ValueError(f"tokens must be (T,) or (B, T) and not empty, got {tokens.shape}")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.config.num_embed:
-            raise ValueError(
-                f"token ids must lie in 0 to {self.config.num_embed - 1}, got {low} to {high}"
-            )
-        expected = {"positions": tokens.shape, "attention_mask": (*tokens.shape, tokens.shape[-1])}
-        for name, shape in expected.items():
-            given = getattr(inputs, name)
-            if given is not None and jnp.shape(given) != shape:
-                raise ValueError(
-                    f"{name} must be {shape} for tokens {tokens.shape}, got {jnp.shape(given)}"
-                )
-
     def __repr__(self) -> str:
         c = self.config
         dtypes = {str(x.dtype) for x in jax.tree.leaves(self.params)}
@@ -353,13 +317,8 @@ class GemmaTransformer:
 
     @property
     def title(self) -> str:
-        """What the model is called: its released name, or "Gemma", and what of it was edited."""
-        name = self.info.title if self.info else "Gemma"
-        edits = list(dict.fromkeys(self.edits))
-        if not edits:
-            return name
-        shown = edits if len(edits) <= _SHOWN_EDITS else [*edits[:_SHOWN_EDITS], "..."]
-        return f"{name}{EDITED}{', '.join(shown)})"
+        """Name of the model: its released one, or "Gemma", and its edits."""
+        return titled(self.info.title if self.info else "Gemma", self.edits)
 
     def __treescope_repr__(
         self, path: str | None, subtree_renderer: renderers.TreescopeSubtreeRenderer
@@ -400,24 +359,8 @@ def _replaced(model: GemmaTransformer, **changes: Any) -> GemmaTransformer:
 setattr(GemmaTransformer, "replace", _replaced)  # noqa: B010
 
 
-def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether names match the parts of a glob, "**" standing for any number of names."""
-    if not pattern:
-        return not path
-    if pattern[0] == "**":
-        return any(_matches(path[i:], pattern[1:]) for i in range(len(path) + 1))
-    return (
-        bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
-    )
-
-
 def _as_jax(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(leaf)
-
-
-def _any_layer(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The path with the number of its layer left open."""
-    return ("layer_*", *path[1:]) if path[0].startswith("layer_") else path
 
 
 # Static: the module (a frozen dataclass of numbers).  A new text length recompiles.

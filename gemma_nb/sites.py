@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gemma_nb.indices import Index, Indices, ascending, one
@@ -44,6 +44,11 @@ class Site:
     home: tuple[str, ...] | None = ()
     sown: str = ""
     only_with: str | None = None
+
+    @property
+    def alias(self) -> str:
+        """The other word of the field that it can be asked for by; "" for none."""
+        return next((other for other, name in ALIASES.items() if name == self.name), "")
 
     @property
     def is_map(self) -> bool:
@@ -132,27 +137,43 @@ _ALL = (
 )
 SITES: dict[str, Site] = {site.name: site for site in _ALL}
 
+# The field's other words, as good wherever a site is named; results carry the names above.
+ALIASES = {
+    "resid_pre": "residual_pre",
+    "resid_mid": "residual_mid",
+    "resid_post": "residual",
+    "pattern": "attention",
+}
+
+
+def canonical(name: str) -> str:
+    """The name of the site that `name` means, which may be an alias; any other text as it is."""
+    return ALIASES.get(name, name)
+
+
+def spelled(names: Iterable[str]) -> str:
+    """Names of sites for an error, each with its alias."""
+    others = {name: f"{name} ({other})" for other, name in ALIASES.items()}
+    return ", ".join(others.get(name, name) for name in names)
+
 
 def site(name: str) -> Site:
-    """The site called `name`.
+    """The site called `name`, or that it is an alias of.
 
     Raises:
       ValueError: no such site; the message lists the known ones.
     """
     if not isinstance(name, str):
         raise ValueError(f'a capture site is a name, such as "residual", got {name!r:.60}')
-    if name not in SITES:
+    if canonical(name) not in SITES:
         meant = _meant(name)
-        raise ValueError(f"unknown capture site {name!r}{meant}; the sites are {', '.join(SITES)}")
-    return SITES[name]
+        raise ValueError(f"unknown capture site {name!r}{meant}; the sites are {spelled(SITES)}")
+    return SITES[canonical(name)]
 
 
 # What TransformerLens calls them, behind "blocks.5." and without "hook_".
 _HOOKS = {
-    "resid_pre": "residual_pre",
-    "resid_mid": "residual_mid",
-    "resid_post": "residual",
-    "pattern": "attention",
+    **ALIASES,
     "attn_scores": "scores",
     "rot_q": "q",
     "rot_k": "k",
@@ -182,22 +203,22 @@ def _meant(name: str) -> str:
 
 
 def site_of(model: GemmaTransformer | TransformerConfig, name: str) -> Site:
-    """The site called `name`, which `model` has.
+    """The site called `name`, or that it is an alias of, which `model` has.
 
     Raises:
       ValueError: no such site, or not in this model; the message lists those that there are.
     """
     found, known = site(name), [s.name for s in list_sites(model)]
-    if name in known:
+    if found.name in known:
         return found
     if _shown(model) is not None:
         raise ValueError(
-            f"a wrapped transformer does not show the site {name!r}; it shows {', '.join(known)}.  "
+            f"a wrapped transformer does not show the site {name!r}; it shows {spelled(known)}.  "
             "To see all sites, compute with gnb.nn.Transformer on the same parameters"
         )
     raise ValueError(
-        f"this model has no site {name!r} ({found.only_with} is off); "
-        f"its sites are {', '.join(known)}"
+        f"this model has no site {name!r} ({found.only_with} is off); its sites are "
+        f"{spelled(known)}"
     )
 
 
@@ -232,6 +253,8 @@ def check_heads(heads: Indices, num_heads: int) -> tuple[int, ...]:
 
 def list_sites(model: GemmaTransformer | TransformerConfig) -> list[Site]:
     """Every capture site that `model` has, in the order of the computation.
+
+    Each goes by its `name`, and where the field has another word, by its `alias`, too.
 
     Models without query-key norms or post-norms lack the sites of these; a transformer of another
     library (`GemmaTransformer.wrap`) shows what can be read from outside.

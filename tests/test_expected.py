@@ -42,7 +42,11 @@ MISTAKES = [
     ("model.nothing", "has no attribute 'nothing'$"),
     ("trace['blocks.0.hook_resid_pre']", "'residual_pre' here: trace.get.*layers=0"),
     ("trace['blocks.1.attn.hook_pattern']", "'attention' here: .*layers=1"),
-    ("trace.get('resid_post')", "'residual' here"),
+    ("trace.get('hook_resid_post')", "'residual' here"),
+    (
+        "trace.get('resid')",
+        r"the sites are embed, residual_pre \(resid_pre\), .*residual \(resid_post\)",
+    ),
     ("trace[0]", "a capture site is a name"),
     ("trace.get('residual', layers='0')", "layers must be"),
     ("trace.get('residual', positions=[1.5])", "positions must be"),

@@ -36,14 +36,12 @@ ROOMS = [
         "placement",
         "checkpoints",
     ),
-    *("text", "structure", "inputs", "interventions", "model"),
-    *("sampling", "chat", "interp", "plots", "widgets", "app", "cli", "__main__"),
+    *("text", "structure", "inputs", "interventions", "edits", "model"),
+    *("interp", "sampling", "chat", "plots", "widgets", "app", "cli", "__main__"),
 ]
 # Imports inside a function, from rooms further down: who may, and from where.
 FRONT_DOORS = {
     "checkpoints.load": {"text", "model"},  # load() returns a model and a tokenizer
-    "chat.inside": {"interp"},  # chat.trace() is a shorthand of interp's trace()
-    "chat.rows": {"interp"},  # a token's attention is named as in a trace
 }
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")

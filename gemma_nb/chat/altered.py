@@ -27,7 +27,7 @@ from gemma_nb import interventions as known
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.executables import pinned
 from gemma_nb.interventions import Intervention, Interventions, Where
-from gemma_nb.interventions.base import fill
+from gemma_nb.interventions.pytrees import fill
 from gemma_nb.sites import SITES
 
 if TYPE_CHECKING:

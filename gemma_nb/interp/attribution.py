@@ -1,4 +1,4 @@
-"""Where a logit comes from: exact shares of components, heads and source tokens."""
+"""Direct logit attribution: exact shares of components, heads and source tokens in a logit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gemma_nb.indices import Indices
 from gemma_nb.interp.lens import model_of
 from gemma_nb.interp.sizes import check_position
 from gemma_nb.interp.trace import Trace
+from gemma_nb.interventions.base import sites_of
 from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sites import check_heads, check_layers
@@ -30,7 +31,7 @@ def direct_logit_attribution(
     position: int | None = None,
     against: int | str | None = None,
 ) -> xarray.DataArray:
-    """How much each part of the model adds to the logit of `token`.
+    """Shares of the parts of the model in the logit of `token`.
 
     The last residual is a sum: embedding + attention outputs + feed-forward outputs.  With the
     final norm's divisor frozen at what it was, the logit is linear in it, and each term c has a
@@ -142,7 +143,7 @@ class _Shares:
             names.append((i, "mlp", -1))
             rows.append(self._plain("mlp_out", i))
         given = self.model.interventions
-        edited = {site for item in given.items for site in item.sites} if given else set()
+        edited = {name for item in given.items for name in sites_of(item)} if given else set()
         if edited.intersection(_BETWEEN_PARTS[by]):
             logit = self.trace.get("final", positions=self.at).values @ self.head
             rest = logit - np.sum(rows, axis=0 if self.query is None else None)

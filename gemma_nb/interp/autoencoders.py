@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from gemma_nb.executables import pinned
 from gemma_nb.indices import Index, Indices, one
 from gemma_nb.interp import autoencoder_files as files
+from gemma_nb.interp import hook_points
 from gemma_nb.interp.features import strongest
 from gemma_nb.interp.sizes import check_positions
 from gemma_nb.interp.trace import Trace
@@ -28,7 +29,7 @@ from gemma_nb.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import xarray
 
-    from gemma_nb.interventions.base import Positions
+    from gemma_nb.interventions.positions import Positions
 
 _Self = TypeVar("_Self", bound="SparseAutoencoder")
 
@@ -110,12 +111,12 @@ class SparseAutoencoder:
           FileNotFoundError: it is not there.
         """
         read = files.read(path)
-        place = read.refuse_other_kind(transcoder=False).place(layer, site)
+        place = hook_points.place(read.refuse_other_kind(transcoder=False), layer, site)
         return cls(**read.arrays(), **read.settings, **place)
 
     @property
     def num_features(self) -> int:
-        """How many there are."""
+        """Number of features."""
         return int(self.b_enc.shape[0])
 
     @pinned
@@ -125,7 +126,7 @@ class SparseAutoencoder:
 
     @pinned
     def decode(self, features: Float[Array, "*lead features"]) -> Float[Array, "*lead D"]:
-        """What is rebuilt from them.
+        """Inputs rebuilt from features.
 
         Raises:
           ValueError: more than the features is needed, see `reconstruct`.
@@ -139,7 +140,7 @@ class SparseAutoencoder:
 
     @pinned
     def reconstruct(self, x: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead D"]:
-        """What it makes of `x`: encoded, and decoded."""
+        """`x` encoded, and decoded again."""
         return _reconstruct(self, _float32(x))
 
     @pinned
@@ -185,7 +186,7 @@ class SparseAutoencoder:
         *,
         include_first: bool = False,
     ) -> xarray.Dataset:
-        """As `gnb.top_activations`, of a feature; positions where it is off are no examples."""
+        """Top activations of a feature (see `gnb.top_activations`); none where it is off."""
         feature = self._check(feature)
         whole = self if self.k is not None else None
         columns = slice(feature, feature + 1)
@@ -281,7 +282,7 @@ class Transcoder(SparseAutoencoder):
         site: str | None = None,
         site_out: str | None = None,
     ) -> Transcoder:
-        """As `SparseAutoencoder.load`.
+        """Reads a folder or file, as `SparseAutoencoder.load` does.
 
         Args:
           path: a folder or file.
@@ -290,7 +291,8 @@ class Transcoder(SparseAutoencoder):
           site_out: what it predicts; None takes the configuration's, or else mlp_out.
         """
         read = files.read(path)
-        place = read.refuse_other_kind(transcoder=True).place(layer, site, site_out)
+        read = read.refuse_other_kind(transcoder=True)
+        place = hook_points.place(read, layer, site, site_out)
         return cls(**read.arrays(), **read.settings, **place)
 
     @pinned
@@ -309,7 +311,7 @@ class Transcoder(SparseAutoencoder):
 
     @pinned
     def reconstruct(self, x: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead D"]:
-        """What it predicts from `x`, the skip connection included."""
+        """Prediction from `x`, the skip connection included."""
         x = _float32(x)
         predicted = self.encode(x) @ self.w_dec + self.b_dec
         return predicted if self.skip is None else predicted + x @ self.skip

@@ -1,4 +1,4 @@
-"""What neurons and learned features respond to, in the user's own texts."""
+"""Top activations of neurons and learned features in the user's own texts."""
 
 from __future__ import annotations
 
@@ -64,12 +64,14 @@ def top_activations(
     _expect(model, tokenizer)
     found = site_of(model, site)
     if len(found.dims) != 3 or not found.per_layer:
-        raise ValueError(f"neurons are looked for in sites of one vector per position, not {site}")
+        raise ValueError(
+            f"neurons are looked for in sites of one vector per position, not {found.name}"
+        )
     c = model.config
     sizes = {"F": c.hidden_dim, "D": c.embed_dim, "N": c.num_heads, "K": c.num_kv_heads}
-    neuron = one(neuron, sizes[found.dims[2]], "neuron", owner=f"{site} has")
+    neuron = one(neuron, sizes[found.dims[2]], "neuron", owner=f"{found.name} has")
     layer = check_layer(layer, model.config.num_layers)
-    what = {"layer": layer, "neuron": neuron, "site": site}
+    what = {"layer": layer, "neuron": neuron, "site": found.name}
     return strongest(
         *(model, tokenizer, texts, k, what),
         lambda traced: traced.get(site, layer).values[0][:, neuron],

@@ -1,4 +1,4 @@
-"""What heads attend to, in numbers."""
+"""Statistics of attention heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BOS = 2  # <bos> of every Gemma vocabulary
 
 
 def head_statistics(trace: Trace) -> xarray.Dataset:
-    """How each head spreads its attention, on average over the queries of a text.
+    """Means over the queries of a text of how each head spreads its attention.
 
     previous_token: weight on the position before the query.  bos_sink: on position 0 (attention
     sinks, arXiv:2309.17453).  local: on the last 8 positions, the query's own among them, without

@@ -57,7 +57,7 @@ class Labels:
     __repr__ = summary
 
     def piece(self, token: int) -> str:
-        """What a token stands for: its text, or without a tokenizer its number."""
+        """Text of a token id, or without a tokenizer its number."""
         known = self.tokenizer is not None and 0 <= token < self.tokenizer.vocab_size
         return self.tokenizer.token_text(token) if known and self.tokenizer else str(token)
 

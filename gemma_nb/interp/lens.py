@@ -1,4 +1,4 @@
-"""What the residual stream already says about the next token, layer by layer."""
+"""Logit lens: predictions read from the residual stream, layer by layer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def logit_lens(
     positions: Indices = None,
     watch: Sequence[int | str] = (),
 ) -> xarray.Dataset:
-    """What would be predicted if the model ended after each layer.
+    """Predictions that the model would make if it ended after each layer.
 
     logits = softcap(W_E norm_final(residual_l)): the residual stream after layer l, through the
     final norm, the vocabulary head and, where the model has one, the soft-cap.  The last layer is
@@ -85,28 +85,28 @@ def logit_lens(
     states: list[Any] = [normalise(model, trace.get("residual", i, at).values[0]) for i in before]
     states.append(trace.get("final", positions=at).values)
     reading = read(model, np.stack(states), k, np.broadcast_to(ids, (len(at), ids.size)))
-    keep = slice(None) if len(before) < len(chosen) else slice(len(before))
+    shown = slice(None) if len(before) < len(chosen) else slice(len(before))
 
     per_state = ("layer", "position")
-    total = reading.logsumexp[keep]
-    logprob = reading.top_logits[keep] - total[..., None]
-    top = reading.top_ids[keep]
+    total = reading.logsumexp[shown]
+    logprob = reading.top_logits[shown] - total[..., None]
+    top = reading.top_ids[shown]
     pieces = {int(i): trace.labels_of.piece(int(i)) for i in np.unique(top)}
     names = np.vectorize(pieces.__getitem__, otypes=[object])(top)
     dataset = trace.labels_of.dataset(
         {
             "token_id": ((*per_state, "rank"), top),
             "token": ((*per_state, "rank"), names),
-            "logit": ((*per_state, "rank"), reading.top_logits[keep]),
+            "logit": ((*per_state, "rank"), reading.top_logits[shown]),
             "logprob": ((*per_state, "rank"), logprob),
             "probability": ((*per_state, "rank"), np.exp(logprob)),
-            "entropy": (per_state, reading.entropy[keep]),
-            "kl": (per_state, reading.kl[keep]),
+            "entropy": (per_state, reading.entropy[shown]),
+            "kl": (per_state, reading.kl[shown]),
             "watched_logprob": (
                 (*per_state, "watched"),
-                reading.watched_logits[keep] - total[..., None],
+                reading.watched_logits[shown] - total[..., None],
             ),
-            "watched_rank": ((*per_state, "watched"), reading.watched_ranks[keep]),
+            "watched_rank": ((*per_state, "watched"), reading.watched_ranks[shown]),
         },
         layers=chosen,
         positions=at,
@@ -120,7 +120,7 @@ def logit_lens(
 
 @pinned
 def token_statistics(trace: Trace) -> xarray.Dataset:
-    """How the model expected each token of the text, given those before it.
+    """Log-probability, entropy and rank of each token of the text, given those before it.
 
     logprob = log softmax(logits at the position before)[token], in nats; entropy is of that
     distribution; rank counts the tokens that were likelier.  The first token is predicted by

@@ -1,4 +1,4 @@
-"""What is measured of a run, and how little of the vocabulary it takes."""
+"""Metrics of a run, and the rows of the vocabulary that each takes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LogitDifference:
         return logits[..., 0] - logits[..., 1]
 
     def title(self, labels: Labels) -> str:
-        """What it is, of these tokens."""
+        """Name of the metric, with its tokens."""
         token, against = (labels.piece(int(i)) for i in (self.token, self.against))
         return f"logit of {token!r} minus logit of {against!r}"
 
@@ -67,7 +67,7 @@ class Logit:
         return logits[..., 0]
 
     def title(self, labels: Labels) -> str:
-        """What it is, of this token."""
+        """Name of the metric, with its token."""
         return f"logit of {labels.piece(int(self.token))!r}"
 
 

@@ -32,7 +32,7 @@ from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.block import Block
-from gemma_nb.sites import EVERYWHERE
+from gemma_nb.sites import EVERYWHERE, canonical, spelled
 from gemma_nb.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ def activation_patching(
         after the last position.
       over: the axes of the sweep, out of "layer", "position" and "head".  Without "layer" a cell
         patches all layers at once, without "position" all positions, without "head" all heads.
-      site: one of residual_pre, residual_mid, residual, attn_out, mlp_out and z; by default z where
-        heads are swept, the residual stream before the layer otherwise.
+      site: one of residual_pre, residual_mid, residual (or resid_pre, resid_mid, resid_post),
+        attn_out, mlp_out and z; by default z where heads are swept, the residual stream before
+        the layer otherwise.
       tokenizer: for texts and labels.
       progress: shows a progress bar.
 
@@ -127,9 +128,9 @@ def _checked(over: Sequence[str], site: str | None) -> tuple[tuple[str, ...], st
     axes = (over,) if isinstance(over, str) else tuple(over)
     if not axes or set(axes) - set(_AXES) or len(set(axes)) != len(axes):
         raise ValueError(f"over must be some of {', '.join(_AXES)}, got {over!r}")
-    site = site or ("z" if "head" in axes else "residual_pre")
+    site = canonical(site or ("z" if "head" in axes else "residual_pre"))
     if site not in _SITES:
-        raise ValueError(f"site must be one of {', '.join(_SITES)}, got {site!r}")
+        raise ValueError(f"site must be one of {spelled(_SITES)}, got {site!r}")
     if "head" in axes and site != "z":
         raise ValueError(f'over="head" patches z, got site={site!r}')
     return tuple(axis for axis in _AXES if axis in axes), site
@@ -244,7 +245,7 @@ class _Sweep:
         return np.asarray(placement.fetch(x))
 
     def _patch(self, layer: int, batch: Batch) -> SlotPatch:
-        """Where and with what the slots of a batch are patched."""
+        """Values and places that the slots of a batch are patched with."""
         values = self.clean.get(self.site, layer).values[0][batch.source]
         acts: Any = np.zeros(batch.positions.shape, bool)
         heads = np.ones((len(acts), acts.shape[1], self.model.config.num_heads), bool)

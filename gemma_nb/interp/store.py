@@ -73,7 +73,7 @@ def save(dataset: xarray.Dataset, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Labels, dict[str, xarray.DataArray]]:
-    """What `save` wrote.
+    """Labels and arrays that `save` wrote.
 
     Raises:
       ValueError: the file is no such trace.

@@ -1,4 +1,4 @@
-"""What a forward pass computed, as labelled arrays."""
+"""Traces: what a forward pass computed, as labelled arrays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gemma_nb.interp.sizes import Chosen, refuse_too_large
 from gemma_nb.interventions.base import lines_of
 from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.sites import SITES, Site, check_layer, site_of
+from gemma_nb.sites import SITES, Site, canonical, check_layer, site_of
 from gemma_nb.structure import draw
 from gemma_nb.text.tokenizer import Tokenizer
 
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Trace:
-    """What a forward pass over a text computed.
+    """A forward pass over a text, as labelled arrays of its capture sites.
 
     `trace.attention`, `trace.residual`, ... is what was asked for at `gnb.trace`; a site that was
     not is computed when it is looked at, from the residual stream that the trace keeps, and kept.
+    The field's other words are as good: `trace.pattern`, `trace.resid_pre`, `trace.resid_post`.
     `get` computes a part without keeping it.
 
     Attributes:
@@ -56,13 +57,18 @@ class Trace:
         return self.labels_of.ids
 
     @property
+    def token_ids(self) -> np.ndarray:
+        """(T,) int32, as `tokens`."""
+        return self.tokens
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """T strings, what each token stands for."""
         return self.labels_of.tokens
 
     @property
     def config(self) -> TransformerConfig:
-        """Of the model."""
+        """Configuration of the model."""
         return self.labels_of.config
 
     @property
@@ -77,16 +83,16 @@ class Trace:
 
     @property
     def interventions(self) -> tuple[str, ...]:
-        """What it was computed under, one line for each."""
+        """Interventions that the trace was computed under, one line for each."""
         return tuple(self.labels_of.attrs["interventions"].splitlines())
 
     @property
     def model_title(self) -> str:
-        """Of which model."""
+        """Title of the model that computed the trace."""
         return str(self.labels_of.attrs["model"])
 
     def window(self, layer: int) -> int | None:
-        """How many positions a query of this layer sees, itself included; None: all before it.
+        """Number of positions that a query of this layer sees, with its own; None: all before it.
 
         Raises:
           ValueError: no such layer.
@@ -114,7 +120,7 @@ class Trace:
             trace.get("logits", positions=-1)               # (1, vocabulary)
 
         Args:
-          site: see `gnb.list_sites`.
+          site: see `gnb.list_sites`; an alias ("pattern", "resid_post") is as good.
           layers: which; None for all.
           positions: which (queries, on a map); None for all.
           heads: which query heads, or of k, v and what else has these, key-value heads; None for
@@ -139,17 +145,18 @@ class Trace:
         refuse_too_large([found], chosen, len(self.tokens), self.config, dtype)
         select = Selection(chosen.positions, chosen.heads, dtype)
         values = self.source.capture([found], chosen.layers, select)
-        return self._labelled(found, values[site], chosen)
+        return self._labelled(found, values[found.name], chosen)
 
     def __getitem__(self, site: str) -> xarray.DataArray:
-        """All of a site, kept from now on; raises as `get` does."""
-        if site not in self.data:
-            self.data[site] = self.get(site)
-        return self.data[site]
+        """All of a site, held from now on; raises as `get` does."""
+        name = canonical(site)
+        if name not in self.data:
+            self.data[name] = self.get(name)
+        return self.data[name]
 
     def __getattr__(self, name: str) -> xarray.DataArray:
         # Dunder look-ups (copy, pickle) come before `data` exists.
-        if name not in SITES or "data" not in self.__dict__:
+        if canonical(name) not in SITES or "data" not in self.__dict__:
             raise AttributeError(f"Trace has no attribute {name!r}")
         try:
             return self[name]
@@ -157,7 +164,7 @@ class Trace:
             raise AttributeError(str(error)) from error
 
     def to_dataset(self) -> xarray.Dataset:
-        """What is held, and all that `save` writes."""
+        """Dataset of all sites that are held, which is what `save` writes."""
         return store.to_dataset(self.labels_of, self.data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -213,7 +220,7 @@ class Trace:
         return {"text/plain": repr(self), "text/html": treescope.render_to_html(self)}
 
     def _held(self, s: Site, chosen: Chosen) -> xarray.DataArray | None:
-        """A part of what is held, where it is held."""
+        """The part of a site that is held; None where some of it is not."""
         array = self.data.get(s.name)
         if array is None:
             return None
@@ -265,7 +272,8 @@ def trace(
       model: what computes.
       tokens_or_text: token ids, or a text (then with a tokenizer; <bos> is put in front).
       tokenizer: for texts, and for the token labels; without it tokens are labelled by their ids.
-      sites: see `gnb.list_sites`; none at all computes nothing until it is looked at.
+      sites: see `gnb.list_sites`; an alias ("pattern", "resid_post") is as good, and none at all
+        computes nothing until it is looked at.
       layers: which layers; None for all.
       positions: which positions (queries, on maps); None for all.
       heads: which query heads, or key-value heads where only sites that have these are asked for;
@@ -330,12 +338,12 @@ def captured(
         tokenizer=tokenizer,
     )
     source = Pass.of(model, ids)
-    made = Trace(labels, {}, source)
+    traced = Trace(labels, {}, source)
     select = Selection(chosen.positions, chosen.heads, dtype)
     values = source.capture(wanted, chosen.layers, select) if wanted else {}
     for s in wanted:
-        made.data[s.name] = made._labelled(s, values[s.name], chosen)
-    return made
+        traced.data[s.name] = traced._labelled(s, values[s.name], chosen)
+    return traced
 
 
 def token_ids(model: GemmaTransformer, given: Any, tokenizer: Tokenizer | None) -> np.ndarray:

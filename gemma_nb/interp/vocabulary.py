@@ -1,4 +1,4 @@
-"""What states of the residual stream say about the next token, without their logits.
+"""Predictions of states of the residual stream, without their logits in memory.
 
 One state's logits are V numbers (1 MB for Gemma 3), and a lens looks at thousands of states.  The
 vocabulary is therefore read once, a stretch at a time, and of each stretch only running sums (the
@@ -152,7 +152,7 @@ def _held(table: jax.Array, turn: jax.Array) -> jax.Array:
 
 
 def _starts(vocabulary: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each stretch begins, and its first entry that no other has.
+    """First entry of each stretch of the vocabulary, and the first that no other has.
 
     The last one reaches back, so that all are of one size.
     """

@@ -11,8 +11,9 @@ Several interventions at one site act in the order in which they were given.
 """
 
 from gemma_nb.interventions.attention import KnockOut, ReplaceAttention
-from gemma_nb.interventions.base import Intervention, Interventions, LayerEdit, Where
+from gemma_nb.interventions.base import Intervention, Interventions, LayerEdit
 from gemma_nb.interventions.heads import AblateHeads, ScaleHeads
+from gemma_nb.interventions.positions import Where
 from gemma_nb.interventions.tokens import ForceToken
 from gemma_nb.interventions.vectors import AblateMLP, EditNeuron, Patch, Steer
 

@@ -10,21 +10,11 @@ import numpy as np
 
 from gemma_nb.config import Sliding
 from gemma_nb.indices import Indices
-from gemma_nb.interventions.base import (
-    Intervention,
-    Positions,
-    Where,
-    check_places,
-    fill,
-    from_zero,
-    ints,
-    node,
-    plain,
-    short,
-    single,
-    taken,
-)
-from gemma_nb.interventions.numbers import array, padded
+from gemma_nb.interventions.base import Intervention
+from gemma_nb.interventions.checks import check_places
+from gemma_nb.interventions.numbers import array, padded, plain, short
+from gemma_nb.interventions.positions import Positions, Where, from_zero, ints, single, taken
+from gemma_nb.interventions.pytrees import fill, node
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig

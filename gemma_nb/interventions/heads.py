@@ -10,22 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.indices import Indices, number
-from gemma_nb.interventions.base import (
-    Intervention,
-    Positions,
-    Where,
-    check_places,
-    check_width,
-    fill,
-    ints,
-    node,
-    plain,
-    several,
-    static,
-    taken,
-    wide,
-)
-from gemma_nb.interventions.numbers import known, padded, real
+from gemma_nb.interventions.base import Intervention, wide
+from gemma_nb.interventions.checks import check_places, check_width
+from gemma_nb.interventions.numbers import known, padded, plain, real, short
+from gemma_nb.interventions.positions import Positions, Where, ints, taken
+from gemma_nb.interventions.pytrees import fill, node, static
 from gemma_nb.interventions.reach import unsampled
 from gemma_nb.interventions.replacements import last_of, replaced, replacements
 
@@ -87,7 +76,7 @@ class ScaleHeads(Intervention):
     def __str__(self) -> str:
         factors = np.asarray(self.factors)[real(self.layers)].tolist()
         parts = zip(plain(self.layers), plain(self.heads), factors, strict=True)
-        heads = several([f"{i}.{h} by {f:g}" for i, h, f in parts])
+        heads = short([f"{i}.{h} by {f:g}" for i, h, f in parts], 24)
         return f"scale heads {heads} at {self.where}"
 
 
@@ -146,7 +135,7 @@ class AblateHeads(Intervention):
         fill(self, values=replacements(method, None if reference is None else z, len(flat)))
 
     def unreached(self, length: int) -> str:
-        """As of every intervention, or that the reference is shorter than the text."""
+        """Positions that are not reached, in words, or a reference shorter than the text."""
         return super().unreached(length) or unsampled(self, length)
 
     @property
@@ -171,5 +160,5 @@ class AblateHeads(Intervention):
 
     def __str__(self) -> str:
         parts = zip(*map(plain, (self.layers, self.heads)), strict=True)
-        heads = several([f"{i}.{h}" for i, h in parts])
+        heads = short([f"{i}.{h}" for i, h in parts], 24)
         return f"ablate heads {heads} ({self.method}) at {self.where}"

@@ -10,6 +10,7 @@ acts nowhere: a sweep over numbers of heads or positions compiles few programs, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ def room(count: int) -> int:
 
 
 def is_traced(values: Any) -> bool:
-    """Whether an array, or one of several numbers, is not known while a program is traced."""
+    """True where an array, or one of some numbers, is not known while a program is traced."""
     if isinstance(values, slice):
         values = (values.start, values.stop, values.step)
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
@@ -111,6 +112,19 @@ def known(name: str, value: Any) -> Any:
 
 
 def real(places: Any) -> np.ndarray:
-    """Which entries of padded places are no padding."""
+    """Bool mask of the entries of padded places that are no padding."""
     found: np.ndarray = np.asarray(places) != NOWHERE
     return found
+
+
+def plain(values: Any) -> list[Any]:
+    """Layers, heads or positions as Python numbers, without the padding."""
+    found = np.asarray(values)
+    kept: list[Any] = found[real(found)].tolist()
+    return kept
+
+
+def short(values: Sequence[Any], most: int = 6) -> str:
+    """A list of numbers or names, cut where it is longer than `most`."""
+    shown = ", ".join(map(str, values[:most]))
+    return shown if len(values) <= most else f"{shown}, ... ({len(values)} of them)"

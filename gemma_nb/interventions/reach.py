@@ -69,7 +69,7 @@ def refuse_uncached(under: Interventions | None, config: TransformerConfig) -> N
 
 
 def unsampled(item: Any, length: int) -> str:
-    """That the reference of a resampling ablation ends before a text of `length`; "" otherwise."""
+    """A remark where a resampling ablation's reference ends before a text of `length`; else ""."""
     if item.method != "resample":
         return ""
     # The rest is padding.

@@ -1,4 +1,4 @@
-"""What ablated parts are replaced with, of heads and of feed-forward layers."""
+"""Values that ablated heads and feed-forward layers are replaced with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemma_nb.interventions.numbers import padded
 
 
 def replacements(method: str, values: Callable[[int], Any] | None, count: int) -> jax.Array:
-    """What `count` ablated parts are replaced with: (M, P, width) float32, M padded.
+    """Values in the place of `count` ablated parts: (M, P, width) float32, M padded.
 
     P is 1 for "zero" and "mean", and the length of the reference text for "resample", padded with
     NaN, which replaces nothing.
@@ -41,7 +41,7 @@ def replacements(method: str, values: Callable[[int], Any] | None, count: int) -
 
 
 def last_of(matches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of (M, n) bool: for each of n whether there is a match, and which is the last one."""
+    """For each of the n columns of (M, n) bool: True where a row matches, and the last such row."""
     last = matches.shape[0] - 1 - jnp.argmax(matches[::-1], axis=0)
     return matches.any(axis=0), last
 
@@ -49,7 +49,7 @@ def last_of(matches: jax.Array) -> tuple[jax.Array, jax.Array]:
 def replaced(
     values: jax.Array, which: jax.Array, positions: jax.Array, method: str
 ) -> tuple[jax.Array, jax.Array]:
-    """What `replacements` hold for parts (n,) at positions (B, T): (B, T, n, width), and where.
+    """Replacements of parts (n,) at positions (B, T): (B, T, n, width), and where they hold.
 
     Where: (B, T, n, width) bool, or () where it is everywhere; False behind a reference text.
     """

@@ -8,14 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_nb.interventions.base import (
-    Intervention,
-    fill,
-    from_zero,
-    node,
-    single,
-)
+from gemma_nb.interventions.base import Intervention
 from gemma_nb.interventions.numbers import array, is_traced
+from gemma_nb.interventions.positions import from_zero, single
+from gemma_nb.interventions.pytrees import fill, node
 
 if TYPE_CHECKING:
     from gemma_nb.config import TransformerConfig

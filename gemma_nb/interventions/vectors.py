@@ -10,26 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.indices import Indices
-from gemma_nb.interventions.base import (
-    Intervention,
-    Positions,
-    Where,
-    check_patchable,
-    check_places,
-    check_width,
-    fill,
-    from_zero,
-    ints,
-    node,
-    plain,
-    shape_of,
-    short,
-    single,
-    static,
-    taken,
-    wide,
-)
-from gemma_nb.interventions.numbers import array, is_traced, padded
+from gemma_nb.interventions.base import Intervention, wide
+from gemma_nb.interventions.checks import check_places, check_width, patchable_site, shape_of
+from gemma_nb.interventions.numbers import array, is_traced, padded, plain, short
+from gemma_nb.interventions.positions import Positions, Where, from_zero, ints, single, taken
+from gemma_nb.interventions.pytrees import fill, node, static
 from gemma_nb.interventions.reach import unsampled
 from gemma_nb.interventions.replacements import last_of, replaced, replacements
 from gemma_nb.sites import EVERYWHERE, SITES
@@ -77,7 +62,7 @@ class AblateMLP(Intervention):
         fill(self, values=replacements(method, given, len(chosen)))
 
     def unreached(self, length: int) -> str:
-        """As of every intervention, or that the reference is shorter than the text."""
+        """Positions that are not reached, in words, or a reference shorter than the text."""
         return super().unreached(length) or unsampled(self, length)
 
     @property
@@ -115,7 +100,7 @@ class Patch(Intervention):
       positions: (P,) int32 absolute positions, padded.
       value: (P, ...) of the site, or of its `heads` only: (P, heads, H).
       heads: (n,) int32, padded, or None for all of the site.
-      site: any sown site but the maps and norms' scales.
+      site: any sown site but the maps and norms' scales; an alias ("resid_post") is as good.
     """
 
     layer: jax.Array
@@ -134,7 +119,7 @@ class Patch(Intervention):
         *,
         heads: Indices = None,
     ) -> None:
-        check_patchable(site, layer)
+        site = patchable_site(site, layer)
         named, mask = taken(positions, "positions")
         at, new = from_zero(named, positions), array(value)
         if len(set(named)) < len(named):
@@ -170,7 +155,7 @@ class Patch(Intervention):
         *,
         heads: Indices = None,
     ) -> Patch:
-        """What a `Trace` saw there, each value at its own position and in its own head.
+        """A patch of what a `Trace` saw, each value at its own position and in its own head.
 
         Args:
           trace: where values come from.
@@ -182,7 +167,7 @@ class Patch(Intervention):
         Raises:
           ValueError: something that the trace does not have.
         """
-        check_patchable(site, layer)
+        site = patchable_site(site, layer)
         found = trace.get(site, None if layer is None else single(layer, "layer"), positions, heads)
         at, value = found["position"].values, found.values
         if layer is not None:
@@ -201,7 +186,7 @@ class Patch(Intervention):
         return [p for p in plain(self.positions) if p >= length]
 
     def unreached(self, length: int) -> str:
-        """As of every intervention."""
+        """Positions that are not reached, in words; "" for none."""
         if self.mask is not None and self.mask != length:
             return f"its mask of positions is {self.mask} long"
         return super().unreached(length)
@@ -256,7 +241,7 @@ class Steer(Intervention):
         heads side by side are as good.
       scale: () float32.
       where: at which positions.
-      site: by default the residual stream after the layer.
+      site: by default the residual stream after the layer; an alias is as good.
     """
 
     layer: jax.Array
@@ -274,7 +259,7 @@ class Steer(Intervention):
         positions: Positions = None,
         site: str = "residual",
     ) -> None:
-        check_patchable(site, layer)
+        site = patchable_site(site, layer)
         fill(self, layer=_layer(layer), vector=array(vector, np.float32, "vector"))
         fill(self, scale=array(scale, np.float32, "scale"), where=Where.of(positions), site=site)
 

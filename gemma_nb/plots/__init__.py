@@ -1,7 +1,9 @@
-"""Pictures of what was computed: labelled data in, a matplotlib Figure out.
+"""Pictures of what was computed: labelled data in, a matplotlib Figure or Axes out.
 
-Every plot takes `ax=` to draw into a figure of yours, and returns the Figure.  None calls a model,
-and none normalises: colours stand for the numbers as given, on the scale that the plot shows.
+Every plot makes a Figure and returns it; with `ax=` it draws there, leaves the rest of that figure
+alone, and returns the Axes.  Colours follow matplotlib's `vmin=`, `vmax=`, `norm=` and `cmap=`.
+None calls a model, and none normalises: colours stand for the numbers as given, on the scale that
+the plot shows.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ _PUBLIC = {
     "logit_lens": "gemma_nb.plots.lens",
     "entropy_curves": "gemma_nb.plots.curves",
     "residual_norms": "gemma_nb.plots.curves",
-    "token_probabilities": "gemma_nb.plots.strips",
-    "token_strip": "gemma_nb.plots.strips",
+    "token_probabilities": "gemma_nb.plots.token_text",
+    "token_strip": "gemma_nb.plots.token_text",
     "attribution_bars": "gemma_nb.plots.attributions",
     "attribution_matrix": "gemma_nb.plots.attributions",
-    "patching": "gemma_nb.plots.patched",
+    "patching": "gemma_nb.plots.sweeps",
     "head_statistics": "gemma_nb.plots.scatter",
 }
 
@@ -48,6 +50,6 @@ if TYPE_CHECKING:
     from gemma_nb.plots.heatmap import attention
     from gemma_nb.plots.lens import logit_lens
     from gemma_nb.plots.lines import attention_lines
-    from gemma_nb.plots.patched import patching
     from gemma_nb.plots.scatter import head_statistics
-    from gemma_nb.plots.strips import token_probabilities, token_strip
+    from gemma_nb.plots.sweeps import patching
+    from gemma_nb.plots.token_text import token_probabilities, token_strip

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, Normalize
-from matplotlib.figure import Figure
 
 from gemma_nb.indices import one_among
 from gemma_nb.plots.cells import sheet
 from gemma_nb.plots.colors import FAINT, INK, OTHER, diverging
-from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
-from gemma_nb.plots.given import attributed
+from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline, picture
 from gemma_nb.plots.ink import Ink, ink_inside
 from gemma_nb.plots.labels import drawable, families, isolated, legible
 from gemma_nb.plots.labels import inches as label_width
 from gemma_nb.plots.maps import computed_under
-from gemma_nb.plots.settings import picture
+from gemma_nb.plots.scale import color_scale
+from gemma_nb.plots.sources import attributed, expect_array
 from gemma_nb.plots.tokens import LABEL, MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ def attribution_bars(
     position: int | None = None,
     most: int = 40,
     ax: Axes | None = None,
-) -> Figure:
-    """What each part adds, as bars from zero, in the order of the model or of the text.
+) -> Axes:
+    """Contributions as bars from zero, in the order of the model or of the text.
 
     Args:
       attribution: (component), (position) or (component, position), such as
@@ -44,19 +43,21 @@ def attribution_bars(
       ax: where to draw; None makes a figure.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: no array, or other axes.
       ValueError: other dimensions, or a position that the array does not have.
     """
+    expect_array(attribution, "attribution", "gnb.direct_logit_attribution gives one")
     chosen, at = _one_position(attribution, position)
     (dim,) = chosen.dims
     labels = _names(chosen, str(dim))
     values = chosen.values.astype(float)
-    kept = np.sort(np.argsort(-np.abs(values), kind="stable")[:most])
-    names = [labels[i] for i in kept]
-    bars = values[kept]
-    if rest := len(values) - len(kept):
+    shown = np.sort(np.argsort(-np.abs(values), kind="stable")[:most])
+    names = [labels[i] for i in shown]
+    bars = values[shown]
+    if rest := len(values) - len(shown):
         names.append(f"{rest} others together")
         bars = np.append(bars, values.sum() - bars.sum())
     colors: list[Any] = [diverging()(0.06 if b < 0 else 0.94) for b in bars]
@@ -64,9 +65,7 @@ def attribution_bars(
         colors[-1] = OTHER
 
     left = label_width(names, LABEL) + 0.2
-    figure, ax = canvas(
-        ax, 3.2, PITCH * 1.1 * len(bars) + 0.1, left=left, right=0.4, top=0.6, bottom=0.45
-    )
+    ax = canvas(ax, 3.2, PITCH * 1.1 * len(bars) + 0.1, left=left, right=0.4, top=0.6, bottom=0.45)
     rows = np.arange(len(bars))
     ax.barh(rows, bars, color=colors, height=0.78)
     ax.axvline(0.0, color=ink_inside(ax), linewidth=0.6)
@@ -94,7 +93,7 @@ def attribution_bars(
     headline(ax, _title(attribution) + at)
     notes = [*attributed(attribution), f"all bars add up to {values.sum():.4g}"]
     footer(ax, [], [*notes, *computed_under(attribution)], below=0.35)
-    return figure
+    return ax
 
 
 @picture
@@ -104,10 +103,12 @@ def attribution_matrix(
     ax: Axes | None = None,
     start: int = 0,
     stop: int | None = None,
-    top: float | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    norm: str | Normalize | None = None,
     cmap: str | Colormap | None = None,
-) -> Figure:
-    """What each component adds at each position: tokens down, components across.
+) -> Axes:
+    """Contributions of each component at each position: tokens down, components across.
 
     White is zero, and equal colours on both sides stand for equal magnitudes.
 
@@ -116,15 +117,19 @@ def attribution_matrix(
       ax: where to draw; None makes a figure.
       start: first position shown, counted from the first one of the array.
       stop: the one after the last; None for all.
-      top: the magnitude with the darkest colour; None for the largest one shown.
+      vmin: the least number with a colour of its own; None for -vmax.
+      vmax: the largest one; None for -vmin, or the largest magnitude shown.
+      norm: a matplotlib norm, or the name of a scale, in place of ours; white is then its middle.
       cmap: a matplotlib colour map; None for one whose equal steps look equal.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: no array, or other axes, or another kind of limit, norm or map.
       ValueError: other dimensions, or an empty range of positions.
     """
+    expect_array(attribution, "attribution", "gnb.direct_logit_attribution gives one")
     if set(attribution.dims) != {"component", "position"}:
         raise ValueError(
             f"expected dims ('component', 'position'), got {attribution.dims}; attribution_bars "
@@ -139,17 +144,18 @@ def attribution_matrix(
     tokens = Tokens.along(chosen, "position")
     values = chosen.values.astype(float)
     names = [legible(str(name)) for name in chosen["component"].values]
-    largest = top or float(np.abs(values).max()) or 1.0
+    largest = float(np.abs(values).max()) or 1.0
 
-    figure, ax = canvas(
+    ax = canvas(
         ax,
         float(np.clip(0.14 * len(names), 1.6, 12.0)),
         float(np.clip(PITCH * len(tokens), 1.4, PITCH * MOST_LABELS)),
         left=label_inches(tokens) + 0.25,
         top=label_width(names, LABEL) + (0.7 if "query" in attribution.coords else 0.5),
     )
-    norm = Normalize(-largest, largest)
-    mesh, remark = sheet(ax, values, tokens, names, norm=norm, cmap=cmap or diverging(), center=0.0)
+    default, limits = Normalize(-largest, largest), {"vmin": vmin, "vmax": vmax}
+    colors = color_scale(values, default, **limits, norm=norm, cmap=cmap, center=0.0)
+    mesh, remark = sheet(ax, values, tokens, names, colors, center=0.0)
     if "query" in attribution.coords:
         ax.set_ylabel("position that is read", fontsize=SMALL)
         at = f"\nafter position {int(attribution['query'])}"
@@ -157,9 +163,9 @@ def attribution_matrix(
         ax.set_ylabel("position: the prediction after it", fontsize=SMALL)
         at = ""
     headline(ax, _title(attribution) + at)
-    color_bar(mesh, ax, _unit(attribution) + remark)
+    color_bar(mesh, ax, _unit(attribution) + remark, colors.extend)
     footer(ax, role_handles(tokens), computed_under(attribution))
-    return figure
+    return ax
 
 
 def _one_position(
@@ -199,7 +205,7 @@ def _names(chosen: xarray.DataArray, dim: str) -> list[str]:
 
 
 def _title(attribution: xarray.DataArray) -> str:
-    """What is attributed: of which token, against which other."""
+    """Title of an attribution: its token, and the one that it is against."""
     attrs = attribution.attrs
     token = attrs.get("token", attrs.get("target"))
     name = str(attribution.name or attrs.get("method", "attribution")).replace("_", " ")

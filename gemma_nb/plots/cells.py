@@ -10,7 +10,6 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import Normalize
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.path import Path
@@ -21,6 +20,7 @@ from gemma_nb.plots.figure import SMALL, bare, inches
 from gemma_nb.plots.ink import Ink, ink_around
 from gemma_nb.plots.labels import families
 from gemma_nb.plots.maps import badge_of
+from gemma_nb.plots.scale import ColorScale
 from gemma_nb.plots.tokens import MOST_LABELS, Tokens, label_axis
 
 # A picture has about this many cells along an axis; more are drawn as blocks.
@@ -58,7 +58,7 @@ def cells(
 def blocks(
     values: np.ma.MaskedArray, height: int, width: int, center: float | None = None
 ) -> np.ma.MaskedArray:
-    """Of each block of `height` by `width` cells the largest visible value.
+    """The largest visible value of each block of `height` by `width` cells.
 
     With a `center`, the value that is farthest from it, on either side.
     """
@@ -85,9 +85,8 @@ def sheet(
     values: np.ndarray,
     tokens: Tokens,
     columns: Sequence[str],
+    colors: ColorScale,
     *,
-    norm: Normalize,
-    cmap: Any,
     kinds: Sequence[str] | None = None,
     center: float | None = None,
 ) -> tuple[ScalarMappable, str]:
@@ -98,8 +97,7 @@ def sheet(
       values: (T, C); NaN leaves a cell empty.  Positions that are left out leave empty rows.
       tokens: of the rows.
       columns: names of the columns.
-      norm: how values become colours.
-      cmap: with which colours.
+      colors: how values become colours.
       kinds: of columns that are layers; they tell the local from the global ones.
       center: the value from which both directions count, of signed values.
 
@@ -114,8 +112,9 @@ def sheet(
     block = -(-len(rows) // MOST_CELLS)
     shown = blocks(np.ma.masked_invalid(values), block, 1, center)
     down = (rows[-1] + 0.5, rows[0] - 0.5)
-    mesh = cells(ax, shown, (-0.5, len(columns) - 0.5), down, norm=norm, cmap=cmap)
-    ax.set_xlim(-0.5, len(columns) - 0.5)
+    across = (-0.5, len(columns) - 0.5)
+    mesh = cells(ax, shown, across, down, norm=colors.norm, cmap=colors.cmap)
+    ax.set_xlim(*across)
     ax.set_ylim(*down)
     ax.set_aspect("auto")
     ax.xaxis.tick_top()

@@ -6,19 +6,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from gemma_nb.indices import Indices, among
 from gemma_nb.interp import lens as lens_of
 from gemma_nb.plots.colors import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, VERMILION
-from gemma_nb.plots.figure import SMALL, Numbers, canvas, footer, headline
-from gemma_nb.plots.given import values_of
+from gemma_nb.plots.figure import SMALL, Numbers, canvas, footer, headline, picture
 from gemma_nb.plots.ink import ink_around, ink_inside
 from gemma_nb.plots.labels import drawable, isolated
 from gemma_nb.plots.maps import computed_under
-from gemma_nb.plots.settings import picture
+from gemma_nb.plots.sources import values_of
 from gemma_nb.plots.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -47,8 +45,8 @@ def residual_norms(
     *,
     ax: Axes | None = None,
     hide_bos: bool = False,
-) -> Figure:
-    """How long the residual stream is after each layer, and what the layer added to it.
+) -> Axes:
+    """Norms of the residual stream after each layer, and of what the layer added to it.
 
     Lines are medians over the positions, bands hold the middle 80 % of them.  Position 0 has a line
     of its own (dotted): its norm is often many times that of the others.
@@ -60,10 +58,10 @@ def residual_norms(
       hide_bos: leave out the line of position 0; the picture says so.
 
     Returns:
-      The figure, with a logarithmic axis.
+      The figure, with a logarithmic axis; with `ax`, the axes.
     """
-    norms = values_of(norms, lens_of.residual_norms)
-    figure, ax = canvas(ax, 4.4, 2.6, left=0.65, right=0.2, bottom=0.45)
+    norms = values_of(norms, lens_of.residual_norms, ("residual",))
+    ax = canvas(ax, 4.4, 2.6, left=0.65, right=0.2, bottom=0.45)
     layers = norms["layer"].values
     handles: list[Line2D | Patch] = []
     first = int(norms["position"].values[0]) == 0 and norms.sizes["position"] > 1
@@ -88,7 +86,7 @@ def residual_norms(
         dotted: dict[str, Any] = {"color": ink_around(ax), "linestyle": ":"}
         handles.append(Line2D([], [], label="the same at position 0", **dotted))
     footer(ax, handles, [*notes, *computed_under(norms)], below=0.35)
-    return figure
+    return ax
 
 
 @picture
@@ -98,8 +96,8 @@ def entropy_curves(
     value: Literal["entropy", "kl"] = "entropy",
     positions: Indices = None,
     ax: Axes | None = None,
-) -> Figure:
-    """How undecided the prediction is after each layer, or how far it is from the output.
+) -> Axes:
+    """Entropy of the prediction after each layer, or its divergence from the output.
 
     Up to twelve positions have a curve each; of more, the line is the median, the band holds the
     middle 80 %.
@@ -111,20 +109,21 @@ def entropy_curves(
       ax: where to draw; None makes a figure.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: another kind of source or axes.
       ValueError: an unknown value or position.
     """
     if value not in _ENTROPIES:
         raise ValueError(f"value must be one of {', '.join(map(repr, _ENTROPIES))}, got {value!r}")
-    lens = values_of(lens, lens_of.logit_lens)
+    lens = values_of(lens, lens_of.logit_lens, (value,))
     chosen = lens[value].transpose("layer", "position")
     if positions is not None:
         known = chosen["position"].values.tolist()
         missing = f"positions [{{given}}] are not among {known[0]} to {known[-1]}"
         chosen = chosen.sel(position=among(positions, known, "position", missing=missing))
-    figure, ax = canvas(ax, 4.4, 2.6, left=0.55, right=0.2, bottom=0.45)
+    ax = canvas(ax, 4.4, 2.6, left=0.55, right=0.2, bottom=0.45)
     layers, count = chosen["layer"].values, chosen.sizes["position"]
     handles: list[Line2D] = []
     notes: list[str] = []
@@ -137,7 +136,7 @@ def entropy_curves(
     _decorate(ax, lens, _ENTROPIES[value])
     headline(ax, "Logit lens by layer")
     footer(ax, handles, [*notes, *computed_under(lens)], below=0.35)
-    return figure
+    return ax
 
 
 def _one_by_one(ax: Axes, values: xarray.DataArray) -> list[Line2D]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import textwrap
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, ParamSpec
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -18,10 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 
+from gemma_nb.expected import a
 from gemma_nb.plots.colors import GLOBAL, INK, LOCAL
 from gemma_nb.plots.ink import Ink, take_literally
 from gemma_nb.plots.labels import character, families
+from gemma_nb.plots.scale import Extend
 from gemma_nb.plots.settings import own_settings
+
+_P = ParamSpec("_P")
 
 SMALL, NORMAL = 7.0, 8.0  # points
 _DPI = 120.0  # in a notebook, unless matplotlib is set to another resolution
@@ -33,7 +38,12 @@ class NotebookFigure(Figure):
 
     pyplot keeps every figure alive and shows it once more at the end of the cell; a bare Figure is
     shown as text, unless pyplot was imported.
+
+    Attributes:
+      is_growing: while the plot that made it draws; later ones leave its size alone.
     """
+
+    is_growing = True
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -43,12 +53,12 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
     def savefig(self, *args: Any, **kwargs: Any) -> None:
-        """As matplotlib's, with fonts in PDF that printers take (TrueType rather than Type 3)."""
+        """Saves as matplotlib does, with fonts in PDF that printers take (TrueType, not Type 3)."""
         with own_settings():
             super().savefig(*args, **kwargs)
 
     def draw(self, renderer: RendererBase) -> None:
-        """As matplotlib's, under the settings that the picture was made with."""
+        """Draws as matplotlib does, under the settings that the picture was made with."""
         with own_settings():
             super().draw(renderer)
 
@@ -62,6 +72,38 @@ class NotebookFigure(Figure):
             ax.set_position((box.x0, low / (height + extra), box.width, tall / (height + extra)))
 
 
+def picture(plot: Callable[_P, Axes]) -> Callable[_P, Any]:
+    """Makes `plot`, which returns the Axes that it drew in, a public plot.
+
+    It draws under the settings of a picture, with labels in legible colours, and returns as
+    matplotlib's own do: the Axes that it was given as `ax=`, or else the Figure that it made.
+
+    Raises:
+      TypeError: an `ax` that is no Axes.
+    """
+
+    @functools.wraps(plot)
+    def made(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+        given = kwargs.get("ax")
+        if given is not None and not isinstance(given, Axes):
+            raise TypeError(
+                f"ax must be one matplotlib Axes, got {a(given)}: of plt.subplots(2, 2), axes[0, 0]"
+            )
+        with own_settings():
+            ax = plot(*args, **kwargs)
+            if (ink := Ink.of(ax)) is not None:
+                ink.apply()
+        if given is not None:
+            return ax
+        figure = ax.get_figure(root=True)
+        if isinstance(figure, NotebookFigure):
+            figure.is_growing = False
+        return figure
+
+    plot.__annotations__["return"] = "Figure | Axes"  # what `help` shows of `made`
+    return made
+
+
 def canvas(
     ax: Axes | None,
     width: float,
@@ -71,23 +113,21 @@ def canvas(
     right: float = 0.9,
     top: float = 0.5,
     bottom: float = 0.1,
-) -> tuple[Figure, Axes]:
-    """`ax` and its figure; or a new figure with axes of `width` by `height` inches and margins."""
+) -> Axes:
+    """`ax`, prepared; or axes of `width` by `height` inches in a new figure with margins."""
     if ax is None:
         size = (left + width + right, bottom + height + top)
         figure = NotebookFigure(figsize=size)
         place = (left / size[0], bottom / size[1], width / size[0], height / size[1])
         ax = figure.add_axes(place)
         ax.add_artist(Ink())
-        return figure, ax
-    root = ax.get_figure(root=True)
-    assert root is not None
-    _prepare(ax)
-    return root, ax
+    else:
+        _prepare(ax)
+    return ax
 
 
 def _prepare(ax: Axes) -> None:
-    """Takes from axes of the user's what their settings had put there when they were made."""
+    """Takes from the user's axes what their settings had put there when they were made."""
     if Ink.of(ax) is None:
         ax.add_artist(Ink())
     ax.grid(False, which="both")
@@ -175,7 +215,7 @@ def footer(
         lines = max(lines, text.count("\n") + 1) if columns > 1 else lines + text.count("\n") + 1
     lines = lines * -(-len(entries) // columns) if columns > 1 else lines
     figure = ax.get_figure()
-    if isinstance(figure, NotebookFigure):
+    if isinstance(figure, NotebookFigure) and figure.is_growing:
         figure.grow_below(lines * _LINE + 0.1)
     legend = ax.legend(
         handles=entries,
@@ -198,7 +238,7 @@ def color_bar(
     mappable: ScalarMappable,
     ax: Axes,
     label: str,
-    extend: Literal["neither", "min", "max"] = "neither",
+    extend: Extend = "neither",
 ) -> Colorbar:
     """A colour bar at the right of `ax`, which keeps its size.
 
@@ -206,7 +246,7 @@ def color_bar(
       mappable: what has the colours.
       ax: where.
       label: what the numbers are, with their unit.
-      extend: the end beyond which there are numbers too; it is pointed.
+      extend: the ends beyond which there are numbers too; they are pointed.
     """
     width, height = inches(ax)
     long = min(height, max(0.6 * height, 1.4)) / height
@@ -215,20 +255,26 @@ def color_bar(
 
 
 def color_bar_below(
-    mappable: ScalarMappable, ax: Axes, label: str, *, below: float = 0.0
-) -> tuple[Colorbar, float]:
+    mappable: ScalarMappable,
+    ax: Axes,
+    label: str,
+    extend: Extend = "neither",
+    *,
+    below: float = 0.0,
+) -> float:
     """A colour bar `below` inches under `ax`, of a figure that grows by it.
 
     Returns:
-      The bar, and how many inches under the axes are taken now.
+      Inches under the axes that are taken now.
     """
     taken = below + 0.55
     figure = ax.get_figure()
-    if isinstance(figure, NotebookFigure):
+    if isinstance(figure, NotebookFigure) and figure.is_growing:
         figure.grow_below(0.55 + below)
     width, height = inches(ax)
     place = (0.0, -(below + 0.2) / height, min(1.0, 2.8 / width), 0.1 / height)
-    return _bar(mappable, ax, label, place, "horizontal"), taken
+    _bar(mappable, ax, label, place, "horizontal", extend)
+    return taken
 
 
 def _bar(
@@ -237,7 +283,7 @@ def _bar(
     label: str,
     place: tuple[float, float, float, float],
     orientation: Literal["vertical", "horizontal"],
-    extend: Literal["neither", "min", "max"] = "neither",
+    extend: Extend = "neither",
 ) -> Colorbar:
     figure = ax.get_figure(root=True)
     assert figure is not None

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, Normalize, PowerNorm
-from matplotlib.figure import Figure
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 
 from gemma_nb.indices import Indices, among
 from gemma_nb.plots.cells import blocks, name_heads
-from gemma_nb.plots.colors import FAINT, HIDDEN, kind_color, sequential
-from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
+from gemma_nb.plots.colors import FAINT, HIDDEN, kind_color
+from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline, picture
 from gemma_nb.plots.maps import (
     HATCH,
     badge_of,
     computed_under,
     layers_and_heads,
     maps_of_layer,
+    weight_norm,
     window_of,
 )
-from gemma_nb.plots.settings import picture
+from gemma_nb.plots.scale import color_scale
 from gemma_nb.plots.tokens import MOST_LABELS
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ def attention_grid(
     start: int = 0,
     stop: int | None = None,
     scale: Literal["linear", "sqrt"] = "linear",
-    top: float | None = None,
     hide_bos: bool = False,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    norm: str | Normalize | None = None,
     cmap: str | Colormap | None = None,
-) -> Figure:
+) -> Axes:
     """The attention of many heads side by side, on one scale.
 
     In each small map queries go down and keys across, as in `attention`.  Longer texts are drawn
@@ -66,14 +68,17 @@ def attention_grid(
       start: first position shown, of both queries and keys.
       stop: position after the last one shown; None shows all.
       scale: "linear", or "sqrt" to see small weights as well (the colour bar shows it).
-      top: the weight with the darkest colour; None for the largest one shown in any map.
       hide_bos: leave out position 0; the picture says so.  The other weights stay as they are.
+      vmin: the least number with a colour of its own; None for zero.
+      vmax: the largest one; None for the largest one shown in any map.
+      norm: a matplotlib norm, or the name of a scale ("log"), in place of ours.
       cmap: a matplotlib colour map; None for one whose equal steps look equal.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: another kind of source, axes, limit, norm or map.
       ValueError: a layer or head that the source does not hold, or an empty range of positions.
     """
     known_layers, known_heads, groups = layers_and_heads(source)
@@ -87,22 +92,18 @@ def attention_grid(
         rows.append([_small(m, kinds[-1], hide_bos, block) for m in maps.transpose("head", ...)])
         remarks, query = computed_under(maps), maps["query"].values
         del maps  # before the next layer's are made
-    largest = max(float(np.ma.filled(m.max(), 0.0)) for row in rows for m in row)
-    norm_class: Any = PowerNorm if scale == "sqrt" else Normalize
-    exponent = (0.5,) if scale == "sqrt" else ()
-    norm = norm_class(*exponent, 0.0, (largest if top is None else top) or 1.0)
+    sheet = np.ma.vstack([np.ma.hstack([_framed(m) for m in row]) for row in rows])
+    default = weight_norm(sheet, scale, norm)
+    colors = color_scale(sheet, default, vmin=vmin, vmax=vmax, norm=norm, cmap=cmap)
 
     cell = float(np.clip(9.0 / len(layers), 0.3, 0.9))
-    figure, ax = canvas(
-        ax, cell * len(heads), cell * len(layers), left=1.45, top=0.8 if groups else 0.5
-    )
+    ax = canvas(ax, cell * len(heads), cell * len(layers), left=1.45, top=0.8 if groups else 0.5)
     extent = (-0.5, len(heads) - 0.5, len(layers) - 0.5, -0.5)
-    sheet = np.ma.vstack([np.ma.hstack([_framed(m) for m in row]) for row in rows])
     image = ax.imshow(
         sheet,
         extent=extent,
-        norm=norm,
-        cmap=cmap or sequential(),
+        norm=colors.norm,
+        cmap=colors.cmap,
         interpolation="none",
         origin="upper",
         aspect="auto",
@@ -118,8 +119,9 @@ def attention_grid(
         handles.append(Patch(facecolor=HIDDEN, label="position 0 is left out"))
     footer(ax, handles, ["in each map: queries down, keys across", *remarks])
     what = "attention weight" + (f"\n(the largest of each {block} × {block} cells)" * (block > 1))
-    color_bar(image, ax, what + (", square-root scale" if scale == "sqrt" else ""))
-    return figure
+    remark = ", square-root scale" if scale == "sqrt" else ""
+    color_bar(image, ax, what + remark, colors.extend)
+    return ax
 
 
 def _small(weights: xarray.DataArray, kind: str, hide_bos: bool, block: int) -> np.ma.MaskedArray:

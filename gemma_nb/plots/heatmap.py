@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, Normalize, PowerNorm
-from matplotlib.figure import Figure
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.patches import Patch, Rectangle
 
 from gemma_nb.plots.cells import MOST_CELLS, blocks, cells
-from gemma_nb.plots.colors import FAINT, HIDDEN, ROLES, VERMILION, role_color, sequential
-from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
+from gemma_nb.plots.colors import FAINT, HIDDEN, ROLES, VERMILION, role_color
+from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline, picture
 from gemma_nb.plots.maps import (
     HATCH,
     Pattern,
     frame_handle,
     hatch_unreachable,
     pattern,
+    weight_norm,
 )
-from gemma_nb.plots.settings import picture
+from gemma_nb.plots.scale import color_scale
 from gemma_nb.plots.tokens import (
     MOST_LABELS,
     PITCH,
@@ -56,11 +56,13 @@ def attention(
     stop: int | None = None,
     columns: Literal["tokens", "turns"] = "tokens",
     scale: Literal["linear", "sqrt"] = "linear",
-    top: float | None = None,
     hide_bos: bool = False,
     highlight: int | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    norm: str | Normalize | None = None,
     cmap: str | Colormap | None = None,
-) -> Figure:
+) -> Axes:
     """One head's attention weights: queries down, keys across.
 
     Weights are shown as the model computed them.  Cells that the layer can never attend to (later
@@ -80,18 +82,21 @@ def attention(
       columns: "tokens", or "turns": one column for each turn of the conversation, with the sum of
         the weights on its tokens, and one for the tokens of the template.
       scale: "linear", or "sqrt" to see small weights as well (the colour bar shows it).
-      top: the weight with the darkest colour; None for the largest one shown.
       hide_bos: leave out position 0, where many heads park the weight that they have no use for
         (arXiv:2309.17453, "attention sinks"); the picture says so, and how much it held.  The
         other weights stay as they are.
       highlight: a query position whose row is framed.  The row that chose the token at position p
         is p - 1.
+      vmin: the least number with a colour of its own; None for zero.
+      vmax: the largest one; None for the largest one shown.
+      norm: a matplotlib norm, or the name of a scale ("log"), in place of ours.
       cmap: a matplotlib colour map; None for one whose equal steps look equal.
 
     Returns:
-      The figure, not yet shown or saved.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: another kind of source, axes, limit, norm or map.
       ValueError: a layer or head that the source does not hold, an empty range of positions, or
         turns that are not known.
     """
@@ -102,37 +107,36 @@ def attention(
     what = _label(source)
     visible = p.reachable & (p.keys.positions > 0) if hide_bos else p.reachable
     groups = _groups(p.keys) if columns == "turns" else []
-    figure, ax = _canvas(ax, p, groups)
+    ax = _canvas(ax, p, groups)
     if groups:
         shown, places, what = *_by_turn(p, visible, groups), f"{what}, summed over each turn"
     else:
         shown, places = np.ma.masked_array(p.weights, ~visible), p.keys.positions
-    largest = float(np.ma.filled(shown.max(), 0.0)) if top is None else top
-    norm: Normalize = (
-        PowerNorm(0.5, 0.0, largest or 1.0) if scale == "sqrt" else Normalize(0.0, largest or 1.0)
-    )
+    default = weight_norm(shown, scale, norm)
+    colors = color_scale(shown, default, vmin=vmin, vmax=vmax, norm=norm, cmap=cmap)
     block = -(-len(p.queries) // MOST_CELLS)
     drawn = blocks(shown, block, 1 if groups else block)
     across = (places[0] - 0.5, places[-1] + 0.5)
     down = (p.queries.positions[-1] + 0.5, p.queries.positions[0] - 0.5)
-    mesh = cells(ax, drawn, across, down, norm=norm, cmap=cmap or sequential())
+    mesh = cells(ax, drawn, across, down, norm=colors.norm, cmap=colors.cmap)
     handles = _marks(ax, p, groups, hide_bos, highlight)
     _label_axes(ax, p, groups, highlight)
     headline(ax, p.name, p.badge)
     footer(ax, handles, _remarks(p))
     if block > 1:
         what += f"\n(the largest of each {block} × {1 if groups else block} cells)"
-    color_bar(mesh, ax, what + (", square-root scale" if scale == "sqrt" else ""))
-    return figure
+    remark = ", square-root scale" if scale == "sqrt" else ""
+    color_bar(mesh, ax, what + remark, colors.extend)
+    return ax
 
 
 def _label(source: Trace | xarray.DataArray) -> str:
-    """What the numbers of a source are."""
+    """Name of the numbers of a source."""
     name = getattr(source, "name", None)
     return "attention weight" if name in (None, "attention") else str(name).replace("_", " ")
 
 
-def _canvas(ax: Axes | None, p: Pattern, groups: list[Group]) -> tuple[Figure, Axes]:
+def _canvas(ax: Axes | None, p: Pattern, groups: list[Group]) -> Axes:
     """Axes that fit the cells, with room for the labels around them."""
     side = float(np.clip(PITCH * len(p.queries), 2.2, PITCH * MOST_LABELS))
     above = 0.55 if groups else label_inches(p.keys)

@@ -41,7 +41,7 @@ class Ink(Artist):
 
     @classmethod
     def of(cls, ax: Axes) -> Ink | None:
-        """That of `ax`, where it has one."""
+        """The ink of `ax`; None where it has none."""
         return next((one for one in ax.artists if isinstance(one, Ink)), None)
 
     def inside(self, text: Text) -> None:
@@ -77,7 +77,7 @@ class Ink(Artist):
             self._adopt(text, inner)
 
     def _labels(self, ax: Axes) -> Iterator[Text]:
-        """What stands outside of any axes with a picture in it."""
+        """Labels outside of any axes with a picture in it."""
         for axis in (ax.xaxis, ax.yaxis):
             yield axis.label
             yield axis.get_offset_text()
@@ -127,7 +127,7 @@ def _ink(face: RGB) -> str:
 
 
 def face_around(ax: Axes) -> RGB | None:
-    """What is behind the labels around the axes; None where it is a page that nobody knows."""
+    """Colour behind the labels around the axes; None where it is a page that nobody knows."""
     patches, figure = [], ax.get_figure(root=False)
     while isinstance(figure, FigureBase):
         patches.append(figure.patch)
@@ -141,7 +141,7 @@ def face_around(ax: Axes) -> RGB | None:
 
 
 def face_inside(ax: Axes) -> RGB | None:
-    """What is behind what is drawn in the axes."""
+    """Colour behind what is drawn in the axes."""
     face = face_around(ax)
     return _cover(face, ax.patch) if ax.patch.get_visible() and ax.axison else face
 

@@ -8,19 +8,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from gemma_nb.interp import lens as lens_of
 from gemma_nb.plots.cells import kind_handles, sheet
-from gemma_nb.plots.colors import INK, VERMILION, sequential, text_on
-from gemma_nb.plots.figure import SMALL, canvas, color_bar, footer, headline, inches
-from gemma_nb.plots.given import values_of
+from gemma_nb.plots.colors import INK, VERMILION, text_on
+from gemma_nb.plots.figure import SMALL, canvas, color_bar, footer, headline, inches, picture
 from gemma_nb.plots.ink import Ink
 from gemma_nb.plots.labels import drawable, families
 from gemma_nb.plots.labels import inches as label_width
 from gemma_nb.plots.maps import computed_under
-from gemma_nb.plots.settings import picture
+from gemma_nb.plots.scale import color_scale
+from gemma_nb.plots.sources import values_of
 from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:
@@ -52,15 +51,17 @@ def logit_lens(
     ax: Axes | None = None,
     start: int = 0,
     stop: int | None = None,
-    top: float | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    norm: str | Normalize | None = None,
     cmap: str | Colormap | None = None,
-) -> Figure:
-    """What each layer would predict: positions down, layers across, the output at the right.
+) -> Axes:
+    """Predictions of each layer: positions down, layers across, the output at the right.
 
     A row is named by the token that the model reads there; its cells show which token would follow.
     A frame marks where that is the token that does follow in the text.  Beyond 64 positions the
     cells are colours without tokens.  Log-probabilities below -25 nats and divergences beyond 25
-    share a colour, unless `top` says otherwise; the colour bar is pointed there.
+    share a colour, unless `vmin` or `vmax` says otherwise; the colour bar is pointed there.
 
     Args:
       lens: of `gnb.logit_lens`; or the trace to look at.
@@ -71,20 +72,22 @@ def logit_lens(
       ax: where to draw; None makes a figure.
       start: first position shown, counted from the first one of the lens.
       stop: the one after the last; None for all.
-      top: of entropies and divergences, and of log-probabilities with its sign changed: the value
-        beyond which all share a colour.
+      vmin: the least number with a colour of its own; None for zero where zero has a meaning.
+      vmax: the largest one; None for the largest one possible, or else shown.
+      norm: a matplotlib norm, or the name of a scale ("log"), in place of ours.
       cmap: a matplotlib colour map; None for one whose equal steps look equal.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: another kind of source, axes, limit, norm or map.
       ValueError: an unknown value, a rank or watched token that the lens does not hold, or an empty
         range of positions.
     """
     if value not in _MEASURES:
         raise ValueError(f"value must be one of {', '.join(map(repr, _MEASURES))}, got {value!r}")
-    lens = values_of(lens, lens_of.logit_lens)
+    lens = values_of(lens, lens_of.logit_lens, ("token", value))
     if not 0 <= rank < lens.sizes["rank"]:
         raise ValueError(
             f"rank {rank} is not here: the lens has ranks 0 to {lens.sizes['rank'] - 1}"
@@ -113,17 +116,16 @@ def logit_lens(
     layers = [str(i) for i in chosen["layer"].values]
     kinds = [str(k) for k in chosen["layer_kind"].values]
     named = len(tokens) <= MOST_LABELS
-    figure, ax = canvas(
+    ax = canvas(
         ax,
         float(np.clip((_CELL if named else 0.2) * len(layers), 1.6, 12.0)),
         float(np.clip(PITCH * 1.1 * len(tokens), 1.7, PITCH * MOST_LABELS)),
         left=label_inches(tokens) + 0.25,
         top=0.75,
     )
-    norm, extend = _norm(values, value, top)
-    mesh, remark = sheet(
-        ax, values, tokens, layers, norm=norm, cmap=cmap or sequential(), kinds=kinds
-    )
+    default = _default_norm(values, value)
+    colors = color_scale(values, default, vmin=vmin, vmax=vmax, norm=norm, cmap=cmap)
+    mesh, remark = sheet(ax, values, tokens, layers, colors, kinds=kinds)
     handles: list[Any] = []
     if named and inches(ax)[0] / len(layers) > 0.7 * _CELL:
         shown = words.transpose("position", "layer").values
@@ -133,13 +135,13 @@ def logit_lens(
     ax.set_ylabel("position: the token read there", fontsize=SMALL)
     ax.set_xlabel("layer", fontsize=SMALL)
     headline(ax, name)
-    color_bar(mesh, ax, label + remark, extend)
+    color_bar(mesh, ax, label + remark, colors.extend)
     footer(ax, [*handles, *role_handles(tokens), *kind_handles(kinds)], computed_under(lens))
-    return figure
+    return ax
 
 
 def _watched(lens: xarray.Dataset, watch: int | str) -> int:
-    """Where a watched token is, by id or text."""
+    """Index of a watched token, by id or text."""
     ids = [int(i) for i in lens["watched"].values] if "watched" in lens.dims else []
     texts = [str(t) for t in lens["watched_token"].values] if ids else []
     known: list[Any] = ids if isinstance(watch, int) else texts
@@ -150,21 +152,16 @@ def _watched(lens: xarray.Dataset, watch: int | str) -> int:
     return known.index(watch)
 
 
-def _norm(
-    values: np.ndarray, value: str, top: float | None
-) -> tuple[Normalize, Literal["neither", "min", "max"]]:
-    """The scale of the colours, from zero where zero has a meaning; and where it is cut."""
+def _default_norm(values: np.ndarray, value: str) -> Normalize:
+    """The scale of the colours where none is asked for: from zero where zero has a meaning."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if value == "probability":
-        return Normalize(0.0, 1.0), "neither"
+        return Normalize(0.0, 1.0)
     if value == "logit":
-        return Normalize(low, high if high > low else low + 1.0), "neither"
-    farthest = -low if value == "logprob" else high
-    limit = min(farthest, _FAR) if top is None else top
-    cut = farthest > limit
+        return Normalize(low, high if high > low else low + 1.0)
     if value == "logprob":
-        return Normalize(-limit if limit > 0 else -1.0, 0.0), "min" if cut else "neither"
-    return Normalize(0.0, limit or 1.0), "max" if cut else "neither"
+        return Normalize(max(low, -_FAR) if low < 0 else -1.0, 0.0)
+    return Normalize(0.0, min(high, _FAR) or 1.0)
 
 
 def _write(

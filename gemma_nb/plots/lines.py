@@ -9,17 +9,15 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from gemma_nb.indices import Indices, among
 from gemma_nb.plots.colors import INK, LOCAL
-from gemma_nb.plots.figure import SMALL, bare, canvas, footer, headline, inches
+from gemma_nb.plots.figure import SMALL, bare, canvas, footer, headline, inches, picture
 from gemma_nb.plots.ink import Ink, ink_around, ink_inside
 from gemma_nb.plots.labels import families
 from gemma_nb.plots.maps import Pattern, pattern
-from gemma_nb.plots.settings import picture
 from gemma_nb.plots.tokens import (
     LABEL,
     MOST_LABELS,
@@ -55,7 +53,7 @@ def attention_lines(
     stop: int | None = None,
     least: float = 0.05,
     hide_bos: bool = False,
-) -> Figure:
+) -> Axes:
     """One head's attention weights as lines between tokens.
 
     The width of a line is proportional to its weight; the footer says what was left out.  Of a
@@ -77,9 +75,10 @@ def attention_lines(
       hide_bos: leave out position 0; the picture says so.  The other weights stay as they are.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: another kind of source or axes.
       ValueError: a layer, head or query that is not there, or an empty range of positions.
     """
     p = pattern(source, layer, head, start=start, stop=stop)
@@ -93,7 +92,7 @@ def attention_lines(
 
     height = float(np.clip(PITCH * 1.15 * len(rows), 2.0, PITCH * MOST_LABELS))
     side = label_inches(p.queries) + 0.3
-    figure, ax = canvas(ax, 2.4, height, left=side, right=side)
+    ax = canvas(ax, 2.4, height, left=side, right=side)
     ax.set_xlim(0.0, 1.0)
     ax.set_ylim(rows[-1] + 0.5, rows[0] - 0.5)
     bare(ax)
@@ -111,7 +110,7 @@ def attention_lines(
         handles + role_handles(p.queries),
         [*_left_out(p, chosen, bundles[0], block, least, hide_bos), *p.remarks],
     )
-    return figure
+    return ax
 
 
 def _bundles(

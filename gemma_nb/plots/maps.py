@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon
 
+from gemma_nb.edits import EDITED
+from gemma_nb.expected import a
 from gemma_nb.indices import one_among
-from gemma_nb.model import EDITED
+from gemma_nb.interp.trace import Trace
 from gemma_nb.plots.colors import FAINT, LOCAL
 from gemma_nb.plots.tokens import Tokens
 
 if TYPE_CHECKING:
     import xarray
-
-    from gemma_nb.interp.trace import Trace
 
 HATCH = "/////"
 
@@ -46,7 +47,7 @@ class Pattern:
 
     @property
     def window(self) -> int | None:
-        """How many positions, itself included, a query can see; None: all that came before."""
+        """Number of positions that a query can see, itself included; None: all that came before."""
         return window_of(self.kind)
 
     @property
@@ -132,12 +133,38 @@ def computed_under(array: xarray.DataArray | xarray.Dataset) -> list[str]:
     return [*found, f"computed under {', '.join(interventions)}"] if interventions else found
 
 
+def weight_norm(
+    weights: np.ma.MaskedArray, scale: Literal["linear", "sqrt"], norm: str | Normalize | None
+) -> Normalize:
+    """The norm of attention weights where no other is asked for: from zero to the largest one.
+
+    Raises:
+      ValueError: an unknown scale, or one beside a norm.
+    """
+    if scale not in ("linear", "sqrt"):
+        raise ValueError(f"scale must be 'linear' or 'sqrt', got {scale!r}")
+    if scale == "sqrt" and norm is not None:
+        raise ValueError("scale='sqrt' is norm=matplotlib.colors.PowerNorm(0.5): pass one of them")
+    largest = float(np.ma.filled(weights.max(), 0.0)) or 1.0
+    return PowerNorm(0.5, 0.0, largest) if scale == "sqrt" else Normalize(0.0, largest)
+
+
 def layers_and_heads(source: Any) -> tuple[Sequence[int], Sequence[int], dict[int, int]]:
-    """Which layers and heads a trace or an array has, and the KV group of each head."""
-    if hasattr(source, "config"):
+    """The layers and heads of a trace or an array, and the KV group of each head.
+
+    Raises:
+      TypeError: neither of them.
+    """
+    if isinstance(source, Trace):
         c = source.config
         groups = {h: h * c.num_kv_heads // c.num_heads for h in range(c.num_heads)}
         return range(c.num_layers), range(c.num_heads), groups
+    if not {"layer", "query", "key"} <= set(getattr(source, "dims", ())):
+        came = f"dims {source.dims}" if hasattr(source, "dims") else a(source)
+        raise TypeError(
+            f"expected a Trace or an array (layer, head, query, key), got {came}: "
+            "gnb.trace(model, text, tokenizer=tokenizer) makes a trace"
+        )
     layers = [int(i) for i in source["layer"].values]
     if "head" not in source.dims:
         return layers, [], {}
@@ -161,7 +188,7 @@ def maps_of_layer(
       ValueError: no position in the range.
     """
     maps = source
-    if hasattr(source, "config"):
+    if isinstance(source, Trace):
         maps = source.get("attention", layers=layer, heads=list(heads))
     chosen = maps.sel(layer=layer)
     if "head" in chosen.dims:

@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from gemma_nb.interp import heads
 from gemma_nb.plots.colors import FAINT, GLOBAL, INK, LOCAL
-from gemma_nb.plots.figure import SMALL, canvas, footer, headline, inches
-from gemma_nb.plots.given import values_of
+from gemma_nb.plots.figure import SMALL, canvas, footer, headline, inches, picture
 from gemma_nb.plots.ink import Ink
 from gemma_nb.plots.maps import computed_under, window_of
-from gemma_nb.plots.settings import picture
+from gemma_nb.plots.sources import values_of
 
 if TYPE_CHECKING:
     import xarray
@@ -38,7 +36,7 @@ def head_statistics(
     *,
     most: int = 6,
     ax: Axes | None = None,
-) -> Figure:
+) -> Axes:
     """Every head as a point, by two of its statistics; the most extreme ones are named.
 
     Args:
@@ -50,9 +48,10 @@ def head_statistics(
       ax: where to draw; None makes a figure.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: another kind of source or axes.
       ValueError: an unknown statistic, or one that is not known for any head (induction, on a text
         that repeats nothing).
     """
@@ -68,7 +67,7 @@ def head_statistics(
             )
     across = statistics[x].transpose("layer", "head").values
     up = statistics[y].transpose("layer", "head").values
-    figure, ax = canvas(ax, 3.4, 3.4, left=0.6, right=0.3, bottom=0.45)
+    ax = canvas(ax, 3.4, 3.4, left=0.6, right=0.3, bottom=0.45)
     kinds = [str(k) for k in statistics["layer_kind"].values]
     local = np.array([window_of(kind) is not None for kind in kinds])
     for rows, marker, color, name in (
@@ -99,7 +98,7 @@ def head_statistics(
     footer(
         ax, list(ax.collections), [*_of_what(statistics), *computed_under(statistics)], below=0.35
     )
-    return figure
+    return ax
 
 
 def _of_what(statistics: xarray.Dataset) -> list[str]:

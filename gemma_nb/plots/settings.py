@@ -1,4 +1,4 @@
-"""Which of matplotlib's settings pictures follow.
+"""The settings of matplotlib that pictures follow, and those that they do not.
 
 Taste is followed: faces, font families, the colour of text, resolution, how files are written.
 Everything else is as matplotlib has it by default while a picture is made or drawn, because it
@@ -12,16 +12,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec
+from collections.abc import Iterator
+from typing import Any
 
 import matplotlib
-from matplotlib.figure import Figure
 
-from gemma_nb.plots.ink import Ink
 from gemma_nb.plots.labels import chosen_families
-
-_P = ParamSpec("_P")
 
 _FOLLOWED = {
     *("axes.facecolor", "figure.facecolor", "figure.edgecolor", "figure.dpi", "text.color"),
@@ -66,18 +62,3 @@ def own_settings() -> Iterator[None]:
             settings = {**_pinned(), "font.family": chosen_families()}
             stack.enter_context(matplotlib.rc_context(settings))
         yield
-
-
-def picture(plot: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Makes `plot` draw under the settings of a picture, with labels in legible colours."""
-
-    @functools.wraps(plot)
-    def made(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
-        with own_settings():
-            figure = plot(*args, **kwargs)
-            for ax in figure.axes:
-                if (ink := Ink.of(ax)) is not None:
-                    ink.apply()
-        return figure
-
-    return made

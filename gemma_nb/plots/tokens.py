@@ -38,7 +38,7 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What stands along one axis.
+    """The tokens along one axis.
 
     Attributes:
       labels: what each token stands for.
@@ -77,7 +77,7 @@ class Tokens:
         return len(self.labels)
 
     def drawn(self, index: int) -> str:
-        """How a token is written; "a ← b" where it is b in the other text."""
+        """Label of a token; "a ← b" where it is b in the other text."""
         label = self.labels[index]
         if self.others is None or self.others[index] == label:
             return drawable(label)

@@ -8,11 +8,12 @@ import numpy as np
 import traitlets
 
 from gemma_nb.errors import GemmaNbError
-from gemma_nb.widgets import heatmap, record
+from gemma_nb.widgets import heatmap
 from gemma_nb.widgets.base import Panel, command, static_text
 from gemma_nb.widgets.received import selection
 from gemma_nb.widgets.rerun import close_earlier
 from gemma_nb.widgets.runner import Job, Runner
+from gemma_nb.widgets.static_html import attended_html, visible
 from gemma_nb.widgets.transcript import number
 
 _IDLE = {"phase": "idle", "text": "No reply to look into yet."}
@@ -108,15 +109,15 @@ class AttentionPanel(Panel):
     def static_html(self) -> str:
         """The strongest keys of the framed row, as a table."""
         if self._trace is None:
-            return record.attended_html("Attention: no reply was traced when this cell ran.", [])
+            return attended_html("Attention: no reply was traced when this cell ran.", [])
         query = self._row()
         try:
             rows = [(r["key"], r["token"], r["weight"]) for r in self.row(query)["rows"]]
         except ValueError:
             rows = []
         where = f"layer {self.layer} ({self.shape['layers'][self.layer]}), head {self.head}"
-        text = record.visible(str(self._trace.labels[query]))
-        return record.attended_html(f"Attention of {where} from “{text}” ({query})", rows)
+        text = visible(str(self._trace.labels[query]))
+        return attended_html(f"Attention of {where} from “{text}” ({query})", rows)
 
     def close(self) -> None:
         """Ends the worker thread, takes the views away, lets go of the session and its trace."""
@@ -162,7 +163,7 @@ class AttentionPanel(Panel):
         return replies[-1] if replies else None
 
     def _wanted(self, turn: Any) -> tuple[Any, int | None]:
-        """What should be traced: every layer when that fits, else the chosen one."""
+        """The layers to trace: all of them where that fits, else the chosen one."""
         length = turn.tokens[-1].position + 1
         layers, heads = len(self.shape["layers"]), self.shape["heads"]
         fits = heatmap.trace_bytes(layers, heads, length) <= heatmap.MAX_TRACE_BYTES

@@ -1,4 +1,4 @@
-"""What every panel shares: strict arguments, commands, locking, errors that are seen, a record.
+"""The base of every panel: strict arguments, commands, locking, errors that are seen, a record.
 
 State flows one way.  Python publishes traits (`publish`), from any thread, under one lock; the
 front end sends commands, which are answered by id; whatever raises ends in the `error` trait, which
@@ -114,7 +114,7 @@ class Panel(anywidget.AnyWidget):
         return view_mimebundle(self.model_id, repr(self), html), {}
 
     def static_html(self) -> str:
-        """What the panel shows, as HTML without scripts."""
+        """The panel's content as HTML without scripts."""
         raise NotImplementedError
 
     def open(self) -> None:
@@ -169,7 +169,7 @@ class Panel(anywidget.AnyWidget):
                 self.send_state(refused)
 
     def _set_one(self, key: str, value: Any) -> bool:
-        """Whether the front end's `value` could be taken over."""
+        """Take over the front end's `value`; False where it is not a valid one."""
         try:
             super().set_state({key: value})
         except Exception as error:

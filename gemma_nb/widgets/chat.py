@@ -8,13 +8,13 @@ from typing import Any
 import traitlets
 
 from gemma_nb.errors import BusyError, GemmaNbError
-from gemma_nb.widgets import record
 from gemma_nb.widgets.base import command, static_text
 from gemma_nb.widgets.conversation import ConversationPanel, Wish, another_reply, message
 from gemma_nb.widgets.loading import Loader, model_chips, model_title
 from gemma_nb.widgets.received import selection
 from gemma_nb.widgets.rerun import close_earlier
 from gemma_nb.widgets.runner import Job
+from gemma_nb.widgets.static_html import conversation_html
 
 
 class ChatPanel(ConversationPanel):
@@ -93,7 +93,7 @@ class ChatPanel(ConversationPanel):
             if self._reply_job is None:
                 self._catch_up()
             turns = self._feed.snapshot()["turns"]
-        return record.conversation_html(turns, self.about.get("title", "Gemma"))
+        return conversation_html(turns, self.about.get("title", "Gemma"))
 
     def close(self) -> None:
         """Stops what it runs, ends the worker thread, takes the views away, drops the session."""

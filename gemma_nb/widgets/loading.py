@@ -129,7 +129,7 @@ def _key(source: Any) -> tuple[Any, ...] | None:
 
 
 def model_title(chat_or_source: Any) -> str:
-    """How the panel names the model."""
+    """Title of the model, as the panel shows it."""
     if isinstance(chat_or_source, str | Path):
         return Path(chat_or_source).name if "/" in str(chat_or_source) else str(chat_or_source)
     return str(getattr(chat_or_source.model, "title", "Gemma"))

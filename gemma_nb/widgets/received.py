@@ -1,4 +1,4 @@
-"""What a front end sends, checked before anything works with it."""
+"""Checks of values that a front end sends, before anything works with them."""
 
 from __future__ import annotations
 

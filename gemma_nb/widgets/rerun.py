@@ -71,7 +71,7 @@ def _running(shell: Any) -> tuple[str, str] | None:
 
 
 def _held(widget: Any, names: dict[str, Any]) -> bool:
-    """Whether a name of the user's leads to `widget`, or to what it is a part of."""
+    """True where a variable of the user's leads to `widget`, or to the app that it is a part of."""
     while getattr(widget, "part_of", None) is not None:
         widget = widget.part_of
     for name, value in list(names.items()):

@@ -43,13 +43,13 @@ class Runner:
 
     @property
     def busy(self) -> bool:
-        """Whether a job runs or waits."""
+        """True while a job runs or waits."""
         with self._lock:
             return bool(self._jobs)
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called, or Python ends."""
+        """True once `close` was called, or Python ends."""
         return self._closed.is_set()
 
     def submit(self, work: Callable[[Job], Any]) -> Job:

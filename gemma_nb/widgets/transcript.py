@@ -65,7 +65,7 @@ def encode_head(turn: Any) -> Turn:
 
 
 def _tokens_in_common(have: Turn, turn: Any) -> int | None:
-    """How many of the turn's tokens `have` holds; None when it is not that turn's beginning."""
+    """Number of the turn's tokens that `have` holds; None where it is not that turn's beginning."""
     ids = [token["id"] for token in have["tokens"]]
     if have["role"] != turn.role or ids != [token.token_id for token in turn.tokens[: len(ids)]]:
         return None

@@ -1,5 +1,6 @@
 """The capture sites add up: what a user can check, on Gemma 1, 2 and 3."""
 
+import flax
 import jax
 import numpy as np
 import pytest
@@ -100,3 +101,88 @@ def test_a_model_lists_the_sites_it_has(traced):
             gnb.trace(model, [1, 2], sites=name)
     with pytest.raises(ValueError, match="the sites are embed"):
         gnb.trace(model, [1, 2], sites="attn_probs")
+
+
+# --- the field's other words
+
+WORDS = {
+    "resid_pre": "residual_pre",
+    "resid_mid": "residual_mid",
+    "resid_post": "residual",
+    "pattern": "attention",
+}
+
+
+def test_sites_say_their_other_words(traced):
+    model, _ = traced
+    assert {s.alias: s.name for s in gnb.list_sites(model) if s.alias} == WORDS
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_site_is_had_by_either_word(traced, word):
+    """Everywhere that a site is named; what comes back carries one name, and is held once."""
+    model, before = traced
+    trace = gnb.trace(model, before.tokens, sites=word)
+    assert list(trace.data) == [WORDS[word]]
+    assert getattr(trace, word) is trace[word] is trace[WORDS[word]]
+    assert trace[word].name == WORDS[word]
+    part = trace.get(word, layers=1, positions=[3])
+    np.testing.assert_array_equal(part, before.get(WORDS[word], layers=1, positions=[3]))
+    assert hasattr(trace, word)
+    assert not hasattr(trace, "hook_" + word)
+
+
+def test_changes_act_at_a_site_by_either_word(traced):
+    model, trace = traced
+    ids, width = trace.tokens, model.config.embed_dim
+    ours = model.intervene(gnb.Steer(1, np.ones(width), site="resid_mid"))
+    theirs = model.intervene(gnb.Steer(1, np.ones(width), site="residual_mid"))
+    assert ours.interventions.describe() == theirs.interventions.describe()
+    assert jax.tree.structure(ours.interventions) == jax.tree.structure(theirs.interventions)
+    patch = gnb.Patch.from_trace(trace, "resid_post", 0, [2])
+    assert patch.site == gnb.Patch("resid_post", 0, [2], np.ones(width)).site == "residual"
+    values = [gnb.trace(m, ids, sites="residual").residual.values for m in (ours, theirs)]
+    np.testing.assert_array_equal(*values)
+    with pytest.raises(ValueError, match=r"what can be is .*residual \(resid_post\)"):
+        gnb.Patch("pattern", 0, [2], np.ones(width))
+
+
+def test_an_intervention_of_ones_own_may_use_either_word(traced):
+    model, trace = traced
+    changed = model.intervene(Doubled())
+    ours = gnb.trace(changed, trace.tokens, sites="resid_post").resid_post
+    assert_close(ours[0], 2 * trace.residual[0])
+
+
+@flax.struct.dataclass
+class Doubled(gnb.interventions.Intervention):
+    """The residual stream after layer 0, twice."""
+
+    @property
+    def sites(self):
+        return ("resid_post",)
+
+    def apply(self, value, layer, positions, keys):
+        del positions, keys
+        return jax.numpy.where(layer == 0, 2 * value, value)
+
+
+def test_sweeps_and_vectors_name_sites_by_either_word(traced):
+    model, trace = traced
+    ids = trace.tokens[:6]
+    other = (ids + 1) % model.config.num_embed
+    both = [
+        gnb.activation_patching(
+            *(model, ids, other, gnb.Logit(3)), site=site, over=["layer"], progress=False
+        )
+        for site in ("resid_mid", "residual_mid")
+    ]
+    assert both[0].attrs == both[1].attrs
+    np.testing.assert_array_equal(*both)
+    with pytest.raises(ValueError, match=r"site must be one of residual_pre \(resid_pre\)"):
+        gnb.activation_patching(model, ids, other, gnb.Logit(3), site="pattern")
+
+
+def test_ids_are_had_by_either_word(traced):
+    _, trace = traced
+    assert trace.token_ids is trace.tokens

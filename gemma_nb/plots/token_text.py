@@ -12,14 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import Colormap, LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextToPath
 
 from gemma_nb.interp.lens import token_statistics
 from gemma_nb.plots.cells import cells
-from gemma_nb.plots.colors import INK, diverging, sequential, text_on
+from gemma_nb.plots.colors import INK, text_on
 from gemma_nb.plots.figure import (
     NORMAL,
     SMALL,
@@ -29,12 +28,13 @@ from gemma_nb.plots.figure import (
     footer,
     headline,
     inches,
+    picture,
 )
-from gemma_nb.plots.given import attributed, values_of
 from gemma_nb.plots.ink import Ink, ink_inside
 from gemma_nb.plots.labels import drawable, families, isolated
 from gemma_nb.plots.maps import computed_under
-from gemma_nb.plots.settings import picture
+from gemma_nb.plots.scale import ColorScale, color_scale
+from gemma_nb.plots.sources import attributed, expect_array, values_of
 from gemma_nb.plots.tokens import Tokens, nice_step
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ _MEASURES = {
     "probability": _Measure("probability that the model gave the token", 1.0),
     "surprisal": _Measure("surprisal of the token, −log probability (nats)"),
     "entropy": _Measure("entropy of the prediction (nats)"),
-    "rank": _Measure("rank of the token (1: the model's first choice), logarithmic scale"),
+    "rank": _Measure("rank of the token (1: the model's first choice)"),
 }
 
 
@@ -80,8 +80,11 @@ def token_probabilities(
     ax: Axes | None = None,
     start: int = 0,
     stop: int | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    norm: str | Normalize | None = None,
     cmap: str | Colormap | None = None,
-) -> Figure:
+) -> Axes:
     """A reply, or a whole text, each token in the colour of how the model expected it.
 
     Numbers are the model's own, before temperature and the sampler's other settings.  Darker is
@@ -95,12 +98,16 @@ def token_probabilities(
       ax: where to draw; None makes a figure.
       start: first token shown, counted from the first one of `source`.
       stop: the one after the last; None for all.
+      vmin: the least number with a colour of its own; None for zero, or rank 1.
+      vmax: the largest one; None for 1 of probabilities, else the largest one shown.
+      norm: a matplotlib norm, or the name of a scale ("log"), in place of ours.
       cmap: a matplotlib colour map; None for one whose equal steps look equal.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: another kind of source, axes, limit, norm or map.
       ValueError: an unknown measure, no tokens (a user's turn has none), or an empty range.
     """
     if by not in _MEASURES:
@@ -114,13 +121,15 @@ def token_probabilities(
     bottom = 1.0 if by == "rank" else 0.0
     top = measure.top or float(np.nanmax(np.append(shown, bottom)))
     scale = LogNorm if by == "rank" else Normalize
-    norm = scale(bottom, top if top > bottom else bottom + 1.0)
+    default = scale(bottom, top if top > bottom else bottom + 1.0)
+    label = measure.label
+    if by == "rank" and norm is None:
+        label += ", logarithmic scale"
     return _strip(
         labels[first:last],
         shown,
-        norm=norm,
-        cmap=cmap or sequential(),
-        label=measure.label,
+        colors=color_scale(shown, default, vmin=vmin, vmax=vmax, norm=norm, cmap=cmap),
+        label=label,
         title=f"{name} by {by}",
         notes=notes,
         first=first,
@@ -135,9 +144,11 @@ def token_strip(
     ax: Axes | None = None,
     start: int = 0,
     stop: int | None = None,
-    top: float | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    norm: str | Normalize | None = None,
     cmap: str | Colormap | None = None,
-) -> Figure:
+) -> Axes:
     """A text in the colours of any number per token, such as `gnb.token_attribution`.
 
     Signed numbers are coloured in two directions from zero, which is white; others from zero up.
@@ -147,15 +158,19 @@ def token_strip(
       ax: where to draw; None makes a figure.
       start: first position shown.
       stop: position after the last one shown; None shows all.
-      top: the magnitude with the darkest colour; None for the largest one shown.
+      vmin: the least number with a colour of its own; None for zero, or -vmax of signed numbers.
+      vmax: the largest one; None for the largest magnitude shown, or -vmin of signed numbers.
+      norm: a matplotlib norm, or the name of a scale ("log"), in place of ours.
       cmap: a matplotlib colour map; None for one whose equal steps look equal.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: no array, or other axes, or another kind of limit, norm or map.
       ValueError: another shape, or an empty range of positions.
     """
+    expect_array(values, "values", "gnb.token_attribution gives one")
     if values.dims != ("position",):
         raise ValueError(
             f"expected one number per token, dims ('position',), got {values.dims}: select or sum "
@@ -169,14 +184,15 @@ def token_strip(
     chosen = values.isel(position=slice(first, last))
     numbers = chosen.values.astype(float)
     signed = bool((numbers < 0).any())
-    largest = top or float(np.nanmax(np.abs(numbers), initial=0.0)) or 1.0
+    largest = float(np.nanmax(np.abs(numbers), initial=0.0)) or 1.0
     name = str(values.name or "value").replace("_", " ")
     units = values.attrs.get("units")
+    default, limits = Normalize(-largest if signed else 0.0, largest), {"vmin": vmin, "vmax": vmax}
+    center = 0.0 if signed else None
     return _strip(
         list(Tokens.along(chosen, "position").labels),
         numbers,
-        norm=Normalize(-largest if signed else 0.0, largest),
-        cmap=cmap or (diverging() if signed else sequential()),
+        colors=color_scale(numbers, default, **limits, norm=norm, cmap=cmap, center=center),
         label=f"{name} ({units})" if units else name,
         title=f"Text by {name}",
         notes=[*attributed(values), *computed_under(values)],
@@ -189,7 +205,7 @@ def _read(source: Any, by: str) -> tuple[list[str], np.ndarray, str, list[str]]:
     """Labels and numbers of the tokens, what they make up, and remarks."""
     if hasattr(source, "finish_reason"):
         return *_of_turn(source, by), "Reply", []
-    source = values_of(source, token_statistics)
+    source = values_of(source, token_statistics, ("logprob",), others="a Turn, ")
     labels = list(Tokens.along(source, "position").labels)
     return labels, _of_statistics(source, by), "Text", computed_under(source)
 
@@ -220,31 +236,30 @@ def _strip(
     labels: Sequence[str],
     values: np.ndarray,
     *,
-    norm: Normalize,
-    cmap: Any,
+    colors: ColorScale,
     label: str,
     title: str,
     notes: Sequence[str],
     first: int,
     ax: Axes | None,
-) -> Figure:
+) -> Axes:
     if len(labels) > MOST_WORDS:
-        figure, ax, mappable = _draw_cells(ax, values, norm, cmap, first)
+        ax, mappable = _draw_cells(ax, values, colors, first)
         notes = [f"{_ACROSS} tokens on a line, in reading order", *notes]
     else:
-        figure, ax, mappable = _draw_words(ax, labels, values, norm, cmap)
+        ax, mappable = _draw_words(ax, labels, values, colors)
     if np.isnan(values).any():
         notes = ["without colour: the first token, which nothing predicts", *notes]
     headline(ax, f"{title}, tokens {first} to {first + len(labels) - 1}")
     below = 0.2 if len(labels) > MOST_WORDS else 0.0
-    _, below = color_bar_below(mappable, ax, label, below=below)
+    below = color_bar_below(mappable, ax, label, colors.extend, below=below)
     footer(ax, [], notes, below=below)
-    return figure
+    return ax
 
 
 def _draw_words(
-    ax: Axes | None, labels: Sequence[str], values: np.ndarray, norm: Normalize, cmap: Any
-) -> tuple[Figure, Axes, ScalarMappable]:
+    ax: Axes | None, labels: Sequence[str], values: np.ndarray, scale: ColorScale
+) -> tuple[Axes, ScalarMappable]:
     """Boxes with their tokens, wrapped like text; a line break begins a new line."""
     texts = [drawable(label, _LONGEST) for label in labels]
     font = FontProperties(family=families(texts), size=NORMAL)
@@ -252,8 +267,8 @@ def _draw_words(
     boxes, lines = _wrap(labels, texts, font, width)
     if ax is None and lines == 1:  # no wider than a short text and the colour bar
         width = min(width, max(3.4, boxes[-1][1] + boxes[-1][2]))
-    figure, ax = canvas(ax, width, lines * _LINE, left=0.2, right=0.2)
-    mappable = ScalarMappable(norm, cmap)
+    ax = canvas(ax, width, lines * _LINE, left=0.2, right=0.2)
+    mappable = ScalarMappable(scale.norm, scale.cmap)
     patches, colors, ink = [], [], Ink.of(ax)
     for text, value, (line, x, wide) in zip(texts, values, boxes, strict=True):
         color = (1.0, 1.0, 1.0, 0.0) if np.isnan(value) else mappable.to_rgba(value)
@@ -275,7 +290,7 @@ def _draw_words(
     ax.set_xticks([])
     ax.set_yticks([])
     bare(ax)
-    return figure, ax, mappable
+    return ax, mappable
 
 
 def _wrap(
@@ -297,17 +312,18 @@ def _wrap(
 
 
 def _draw_cells(
-    ax: Axes | None, values: np.ndarray, norm: Normalize, cmap: Any, first: int
-) -> tuple[Figure, Axes, ScalarMappable]:
+    ax: Axes | None, values: np.ndarray, colors: ColorScale, first: int
+) -> tuple[Axes, ScalarMappable]:
     """A cell per token, line under line, without letters."""
     lines = -(-len(values) // _ACROSS)
     padded = np.full(lines * _ACROSS, np.nan)
     padded[: len(values)] = values
-    figure, ax = canvas(ax, _WIDTH, float(np.clip(0.12 * lines, 0.8, 8.0)), left=0.6, right=0.2)
+    ax = canvas(ax, _WIDTH, float(np.clip(0.12 * lines, 0.8, 8.0)), left=0.6, right=0.2)
     grid = np.ma.masked_invalid(padded.reshape(lines, _ACROSS))
-    mappable = cells(ax, grid, (-0.5, _ACROSS - 0.5), (lines - 0.5, -0.5), norm=norm, cmap=cmap)
-    ax.set_xlim(-0.5, _ACROSS - 0.5)
-    ax.set_ylim(lines - 0.5, -0.5)
+    across, down = (-0.5, _ACROSS - 0.5), (lines - 0.5, -0.5)
+    mappable = cells(ax, grid, across, down, norm=colors.norm, cmap=colors.cmap)
+    ax.set_xlim(*across)
+    ax.set_ylim(*down)
     ax.set_aspect("auto")
     bare(ax)
     step = nice_step(lines, max(2, int(inches(ax)[1] / 0.15)))
@@ -315,4 +331,4 @@ def _draw_cells(
     ax.set_yticks(rows, [str(first + _ACROSS * row) for row in rows])
     ax.set_xticks(range(0, _ACROSS, 10), [f"+{i}" for i in range(0, _ACROSS, 10)])
     ax.set_ylabel("token", fontsize=SMALL)
-    return figure, ax, mappable
+    return ax, mappable

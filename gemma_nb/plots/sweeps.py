@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, Normalize
-from matplotlib.figure import Figure
 
 from gemma_nb.plots.cells import cells, kind_handles, name_heads, sheet
-from gemma_nb.plots.colors import diverging, kind_color
-from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline
+from gemma_nb.plots.colors import kind_color
+from gemma_nb.plots.figure import SMALL, bare, canvas, color_bar, footer, headline, picture
 from gemma_nb.plots.labels import drawable, isolated, legible
 from gemma_nb.plots.maps import badge_of, computed_under
-from gemma_nb.plots.settings import picture
+from gemma_nb.plots.scale import ColorScale, color_scale
+from gemma_nb.plots.sources import expect_array
 from gemma_nb.plots.tokens import MOST_LABELS, PITCH, Tokens, label_inches, role_handles
 
 if TYPE_CHECKING:
@@ -31,9 +31,11 @@ def patching(
     sweep: xarray.DataArray,
     *,
     ax: Axes | None = None,
-    top: float | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    norm: str | Normalize | None = None,
     cmap: str | Colormap | None = None,
-) -> Figure:
+) -> Axes:
     """The result of `gnb.activation_patching`: the metric itself, wherever one place was patched.
 
     White is the metric of the unpatched (corrupted) run: what is patched there changes nothing.
@@ -43,16 +45,21 @@ def patching(
       sweep: over (layer, position), (layer, head), (position, head), or one of them; of all three,
         one place of the third is selected with .sel(...), and the title says which.
       ax: where to draw; None makes a figure.
-      top: the distance from the corrupted run's metric with the darkest colour; None for the
-        largest one, that of the clean run included.
+      vmin: the least number with a colour of its own; None for one as far below the corrupted run's
+        metric as `vmax` is above.
+      vmax: the largest one; None for as far as `vmin`, or the farthest value on either side, the
+        clean run included.
+      norm: a matplotlib norm, or the name of a scale, in place of ours; white is then its middle.
       cmap: a matplotlib colour map; None for one whose equal steps look equal.
 
     Returns:
-      The figure.
+      The figure; with `ax`, the axes.
 
     Raises:
+      TypeError: no array, or other axes, or another kind of limit, norm or map.
       ValueError: a sweep over three dimensions: select one place of the third.
     """
+    expect_array(sweep, "sweep", "gnb.activation_patching gives one")
     if not 1 <= len(sweep.dims) <= 2 or not set(sweep.dims) <= {"layer", "position", "head"}:
         raise ValueError(
             "expected a sweep over one or two of layer, position and head, got dims "
@@ -61,16 +68,16 @@ def patching(
     mesh: ScalarMappable
     base = float(sweep.attrs.get("corrupted", 0.0))
     clean = float(sweep.attrs.get("clean", base))
-    reach = top or float(max(np.nanmax(np.abs(sweep.values - base)), abs(clean - base))) or 1.0
-    norm = Normalize(base - reach, base + reach)
-    colors = cmap or diverging()
+    reach = float(max(np.nanmax(np.abs(sweep.values - base)), abs(clean - base))) or 1.0
+    default, limits = Normalize(base - reach, base + reach), {"vmin": vmin, "vmax": vmax}
+    colors = color_scale(sweep.values, default, **limits, norm=norm, cmap=cmap, center=base)
     remark = ""
     if "position" in sweep.dims:
         other = next((str(d) for d in sweep.dims if d != "position"), None)
         values = sweep.transpose("position", ...).values.reshape(sweep.sizes["position"], -1)
         tokens = _both_texts(sweep)
         names, kinds = _columns(sweep, other)
-        figure, ax = canvas(
+        ax = canvas(
             ax,
             float(np.clip(0.24 * len(names), 1.6, 9.0)),
             float(np.clip(PITCH * len(tokens), 1.4, PITCH * MOST_LABELS)),
@@ -78,9 +85,7 @@ def patching(
             top=1.0,
             right=1.7,
         )
-        mesh, remark = sheet(
-            ax, values, tokens, names, norm=norm, cmap=colors, kinds=kinds, center=base
-        )
+        mesh, remark = sheet(ax, values, tokens, names, colors, kinds=kinds, center=base)
         ax.set_ylabel("position patched", fontsize=SMALL)
         if other == "head":
             name_heads(ax, [int(h) for h in sweep["head"].values], _groups(sweep))
@@ -94,7 +99,7 @@ def patching(
         rows = rows.expand_dims("layer") if "layer" not in rows.dims else rows
         values = rows.values.reshape(rows.sizes["layer"], -1)
         across = "head" if "head" in rows.dims else None
-        figure, ax = canvas(
+        ax = canvas(
             ax,
             max(1.4, 0.4 * values.shape[1]),
             max(0.7, 0.22 * len(values)),
@@ -102,25 +107,28 @@ def patching(
             top=1.0,
             right=1.7,
         )
-        mesh = _layers_by_heads(ax, rows, values, across, norm, colors)
+        mesh = _layers_by_heads(ax, rows, values, across, colors)
         handles, notes = [], []
     metric = legible(str(sweep.attrs.get("metric", "metric")))
     title = f"Activation patching of {sweep.attrs.get('site', 'activations')}{_elsewhere(sweep)}"
     headline(ax, title, pad=31.0 if "head" in sweep.dims else None)
-    _mark_runs(color_bar(mesh, ax, metric + remark), base, clean, reach)
-    unpatched = f"unpatched: {clean:.4g} in the clean run, {base:.4g} in the corrupted one (white)"
+    _mark_runs(color_bar(mesh, ax, metric + remark, colors.extend), base, clean)
+    white = " (white)" if norm is None else ""
+    unpatched = f"unpatched: {clean:.4g} in the clean run, {base:.4g} in the corrupted one{white}"
     footer(ax, handles, [unpatched, *notes, *computed_under(sweep)])
-    return figure
+    return ax
 
 
-def _mark_runs(bar: Colorbar, base: float, clean: float, reach: float) -> None:
-    """Ticks at both unpatched runs, by name, and at the ends."""
-    marks = {base: f"{base:.3g}  corrupted"}
-    if abs(clean - base) > 0.06 * reach:
-        marks[clean] = f"{clean:.3g}  clean"
-    for end in (base - reach, base + reach):
-        if all(abs(end - mark) > 0.06 * reach for mark in marks):
-            marks[end] = f"{end:.3g}"
+def _mark_runs(bar: Colorbar, base: float, clean: float) -> None:
+    """Ticks at both unpatched runs, by name, and at the ends, where they have room."""
+    low, high = bar.ax.get_ylim()
+    hair = 1e-6 * (high - low)  # the clean run may be the end, but for rounding
+    marks: dict[float, str] = {}
+    for value, name in ((base, "  corrupted"), (clean, "  clean"), (low, ""), (high, "")):
+        if low - hair <= value <= high + hair and all(
+            abs(value - m) > 0.03 * (high - low) for m in marks
+        ):
+            marks[value] = f"{value:.3g}{name}"
     bar.set_ticks(list(marks), labels=list(marks.values()))
 
 
@@ -141,7 +149,7 @@ def _groups(sweep: xarray.DataArray) -> list[int | None]:
 
 
 def _elsewhere(sweep: xarray.DataArray) -> str:
-    """Where along the axes that are not drawn: the place that was selected, or all there are."""
+    """Place along the axes that are not drawn: the selected one, or all there are."""
     over = str(sweep.attrs.get("over", "layer, position, head")).split(", ")
     found = []
     for dim in ("layer", "position", "head"):
@@ -170,8 +178,7 @@ def _layers_by_heads(
     rows: xarray.DataArray,
     values: np.ndarray,
     across: str | None,
-    norm: Normalize,
-    cmap: str | Colormap,
+    colors: ColorScale,
 ) -> ScalarMappable:
     count, width = values.shape
     mesh = cells(
@@ -179,8 +186,8 @@ def _layers_by_heads(
         np.ma.masked_invalid(values),
         (-0.5, width - 0.5),
         (count - 0.5, -0.5),
-        norm=norm,
-        cmap=cmap,
+        norm=colors.norm,
+        cmap=colors.cmap,
     )
     ax.set_xlim(-0.5, width - 0.5)
     ax.set_ylim(count - 0.5, -0.5)

@@ -1,0 +1,14 @@
+"""What tests of interventions compare."""
+
+import numpy as np
+
+import gemma_nb as gnb
+
+
+def logits(model, ids):
+    """Of a pass over the whole text."""
+    return model(gnb.GemmaInputs(np.asarray(ids))).values
+
+
+def assert_close(a, b, atol=3e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol)
