@@ -65,10 +65,9 @@ def top_activations(
     found = site_of(model, site)
     if len(found.dims) != 3 or not found.per_layer:
         raise ValueError(f"neurons are looked for in sites of one vector per position, not {site}")
-    c = model.config
-    sizes = {"F": c.hidden_dim, "D": c.embed_dim, "N": c.num_heads, "K": c.num_kv_heads}
-    neuron = one(neuron, sizes[found.dims[2]], "neuron", owner=f"{site} has")
     layer = check_layer(layer, model.config.num_layers)
+    size = model.config.axis_sizes(layer)[found.dims[2]]
+    neuron = one(neuron, size, "neuron", owner=f"{site} has")
     what = {"layer": layer, "neuron": neuron, "site": site}
     return strongest(
         *(model, tokenizer, texts, k, what),

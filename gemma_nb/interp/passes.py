@@ -239,9 +239,9 @@ class Pass:
             after, _, found = run(x, self._positions, None, pieces.rows(0, size))
             add(found, 0, size)
             return cast(jax.Array | None, after)
-        c = self.model.config
-        shape = (1, size, c.num_kv_heads, c.head_dim)
-        cache: LayerCache | None = empty_cache(1, shape, x.dtype)["layer_0"]
+        sizes = self.model.config.axis_sizes(layer)
+        shape = (1, size, sizes["K"], sizes["H"])
+        cache: LayerCache | None = empty_cache([shape], x.dtype)["layer_0"]
         streams: list[jax.Array] = []
         for start in range(0, size, PIECE):
             part, stop = programs.piece(x, np.int32(start), PIECE), start + PIECE

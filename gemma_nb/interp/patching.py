@@ -28,6 +28,7 @@ from gemma_nb.interp.packing import Batch, Cell, SlotPatch, run_layer
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interp.vocabulary import normalise
 from gemma_nb.interventions import Interventions
+from gemma_nb.interventions.base import shape_of
 from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
@@ -223,8 +224,10 @@ class _Sweep:
         """(rows, T, D): the stream after the last layer, of the patches in some layers."""
         c = self.model.config
         x = self.corrupted.get("residual_pre", layers[0]).values[0][batch.source]
+        patch = self._patch(layers[0], batch)
         for i in range(layers[0], c.num_layers):
-            if i in layers:
+            # Also where it acts nowhere, a patch is of its layer's shape.
+            if i in layers[1:] or patch.values.shape[2:] != shape_of(self.site, c, i):
                 patch = self._patch(i, batch)
             x = run_layer(
                 Block(c, c.layers[i]),

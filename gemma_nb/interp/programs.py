@@ -86,7 +86,9 @@ def _variables(block: Block, params: Params, alone: bool) -> dict[str, Params]:
 
 def _rotation(block: Block, positions: jax.Array) -> Rotation:
     """Sines and cosines, which XLA would otherwise compute anew in every head."""
-    return Rotation.of(positions, block.config.head_dim, block.spec).materialize()
+    return Rotation.of(
+        positions, block.config.axis_sizes(block.spec)["H"], block.spec
+    ).materialize()
 
 
 # Static: the block (kind and sizes), the sites, the dtype, whether the stream goes on, and whether

@@ -25,7 +25,7 @@ from gemma_nb.interventions.base import (
     taken,
     wide,
 )
-from gemma_nb.interventions.numbers import known, padded, real
+from gemma_nb.interventions.numbers import is_traced, known, padded, real
 from gemma_nb.interventions.reach import unsampled
 from gemma_nb.interventions.replacements import last_of, replaced, replacements
 
@@ -167,7 +167,9 @@ class AblateHeads(Intervention):
         """Raises ValueError for an unknown layer or head, or a reference of another width."""
         check_places(config, self.layers, self.heads)
         if self.method != "zero":
-            check_width(self.values.shape[-1], config.head_dim, "the reference's z")
+            layers = None if is_traced(self.layers) else plain(self.layers)
+            width = config.shared_size("H", layers)
+            check_width(self.values.shape[-1], width, "the reference's z")
 
     def __str__(self) -> str:
         parts = zip(*map(plain, (self.layers, self.heads)), strict=True)

@@ -21,7 +21,7 @@ class Block(nn.Module):
 
     Attributes:
       config: the model's numbers.
-      spec: this layer's kind and rotary base.
+      spec: this layer's kind and shape.
     """
 
     config: TransformerConfig
@@ -34,7 +34,7 @@ class Block(nn.Module):
         if self.config.use_post_attn_norm:
             self.post_attention_norm = RMSNorm()
         self.pre_ffw_norm = RMSNorm()
-        self.mlp = FeedForward(self.config)
+        self.mlp = FeedForward(self.config, self.spec)
         if self.config.use_post_ffw_norm:
             self.post_ffw_norm = RMSNorm()
 

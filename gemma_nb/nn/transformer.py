@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb import presets
-from gemma_nb.config import TransformerConfig
+from gemma_nb.config import RotationKind, TransformerConfig
 from gemma_nb.executables import Kept, shapes_of
 from gemma_nb.nn.block import Block
 from gemma_nb.nn.layers import Embedder, RMSNorm
@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[f"layer_{i}"]
             edit = None if interventions is None else interventions.at(i, positions)
-            rotation = rotations[block.spec.rotation]
+            rotation = rotations[self.config.rotation_of(block.spec)]
             x, layer_cache = block(x, positions, layer_cache, attention_mask, edit, rotation)
             if layer_cache is not None:
                 new_cache[f"layer_{i}"] = layer_cache
@@ -181,7 +181,7 @@ class Transformer(nn.Module):
 
     def enter(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], interventions: Any = None
-    ) -> tuple[Float[Array, "B T D"], dict[tuple[float, float], Rotation]]:
+    ) -> tuple[Float[Array, "B T D"], dict[RotationKind, Rotation]]:
         """What the first layer takes: the residual stream, and the rotation of each kind of layer.
 
         With `leave`, for whoever runs the layers one by one.
@@ -190,11 +190,11 @@ class Transformer(nn.Module):
         x = self.embedder.encode(tokens if edit is None else edit("tokens", tokens))
         x = observe(self, "embed", x, edit)
         # Once for all layers of a kind: sines take long.
-        rotations: dict[tuple[float, float], Rotation] = {}
+        rotations: dict[RotationKind, Rotation] = {}
         for spec in self.config.layers:
-            if spec.rotation not in rotations:
-                rotation = Rotation.of(positions, self.config.head_dim, spec)
-                rotations[spec.rotation] = rotation.materialize()
+            kind = self.config.rotation_of(spec)
+            if kind not in rotations:
+                rotations[kind] = Rotation.of(positions, kind[-1], spec).materialize()
         return x, rotations
 
     def leave(
@@ -247,8 +247,9 @@ class Transformer(nn.Module):
             these from the rows.
           streams: from how many places rows are read at once, see `Stored`.
         """
-        # All layers alike, so that one trace does for all of them: their kinds make no difference.
-        block = Block(self.config, self.config.layers[0], parent=None)
+        # Layers of one shape alike, so that one trace does for all of them: their kinds make no
+        # difference.
+        blocks: dict[tuple[int, ...], Block] = {}
         exact = exact_layers(self.config.num_layers) if int8 else range(self.config.num_layers)
         x, positions, rotations = None, None, {}
         if int8:
@@ -260,7 +261,9 @@ class Transformer(nn.Module):
             # Nothing that is quantised comes after the exact ones.
             given = (own, None, None, None)
             if i not in exact:
-                given = (own, x, positions, rotations[spec.rotation])
+                given = (own, x, positions, rotations[self.config.rotation_of(spec)])
+            shape = tuple(self.config.axis_sizes(spec).values())
+            block = blocks.setdefault(shape, Block(self.config, spec, parent=None))
             compiled = _compiled_prepare(block, i not in exact, int8, columns, streams)
             prepared[f"layer_{i}"], x = compiled(shapes_of(given), *given)
         return prepared

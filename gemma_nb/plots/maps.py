@@ -135,13 +135,18 @@ def computed_under(array: xarray.DataArray | xarray.Dataset) -> list[str]:
 def layers_and_heads(source: Any) -> tuple[Sequence[int], Sequence[int], dict[int, int]]:
     """Which layers and heads a trace or an array has, and the KV group of each head."""
     if hasattr(source, "config"):
-        c = source.config
-        groups = {h: h * c.num_kv_heads // c.num_heads for h in range(c.num_heads)}
+        c, groups = source.config, dict[int, int]()
+        counts = {c.axis_sizes(spec)["K"] for spec in c.layers}
+        # Heads of layers that differ in K are grouped differently in each.
+        if len(counts) == 1:
+            groups = {h: h * max(counts) // c.num_heads for h in range(c.num_heads)}
         return range(c.num_layers), range(c.num_heads), groups
     layers = [int(i) for i in source["layer"].values]
     if "head" not in source.dims:
         return layers, [], {}
     heads = [int(i) for i in source["head"].values]
+    if "kv_group" not in source.coords:
+        return layers, heads, {}
     return layers, heads, dict(zip(heads, map(int, source["kv_group"].values), strict=True))
 
 

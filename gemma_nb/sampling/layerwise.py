@@ -8,6 +8,7 @@ several tokens do not notice; a single one does.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
@@ -53,7 +54,8 @@ class Layerwise:
           first: the cache is empty, see `Program.layerwise`.
         """
         config = transformer.config
-        self._specs, self._captured = config.layers, captured
+        self._rotations = tuple(map(config.rotation_of, config.layers))
+        self._captured = captured
         self._enter = _compiled_enter(transformer, ends)
         self._window = smallest_window(config)
         windowed = (i for i, ring in enumerate(ring_layers(config)) if ring)
@@ -72,7 +74,14 @@ class Layerwise:
 
         self._layers = compiled(config.layers)
         # Within a window a layer that looks further does the same: one kind less is compiled.
-        self._near = compiled([within] * len(layers))
+        self._near = compiled(
+            [
+                dataclasses.replace(
+                    spec, kind=within.kind, rope_base=within.rope_base, rope_scale=within.rope_scale
+                )
+                for spec in config.layers
+            ]
+        )
         self._leave = _compiled_leave(transformer, ends, first)
 
     def __call__(
@@ -144,7 +153,7 @@ class Layerwise:
                 program,
                 (ring or near, k[i].shape[0], length, part.dtypes),
                 *(part.leaves, k[i], v[i], slots, x, positions),
-                *(rotations[self._specs[i].rotation], last),
+                *(rotations[self._rotations[i]], last),
                 *(None if interventions is None else np.int32(i), interventions),
             )
             residuals.append(x if residual is None else residual)
@@ -216,7 +225,7 @@ def _compiled_layer(block: Block, weights: Any, shown: bool, first: bool) -> Kep
         (ring,) = slots.rings
         held = slots.positions if ring else None
         alone = slots.replace(k=(k,), v=(v,), ring_positions=held)  # type: ignore[attr-defined]
-        cache = alone.to_model(block.config)["layer_0"]
+        cache = alone.layer(0, block.config.axis_sizes(block.spec))
         edit = None if interventions is None else interventions.at(number, positions)
         (x, after), state = block.apply(
             jax.tree.unflatten(weights, leaves).variables,
