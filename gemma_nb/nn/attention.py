@@ -11,8 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb.config import LayerSpec, TransformerConfig
 from gemma_nb.nn.cache import extend_cache, in_rows, is_ring
-from gemma_nb.nn.layers import Einsum, RMSNorm
+from gemma_nb.nn.layer_input import LayerInput
+from gemma_nb.nn.linear import Einsum
 from gemma_nb.nn.masks import visible
+from gemma_nb.nn.norms import RMSNorm
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import Rotation, apply_rope
 from gemma_nb.nn.storage import concatenate, materialize, preparing
@@ -211,17 +213,12 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        given: LayerInput,
         cache: LayerCache | None,
-        attention_mask: Bool[Array, "B T S"] | None,
-        edit: Any = None,
-        rotation: Rotation | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attention's output before any post-norm, and the extended cache.
-
-        A pass over many layers gives them their `rotation`, which otherwise is computed here.
-        """
+        """Attention's output before any post-norm, and the extended cache."""
         c, spec = self.config, self.spec
+        positions, rotation, edit = given.positions, given.rotation, given.edit
         if rotation is None:
             rotation = Rotation.of(positions, c.axis_sizes(spec)["H"], spec)
         q, k, v = self._project(x)
@@ -238,9 +235,9 @@ class Attention(nn.Module):
         new_cache = None
         if cache is not None:
             # A caller with a mask speaks of slots, which then must not mean another token later.
-            ring = attention_mask is None and is_ring(spec.kind, cache)
+            ring = given.mask is None and is_ring(spec.kind, cache)
             seen, new_cache = extend_cache(cache, seen, ring=ring)
-        mask = visible(positions, seen["positions"], spec.kind, attention_mask)
+        mask = visible(positions, seen["positions"], spec.kind, given.mask)
         cap = c.attn_logits_soft_cap
         if edit is not None and edit.edits_attention:
             weights, z = attend_edited(

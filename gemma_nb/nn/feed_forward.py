@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from gemma_nb.config import LayerSpec, TransformerConfig
-from gemma_nb.nn.layers import Einsum
+from gemma_nb.nn.linear import Einsum
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.storage import materialize
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_nb.nn.blocks import takes_blocks, times_in_blocks
-from gemma_nb.nn.layers import Einsum
+from gemma_nb.nn.linear import Einsum
 
 INNER, OUT = 2048, 48
 
