@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb.config import LayerSpec, TransformerConfig
-from gemma_nb.nn.cache import extend_cache, in_rows, is_ring
+from gemma_nb.nn.kv_cache import GrowingCache, cache_of, in_rows
 from gemma_nb.nn.layer_input import LayerInput
 from gemma_nb.nn.linear import Einsum
 from gemma_nb.nn.masks import visible
@@ -235,8 +235,9 @@ class Attention(nn.Module):
         new_cache = None
         if cache is not None:
             # A caller with a mask speaks of slots, which then must not mean another token later.
-            ring = given.mask is None and is_ring(spec.kind, cache)
-            seen, new_cache = extend_cache(cache, seen, ring=ring)
+            held = GrowingCache(cache) if given.mask is not None else cache_of(cache, spec.kind)
+            seen, extended = held.append(seen)
+            new_cache = extended.arrays
         mask = visible(positions, seen["positions"], spec.kind, given.mask)
         cap = c.attn_logits_soft_cap
         if edit is not None and edit.edits_attention:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from gemma_nb import placement
 from gemma_nb.config import Sliding, TransformerConfig
 from gemma_nb.executables import Kept
+from gemma_nb.nn.kv_cache import before
 from gemma_nb.typing import EMPTY, KVCache, LayerCache
 
 # A cache starts small and grows, since a step reads all slots, used or not.  Each size is one
@@ -39,7 +40,7 @@ class StreamCache:
       ring_positions: (W,) int32, of the rings; None where there are none.
       end_index: () int32, tokens held.
       rings: per layer, whether it is a ring.
-      columns: whether the values are transposed, see `gemma_nb.nn.cache.in_rows`.
+      columns: whether the values are transposed, see `gemma_nb.nn.kv_cache.GrowingCache`.
     """
 
     k: tuple[jax.Array, ...]
@@ -217,13 +218,11 @@ def rewind(
       length: () int32.
       ring_positions: (W,) int32, what its rings hold now; None: what they held, as far as it stays.
     """
-
-    def cut(positions: jax.Array | None) -> jax.Array | None:
-        return None if positions is None else jnp.where(positions < length, positions, EMPTY)
-
+    if ring_positions is None and cache.ring_positions is not None:
+        ring_positions = before(cache.ring_positions, length)
     return cache.replace(  # type: ignore[attr-defined]
-        positions=cut(cache.positions),
-        ring_positions=cut(cache.ring_positions) if ring_positions is None else ring_positions,
+        positions=before(cache.positions, length),
+        ring_positions=ring_positions,
         end_index=jnp.minimum(cache.end_index, length),
     )
 

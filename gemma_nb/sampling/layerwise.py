@@ -21,7 +21,7 @@ from gemma_nb.config import LayerSpec
 from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Transformer
-from gemma_nb.nn.cache import extend_cache, is_ring
+from gemma_nb.nn.kv_cache import cache_of
 from gemma_nb.nn.layer import Block
 from gemma_nb.nn.layer_input import Carry, LayerInput
 from gemma_nb.nn.rope import Rotation
@@ -249,7 +249,7 @@ def _compiled_layer(block: Block, weights: Any, shown: bool, first: bool) -> Kep
         if first:
             new = {site: SITES[site].value(sown) for site in ("k", "v")}
             new["positions"] = positions
-            _, after = extend_cache(cache, new, ring=is_ring(block.spec.kind, cache))
+            after = cache_of(cache, block.spec.kind).append(new)[1].arrays
         filled = alone.updated({"layer_0": after})
         weights_of_last = SITES["attention"].value(sown)[0, last].astype(jnp.float16)
         return (
