@@ -305,9 +305,10 @@ class GemmaTransformer:
     def __repr__(self) -> str:
         c = self.config
         dtypes = {str(x.dtype) for x in jax.tree.leaves(self.params)}
+        kv_heads = dict.fromkeys(str(c.axis_sizes(spec)["K"]) for spec in c.layers)
         return (
             f"<GemmaTransformer {self.title}: {c.num_params():,} parameters, {c.num_layers} "
-            f"layers, {c.num_heads} heads on {c.num_kv_heads} key-value heads, "
+            f"layers, {c.num_heads} heads on {'/'.join(kv_heads)} key-value heads, "
             f"{'/'.join(sorted(dtypes))}{self._under}>"
         )
 

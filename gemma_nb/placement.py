@@ -176,28 +176,32 @@ def cache_shardings(
     config: TransformerConfig, mesh: Mesh, *, batch_size: int = 1
 ) -> dict[str, dict[str, NamedSharding]]:
     """For `Transformer.init_cache(sharding=...)`: heads and batch split, as the params are."""
-    kv = partition(("B", "K"), (batch_size, config.num_kv_heads), mesh)
-    batch, heads, width = kv[0], kv[1], None
     name = _mesh_axis("K", mesh)
-    if heads is None and name and config.head_dim % mesh.shape[name] == 0:
-        width = name  # fewer heads than devices: each head's numbers are split
-    layer = {
-        "k": NamedSharding(mesh, PartitionSpec(batch, None, heads, width)),
-        "v": NamedSharding(mesh, PartitionSpec(batch, None, heads, width)),
-        "positions": NamedSharding(mesh, PartitionSpec(batch)),
-        "end_index": NamedSharding(mesh, PartitionSpec(batch)),
-    }
-    return {f"layer_{i}": dict(layer) for i in range(config.num_layers)}
+
+    def layer(sizes: Mapping[str, int]) -> dict[str, NamedSharding]:
+        kv = partition(("B", "K"), (batch_size, sizes["K"]), mesh)
+        batch, heads, width = kv[0], kv[1], None
+        if heads is None and name and sizes["H"] % mesh.shape[name] == 0:
+            width = name  # fewer heads than devices: each head's numbers are split
+        return {
+            "k": NamedSharding(mesh, PartitionSpec(batch, None, heads, width)),
+            "v": NamedSharding(mesh, PartitionSpec(batch, None, heads, width)),
+            "positions": NamedSharding(mesh, PartitionSpec(batch)),
+            "end_index": NamedSharding(mesh, PartitionSpec(batch)),
+        }
+
+    return {f"layer_{i}": layer(config.axis_sizes(i)) for i in range(config.num_layers)}
 
 
-def stream_sharding(config: TransformerConfig, mesh: Mesh | None) -> NamedSharding | None:
-    """For the (S, K*H) matrices of `gemma_nb.sampling.cache.StreamCache`."""
-    if mesh is None:
-        return None
+def stream_shardings(config: TransformerConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
+    """Of each layer's (S, K*H) matrices in `gemma_nb.sampling.cache.StreamCache`."""
     name = _mesh_axis("K", mesh)
-    width = config.num_kv_heads * config.head_dim
-    even = name is not None and width % mesh.shape[name] == 0
-    return NamedSharding(mesh, PartitionSpec(None, name if even else None))
+
+    def layer(sizes: Mapping[str, int]) -> NamedSharding:
+        even = name is not None and sizes["K"] * sizes["H"] % mesh.shape[name] == 0
+        return NamedSharding(mesh, PartitionSpec(None, name if even else None))
+
+    return tuple(layer(config.axis_sizes(spec)) for spec in config.layers)
 
 
 def vocabulary_sharding(config: TransformerConfig, mesh: Mesh | None) -> NamedSharding | None:

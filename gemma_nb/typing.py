@@ -10,7 +10,7 @@ Every einsum, docstring and shape annotation uses these letters:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -30,18 +30,17 @@ EMPTY = -1
 
 
 def empty_cache(
-    num_layers: int, shape: tuple[int, int, int, int], dtype: Any, sharding: Any = None
+    shapes: Sequence[tuple[int, int, int, int]], dtype: Any, sharding: Any = None
 ) -> KVCache:
     """A cache that holds nothing yet.
 
     Args:
-      num_layers: L.
-      shape: (B, S, K, H) of keys and of values.
+      shapes: of each layer, (B, S, K, H) of its keys and of its values.
       dtype: of keys and values.
       sharding: where the arrays are placed; None leaves it to JAX.
     """
 
-    def layer() -> LayerCache:
+    def layer(shape: tuple[int, int, int, int]) -> LayerCache:
         return {
             "k": jnp.zeros(shape, dtype),
             "v": jnp.zeros(shape, dtype),
@@ -49,5 +48,5 @@ def empty_cache(
             "end_index": jnp.zeros(shape[0], jnp.int32),
         }
 
-    cache = {f"layer_{i}": layer() for i in range(num_layers)}
+    cache = {f"layer_{i}": layer(shape) for i, shape in enumerate(shapes)}
     return cache if sharding is None else jax.device_put(cache, sharding)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 # that check their callers' values themselves, or whose records hold numpy arrays once on the host.
 jaxtyping.install_import_hook(
     [
-        *(f"gemma_nb.nn.{name}" for name in ("layers", "rope", "masks", "attention")),
-        *(f"gemma_nb.nn.{name}" for name in ("feed_forward", "block", "transformer")),
+        *(f"gemma_nb.nn.{name}" for name in ("linear", "norms", "embedder", "rope", "masks")),
+        *(f"gemma_nb.nn.{name}" for name in ("attention", "feed_forward", "layer", "transformer")),
         "gemma_nb.sampling.top_k",
     ],
     f"{tests.typecheck.__name__}.checked",

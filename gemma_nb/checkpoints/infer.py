@@ -263,6 +263,7 @@ def to_json(config: TransformerConfig) -> dict[str, Any]:
             "window": spec.kind.window if isinstance(spec.kind, Sliding) else None,
             "rope_base": spec.rope_base,
             "rope_scale": spec.rope_scale,
+            **spec.own_sizes,
         }
         for spec in config.layers
     ]
@@ -304,8 +305,12 @@ def _check_scalar(field: str, value: Any) -> None:
         raise ValueError(f"{field} is {value!r:.60}")
 
 
-def _layer_from_json(window: int | None, rope_base: float, rope_scale: float) -> LayerSpec:
+def _layer_from_json(
+    window: int | None, rope_base: float, rope_scale: float, **own_sizes: int
+) -> LayerSpec:
     if not (0 < rope_base < 1e12 and 0 < rope_scale < 1e12 and (window is None or window > 0)):
         raise ValueError(f"a layer of window {window}, rope {rope_base!r:.30}, {rope_scale!r:.30}")
+    for field, size in own_sizes.items():
+        _check_scalar(field, size)
     kind = Global() if window is None else Sliding(int(window))
-    return LayerSpec(kind, float(rope_base), float(rope_scale))
+    return LayerSpec(kind, float(rope_base), float(rope_scale), **own_sizes)

@@ -93,7 +93,7 @@ def _names(
 
 
 def _attention(config: TransformerConfig, i: int) -> Iterator[Leaf]:
-    n, k, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.embed_dim
+    n, k, h, d = (config.axis_sizes(i)[axis] for axis in "NKHD")
     attn = (f"layer_{i}", "attn")
     q = ("attn_q", "self_attn.q_proj")
     kv = (("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"))
@@ -139,7 +139,7 @@ def _projections(
 
 
 def _feed_forward(config: TransformerConfig, i: int) -> Iterator[Leaf]:
-    f, d = config.hidden_dim, config.embed_dim
+    f, d = (config.axis_sizes(i)[axis] for axis in "FD")
     transposed = config.transpose_gating_einsum
 
     def join_gating(arrays: _Arrays) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,25 +42,62 @@ class Sliding:
 
 AttentionKind = Global | Sliding
 
+# Base, scale and H: layers that agree in them share a rotary embedding.
+RotationKind = tuple[float, float, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What one layer resolves to.
+    """The kind and the shape of one layer.
+
+    Layers of one model may differ in shape: a layer that names no size of its own has the
+    configuration's, see `TransformerConfig.axis_sizes`.
 
     Attributes:
       kind: `Global()` or `Sliding(window)`; a window exists on sliding layers only.
       rope_base: base of the rotary frequencies.
       rope_scale: positions are divided by it before rotation (linear RoPE scaling).
+      head_dim: H of this layer.
+      num_kv_heads: K of this layer.
+      hidden_dim: F of this layer.
     """
 
     kind: AttentionKind
     rope_base: float = 10_000.0
     rope_scale: float = 1.0
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    hidden_dim: int | None = None
 
     @property
     def rotation(self) -> tuple[float, float]:
-        """What tells its rotary embedding from other layers'."""
+        """Base and scale, which set the angles of its rotary embedding."""
         return self.rope_base, self.rope_scale
+
+    @property
+    def own_sizes(self) -> dict[str, int]:
+        """The sizes that this layer names for itself, by field."""
+        named = {name: getattr(self, name) for name in _LAYER_SIZES.values()}
+        return {name: size for name, size in named.items() if size is not None}
+
+    def fields(self) -> dict[str, Any]:
+        """All fields but the sizes that it leaves to the configuration."""
+        return {
+            "kind": self.kind,
+            "rope_base": self.rope_base,
+            "rope_scale": self.rope_scale,
+            **self.own_sizes,
+        }
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.fields().items())
+        return f"LayerSpec({fields})"
+
+
+# The axes that may be of another size in each layer, and the fields that say so.
+_LAYER_SIZES: Mapping[str, str] = MappingProxyType(
+    {"K": "num_kv_heads", "H": "head_dim", "F": "hidden_dim"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +127,10 @@ class TransformerConfig:
     Attributes:
       num_embed: V, vocabulary size.
       embed_dim: D, width of the residual stream.
-      hidden_dim: F, width of the feed-forward layer.
+      hidden_dim: F, width of the feed-forward layer, of layers that name none.
       num_heads: N, query heads.
-      num_kv_heads: K, key and value heads; N is a multiple of K.
-      head_dim: H.
+      num_kv_heads: K, key and value heads, of layers that name none; N is a multiple of K.
+      head_dim: H, of layers that name none.
       layers: one `LayerSpec` per layer.
       query_pre_attn_scalar: queries are multiplied by its inverse square root.
       use_qk_norm: RMS-normalise queries and keys per head (Gemma 3).
@@ -122,30 +160,64 @@ class TransformerConfig:
     max_context: int = 32_768
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_embed",
-            "embed_dim",
-            "hidden_dim",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_sizes(self, ("num_embed", "embed_dim", "num_heads", *_LAYER_SIZES.values()))
         if not self.layers:
             raise ValueError("layers is empty: a model has at least one LayerSpec")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-                f"({self.num_kv_heads}): each key-value head serves the same number of query heads"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        for spec in dict.fromkeys(self.layers):
+            _check_sizes(spec, spec.own_sizes)
+            sizes = self.axis_sizes(spec)
+            if sizes["N"] % sizes["K"]:
+                raise ValueError(
+                    f"num_heads ({sizes['N']}) must be a multiple of num_kv_heads ({sizes['K']}): "
+                    "each key-value head serves the same number of query heads"
+                )
+            if sizes["H"] % 2:
+                raise ValueError(f"head_dim must be even for rotary embeddings, got {sizes['H']}")
 
     @property
     def num_layers(self) -> int:
         """L."""
         return len(self.layers)
+
+    def axis_sizes(self, layer: int | LayerSpec) -> dict[str, int]:
+        """Sizes of all axes in one layer, by the letters of `gemma_nb.typing`: V, D, N, K, H, F.
+
+        Args:
+          layer: its index, or what it is.
+        """
+        spec = layer if isinstance(layer, LayerSpec) else self.layers[layer]
+        own = {axis: getattr(spec, name) for axis, name in _LAYER_SIZES.items()}
+        sizes = {
+            axis: getattr(self, name) if own[axis] is None else own[axis]
+            for axis, name in _LAYER_SIZES.items()
+        }
+        return {"V": self.num_embed, "D": self.embed_dim, "N": self.num_heads, **sizes}
+
+    def rotation_of(self, layer: int | LayerSpec) -> RotationKind:
+        """The kind of a layer's rotary embedding: its base, its scale and H."""
+        spec = layer if isinstance(layer, LayerSpec) else self.layers[layer]
+        return *spec.rotation, self.axis_sizes(spec)["H"]
+
+    def shared_size(self, axis: str, layers: Iterable[int] | None = None) -> int:
+        """The size that an axis has in all of some layers.
+
+        Args:
+          axis: its letter.
+          layers: indices; None for all layers.
+
+        Raises:
+          ValueError: the layers differ in it; the message says which layers are alike.
+        """
+        alike: dict[int, list[int]] = {}
+        for i in range(self.num_layers) if layers is None else layers:
+            alike.setdefault(self.axis_sizes(i)[axis], []).append(i)
+        if len(alike) > 1:
+            which = ", ".join(f"{size} in layers {whose}" for size, whose in alike.items())
+            raise ValueError(
+                f"the layers differ in {_LAYER_SIZES[axis]} ({which}), so that one array cannot "
+                "hold them: ask for layers of one size"
+            )
+        return next(iter(alike))
 
     @property
     def query_scale(self) -> float:
@@ -195,17 +267,26 @@ class TransformerConfig:
         """
         from gemma_nb.typing import empty_cache
 
-        shape = (batch_size, cache_length, self.num_kv_heads, self.head_dim)
-        return empty_cache(self.num_layers, shape, dtype, sharding)
+        each = map(self.axis_sizes, self.layers)
+        shapes = [(batch_size, cache_length, sizes["K"], sizes["H"]) for sizes in each]
+        return empty_cache(shapes, dtype, sharding)
 
     def num_params(self) -> int:
         """Total number of parameters, embedding included (the head is tied to it)."""
-        c = self
-        attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-        norms = c.embed_dim * (2 + c.use_post_attn_norm + c.use_post_ffw_norm)
-        qk_norms = 2 * c.head_dim * c.use_qk_norm
-        layer = attention + norms + qk_norms + 3 * c.embed_dim * c.hidden_dim
-        return c.num_embed * c.embed_dim + c.num_layers * layer + c.embed_dim
+        total = self.num_embed * self.embed_dim + self.embed_dim
+        norms = self.embed_dim * (2 + self.use_post_attn_norm + self.use_post_ffw_norm)
+        for spec in self.layers:
+            s = self.axis_sizes(spec)
+            attention = s["D"] * s["H"] * (2 * s["N"] + 2 * s["K"])
+            qk_norms = 2 * s["H"] * self.use_qk_norm
+            total += attention + norms + qk_norms + 3 * s["D"] * s["F"]
+        return total
+
+
+def _check_sizes(holder: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(holder, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(holder, name)}")
 
 
 def interleave(

@@ -168,7 +168,7 @@ def _own(static: object) -> bool:
 
     What somebody else's computes does not show in its `repr`, and may be another thing next time.
     """
-    ours = ("gemma_nb.nn.transformer", "gemma_nb.nn.block")
+    ours = ("gemma_nb.nn.transformer", "gemma_nb.nn.layer")
     return not isinstance(static, flax.linen.Module) or type(static).__module__ in ours
 
 

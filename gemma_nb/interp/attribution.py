@@ -189,8 +189,8 @@ class _Shares:
 
 def _values_by_head(trace: Trace, layer: int) -> np.ndarray:
     """(S, N, H): the values that each query head reads."""
-    c = trace.config
-    group = np.arange(c.num_heads) * c.num_kv_heads // c.num_heads
+    sizes = trace.config.axis_sizes(layer)
+    group = np.arange(sizes["N"]) * sizes["K"] // sizes["N"]
     return trace.get("v", layer).values[0][:, group]
 
 

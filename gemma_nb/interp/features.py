@@ -67,10 +67,9 @@ def top_activations(
         raise ValueError(
             f"neurons are looked for in sites of one vector per position, not {found.name}"
         )
-    c = model.config
-    sizes = {"F": c.hidden_dim, "D": c.embed_dim, "N": c.num_heads, "K": c.num_kv_heads}
-    neuron = one(neuron, sizes[found.dims[2]], "neuron", owner=f"{found.name} has")
     layer = check_layer(layer, model.config.num_layers)
+    size = model.config.axis_sizes(layer)[found.dims[2]]
+    neuron = one(neuron, size, "neuron", owner=f"{found.name} has")
     what = {"layer": layer, "neuron": neuron, "site": found.name}
     return strongest(
         *(model, tokenizer, texts, k, what),

@@ -16,7 +16,7 @@ from gemma_nb.interp.passes import padded_length
 from gemma_nb.interp.sizes import check_position
 from gemma_nb.interp.trace import Trace
 from gemma_nb.nn import Transformer
-from gemma_nb.sites import EVERYWHERE
+from gemma_nb.nn.layer_input import Carry, LayerInput
 from gemma_nb.typing import EMPTY, Params
 
 if TYPE_CHECKING:
@@ -125,15 +125,10 @@ def _from_embeddings(
 ) -> jax.Array:
     """(V,) logits after one position, of a text given as its embeddings."""
 
-    def edit(layer: int) -> Any:
-        return None if interventions is None else interventions.at(layer, positions)
-
+    carry = Carry(x)
     for i, block in enumerate(module.blocks):
-        x, _ = block(x, positions, None, None, edit(i))
-    x = module.final_norm(x)
-    if interventions is not None:
-        x = edit(EVERYWHERE)("final", x)
-    return module.unembed(x[0, query])
+        carry, _ = block(carry, LayerInput.of(i, positions, interventions))
+    return module.unembed(module.leave(carry, positions, interventions)[0, query])
 
 
 # Static: the module.  Traced: the text, the position and the target.

@@ -111,9 +111,14 @@ class Labels:
                 found |= self._positions(dim, range(len(self.ids)) if every else positions)
         if "head" in dims:
             which = np.arange(c.num_heads) if heads is None else np.asarray(heads)
-            found |= {"head": which, "kv_group": ("head", which * c.num_kv_heads // c.num_heads)}
+            found["head"] = which
+            counts = {c.axis_sizes(i)["K"] for i in layers or range(c.num_layers) if i >= 0}
+            # Heads of layers that differ in K are grouped differently in each.
+            if len(counts) == 1:
+                found["kv_group"] = ("head", which * counts.pop() // c.num_heads)
         if "kv_head" in dims:
-            found["kv_head"] = np.arange(c.num_kv_heads) if heads is None else np.asarray(heads)
+            count = c.shared_size("K", layers)
+            found["kv_head"] = np.arange(count) if heads is None else np.asarray(heads)
         return found
 
     def _positions(self, dim: str, positions: Any) -> dict[str, Any]:

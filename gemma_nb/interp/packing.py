@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_nb.nn.block import Block
+from gemma_nb.nn.layer import Block
+from gemma_nb.nn.layer_input import Carry, LayerInput
 from gemma_nb.typing import EMPTY, Params
 
 
@@ -111,20 +112,20 @@ def run_layer(
     params: Params,
     interventions: Any,
     layer: jax.Array,
-    x: jax.Array,
+    carry: Carry,
     positions: jax.Array,
     mask: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     patch: SlotPatch,
-) -> jax.Array:
-    """The stream (R, T, D) behind a layer."""
+) -> Carry:
+    """The carry of R rows of T slots behind a layer."""
     rows, length = positions.shape
     own = None if interventions is None else interventions.at(layer, positions)
 
     def cached(shared: jax.Array) -> jax.Array:
         both = jnp.concatenate([shared, jnp.zeros_like(shared)])[None]
-        return jnp.broadcast_to(both, (rows, *both.shape[1:])).astype(x.dtype)
+        return jnp.broadcast_to(both, (rows, *both.shape[1:])).astype(carry.x.dtype)
 
     at = jnp.arange(length, dtype=jnp.int32)
     cache = {
@@ -135,6 +136,6 @@ def run_layer(
     }
     # Every slot is stored, the empty ones too, so that slots and mask agree.
     counted = jnp.maximum(positions, 0)
-    edit = _PatchedEdit(own, site, patch)
-    x, _ = block.apply({"params": params}, x, counted, cache, mask, edit)
-    return x
+    given = LayerInput(counted, mask, edit=_PatchedEdit(own, site, patch))
+    after, _ = cast(Any, block.apply({"params": params}, carry, given, cache))
+    return cast(Carry, after)

@@ -1,6 +1,6 @@
-"""A forward pass taken apart: the residual stream is kept, everything else recomputed on demand.
+"""A forward pass taken apart: what crosses between layers is kept, all else recomputed on demand.
 
-Between two layers there is nothing but the residual stream, (T, D) numbers.  A `Pass` keeps it for
+Between two layers there is little but the residual stream, (T, D) numbers.  A `Pass` keeps it for
 every layer (200 MB for 4,000 tokens of the default model) and recomputes a layer from it when one
 of its sites is asked for: attention of all layers at once would take 4.6 GB, of one head 64 MB.
 
@@ -29,7 +29,8 @@ from gemma_nb.interp import programs
 from gemma_nb.interp.pieces import Pieces, Selection
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer, Wrapped
-from gemma_nb.nn.block import Block
+from gemma_nb.nn.layer import Block
+from gemma_nb.nn.layer_input import Carry
 from gemma_nb.sites import Site
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.typing import EMPTY, LayerCache, Params, empty_cache
@@ -83,7 +84,7 @@ class Pass:
         self._positions = np.full_like(self._tokens, EMPTY)
         self._tokens[0, : len(ids)] = ids
         self._positions[0, : len(ids)] = np.arange(len(ids))
-        self._kept: dict[int, jax.Array] = {}
+        self._kept: dict[int, Carry] = {}
         self._known: dict[type[Known], Known] = {}
         layers, width = model.config.num_layers, model.config.embed_dim
         self._stride = max(1, -(-4 * (layers + 1) * size * width // _KEPT_BYTES))
@@ -145,17 +146,21 @@ class Pass:
 
     def residual(self, layer: int) -> jax.Array:
         """(1, padded T, D): the stream before `layer`; of index L after the last one."""
+        return self._carry(layer).x
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _carry(self, layer: int) -> Carry:
+        """All that crosses into `layer`, padded; of index L out of the last one."""
         start = max((i for i in self._kept if i <= layer), default=None)
         if start is None:
             start, given = 0, (self._ours, self._params, self._tokens, *self._edits)
             self._kept[0] = programs.embed(*given)
-        x = self._kept[start]
+        carry = self._kept[start]
         for i in range(start, layer):
-            x = self._after(i, x)
-            self._keep(i + 1, x)
-        return x
-
-    # --- inside ---------------------------------------------------------------------------------
+            carry = self._after(i, carry)
+            self._keep(i + 1, carry)
+        return carry
 
     @property
     def _ours(self) -> Transformer:
@@ -170,9 +175,9 @@ class Pass:
     def _edits(self) -> tuple[jax.Array, Any]:
         return jnp.asarray(self._positions), self.model.interventions
 
-    def _keep(self, layer: int, x: jax.Array) -> None:
+    def _keep(self, layer: int, carry: Carry) -> None:
         if layer % self._stride == 0 or layer == self.model.config.num_layers:
-            self._kept[layer] = x
+            self._kept[layer] = carry
 
     def _held(self, layer: int) -> np.ndarray | None:
         """(n, D): the known beginning of the stream before `layer`."""
@@ -186,45 +191,46 @@ class Pass:
         given = (self._params[f"layer_{layer}"], self.model.interventions, np.int32(layer))
         return partial(program, block, *static, alone, *given)
 
-    def _after(self, layer: int, x: jax.Array) -> jax.Array:
-        """The stream after a layer: its known beginning, and the rest computed."""
+    def _after(self, layer: int, carry: Carry) -> Carry:
+        """All that crosses out of a layer: its known beginning, and the rest computed."""
         held = self._held(layer + 1)
         if held is None:
             nothing = Pieces(0, len(self.ids), ALL)
-            computed = self._through(layer, x, (), 0, nothing, onward=True)
+            computed = self._through(layer, carry, (), 0, nothing, onward=True)
             assert computed is not None
             return computed
         size, length = self._tokens.shape[1], len(self.ids)
-        after: Any = np.zeros(x.shape, x.dtype)
-        after[0, : len(held)] = held
+        stream: Any = np.zeros(carry.x.shape, carry.x.dtype)
+        stream[0, : len(held)] = held
+        after = Carry(stream)
         step = min(size, next((n for n in _STEPS if n >= length - len(held)), PIECE))
         extend = self._call(programs.extend, layer, step)
         for start in range(len(held), length, step):
             # The last piece may begin among what is known, which then comes out once more.
-            after = extend(x, after, self._positions, np.int32(min(start, size - step)))
-        return jnp.asarray(after)
+            after = extend(carry, after, self._positions, np.int32(min(start, size - step)))
+        return jax.tree.map(jnp.asarray, after)
 
     def _sites(
         self, layer: int, sites: tuple[Site, ...], row: int, pieces: Pieces, *, onward: bool
     ) -> None:
         """Adds sites of one layer to `pieces`; computes the stream after it where it is wanted."""
-        x = self.residual(layer)
+        carry = self._carry(layer)
         onward = onward and layer + 1 not in self._kept and self._held(layer + 1) is None
-        after = self._through(layer, x, sites, row, pieces, onward=onward)
+        after = self._through(layer, carry, sites, row, pieces, onward=onward)
         if after is not None:
             self._keep(layer + 1, after)
 
     def _through(
         self,
         layer: int,
-        x: jax.Array,
+        carry: Carry,
         sites: tuple[Site, ...],
         row: int,
         pieces: Pieces,
         *,
         onward: bool,
-    ) -> jax.Array | None:
-        """The stream after a layer (None unless `onward`); adds sites of it to `pieces`."""
+    ) -> Carry | None:
+        """All that crosses out of a layer (None unless `onward`); adds sites of it to `pieces`."""
         size, call = self._tokens.shape[1], self._call
         run = partial(
             call(programs.run_block, layer, sites, pieces.select.dtype, onward), pieces.heads()
@@ -236,22 +242,24 @@ class Pass:
                 pieces.add(s, row, partial(placement.fetch, found[s.name]), start, stop)
 
         if size <= LENGTHS[-1]:
-            after, _, found = run(x, self._positions, None, pieces.rows(0, size))
+            after, _, found = run(carry, self._positions, None, pieces.rows(0, size))
             add(found, 0, size)
-            return cast(jax.Array | None, after)
-        c = self.model.config
-        shape = (1, size, c.num_kv_heads, c.head_dim)
-        cache: LayerCache | None = empty_cache(1, shape, x.dtype)["layer_0"]
-        streams: list[jax.Array] = []
+            return cast(Carry | None, after)
+        sizes = self.model.config.axis_sizes(layer)
+        shape = (1, size, sizes["K"], sizes["H"])
+        cache: LayerCache | None = empty_cache([shape], carry.x.dtype)["layer_0"]
+        parts: list[Carry] = []
         for start in range(0, size, PIECE):
-            part, stop = programs.piece(x, np.int32(start), PIECE), start + PIECE
+            part, stop = programs.piece(carry, np.int32(start), PIECE), start + PIECE
             # Of what is padding only, anything will do.
             if start < len(self.ids):
                 positions = self._positions[:, start:stop]
                 part, cache, found = run(part, positions, cache, pieces.rows(start, stop))
                 add(found, start, stop)
-            streams += [part]
-        return jnp.concatenate(streams, axis=1) if onward else None
+            parts += [part]
+        if not onward:
+            return None
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), *parts)
 
     def _rows(self, stream: jax.Array, select: Selection) -> np.ndarray:
         """What is wanted of (1, padded T, ...)."""
@@ -263,7 +271,7 @@ class Pass:
         """A site that the model has once."""
         if s.name == "embed":
             return self._rows(self.residual(0), select)
-        last = self.residual(self.model.config.num_layers)
+        last = self._carry(self.model.config.num_layers)
         final, rms = programs.finish(self._ours, self._params, last, *self._edits)
         if s.name == "final_rms":
             return self._rows(rms, select)
@@ -300,8 +308,8 @@ class Pass:
 class Beginning:
     """What another pass keeps, or will keep, of the beginning that its text shares with one."""
 
-    def __init__(self, kept: dict[int, jax.Array], length: int) -> None:
-        """`length` tokens of a pass that keeps the stream as `kept`."""
+    def __init__(self, kept: dict[int, Carry], length: int) -> None:
+        """`length` tokens of a pass that keeps what crosses as `kept`."""
         self.length, self._kept = length, kept
 
     @classmethod
@@ -311,8 +319,8 @@ class Beginning:
 
     def before(self, layer: int) -> np.ndarray | None:
         """(length, D), see `Known`."""
-        x = self._kept.get(layer)
-        return None if x is None else np.asarray(placement.fetch(x))[0, : self.length]
+        carry = self._kept.get(layer)
+        return None if carry is None else np.asarray(placement.fetch(carry.x))[0, : self.length]
 
 
 # A pass keeps its model alive, so the numbers in a key stand for what they stood for.

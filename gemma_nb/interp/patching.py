@@ -28,10 +28,12 @@ from gemma_nb.interp.packing import Batch, Cell, SlotPatch, run_layer
 from gemma_nb.interp.trace import Trace, trace
 from gemma_nb.interp.vocabulary import normalise
 from gemma_nb.interventions import Interventions
+from gemma_nb.interventions.checks import shape_of
 from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
-from gemma_nb.nn.block import Block
+from gemma_nb.nn.layer import Block
+from gemma_nb.nn.layer_input import Carry
 from gemma_nb.sites import EVERYWHERE, canonical, spelled
 from gemma_nb.text.tokenizer import Tokenizer
 
@@ -223,17 +225,20 @@ class _Sweep:
     def _cells(self, layers: range, batch: Batch, bar: Any) -> np.ndarray:
         """(rows, T, D): the stream after the last layer, of the patches in some layers."""
         c = self.model.config
-        x = self.corrupted.get("residual_pre", layers[0]).values[0][batch.source]
+        stream = self.corrupted.get("residual_pre", layers[0]).values[0][batch.source]
+        carry = Carry(stream)
+        patch = self._patch(layers[0], batch)
         for i in range(layers[0], c.num_layers):
-            if i in layers:
+            # Also where it acts nowhere, a patch is of its layer's shape.
+            if i in layers[1:] or patch.values.shape[2:] != shape_of(self.site, c, i):
                 patch = self._patch(i, batch)
-            x = run_layer(
+            carry = run_layer(
                 Block(c, c.layers[i]),
                 self.site,
                 self.model.params[f"layer_{i}"],
                 self.model.interventions,
                 np.int32(i),
-                x,
+                carry,
                 batch.positions,
                 batch.mask,
                 self.keys[i],
@@ -242,7 +247,7 @@ class _Sweep:
                 patch if i in layers else patch.off(),
             )
             bar.update(1)
-        return np.asarray(placement.fetch(x))
+        return np.asarray(placement.fetch(carry.x))
 
     def _patch(self, layer: int, batch: Batch) -> SlotPatch:
         """Values and places that the slots of a batch are patched with."""

@@ -12,7 +12,8 @@ from jax import lax
 
 from gemma_nb.nn import Transformer, Wrapped
 from gemma_nb.nn.attention import attend
-from gemma_nb.nn.block import Block
+from gemma_nb.nn.layer import Block
+from gemma_nb.nn.layer_input import Carry, LayerInput
 from gemma_nb.nn.masks import visible
 from gemma_nb.nn.rope import Rotation
 from gemma_nb.nn.storage import Stored
@@ -35,11 +36,11 @@ def embed(
     tokens: jax.Array,
     positions: jax.Array,
     interventions: Any,
-) -> jax.Array:
-    """The first residual (1, T, D)."""
+) -> Carry:
+    """The carry of the first layer."""
     given = (tokens, positions, interventions)
-    x, _ = cast(Any, transformer.apply({"params": params}, *given, method="enter"))
-    return cast(jax.Array, x)
+    carry, _ = cast(Any, transformer.apply({"params": params}, *given, method="enter"))
+    return cast(Carry, carry)
 
 
 # Static: the module.
@@ -47,12 +48,12 @@ def embed(
 def finish(
     transformer: Transformer,
     params: Params,
-    x: jax.Array,
+    carry: Carry,
     positions: jax.Array,
     interventions: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Final-normed states (1, T, D) and what they were divided by (1, T)."""
-    given = (x, positions, interventions)
+    given = (carry, positions, interventions)
     final, state = transformer.apply(
         {"params": params}, *given, method="leave", mutable=["intermediates"]
     )
@@ -61,9 +62,9 @@ def finish(
 
 # Static: the count.  Traced: where it begins, so all pieces of a stream share a compilation.
 @jax.jit(static_argnums=2)
-def piece(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    """`count` positions of (1, T, D) from `start` on."""
-    return lax.dynamic_slice_in_dim(x, start, count, axis=1)
+def piece(carry: Carry, start: jax.Array, count: int) -> Carry:
+    """`count` positions of a carry from `start` on."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, count, axis=1), carry)
 
 
 def _matrices(block: Block, params: Params) -> Params:
@@ -86,7 +87,9 @@ def _variables(block: Block, params: Params, alone: bool) -> dict[str, Params]:
 
 def _rotation(block: Block, positions: jax.Array) -> Rotation:
     """Sines and cosines, which XLA would otherwise compute anew in every head."""
-    return Rotation.of(positions, block.config.head_dim, block.spec).materialize()
+    return Rotation.of(
+        positions, block.config.axis_sizes(block.spec)["H"], block.spec
+    ).materialize()
 
 
 # Static: the block (kind and sizes), the sites, the dtype, whether the stream goes on, and whether
@@ -103,19 +106,18 @@ def run_block(
     interventions: Any,
     layer: jax.Array,
     heads: jax.Array | None,
-    x: jax.Array,
+    carry: Carry,
     positions: jax.Array,
     cache: LayerCache | None,
     rows: jax.Array | None,
-) -> tuple[jax.Array | None, LayerCache | None, dict[str, jax.Array]]:
-    """(stream (1, T, D), cache, site name -> (T, ...) or (T, N, S))."""
-    edit = None if interventions is None else interventions.at(layer, positions)
+) -> tuple[Carry | None, LayerCache | None, dict[str, jax.Array]]:
+    """(carry of T tokens, cache, site name -> (T, ...) or (T, N, S))."""
+    rotation = _rotation(block, positions)
+    given = LayerInput.of(layer, positions, interventions, rotation=rotation)
     (after, cache), state = block.apply(
-        *(_variables(block, params, alone), x, positions, cache, None, edit),
-        _rotation(block, positions),
-        mutable=["intermediates"],
+        _variables(block, params, alone), carry, given, cache, mutable=["intermediates"]
     )
-    sown = state["intermediates"]
+    sown, edit = state["intermediates"], given.edit
     # Where nothing edits the weights, those of other heads need not be computed.
     plain = edit is None or not edit.edits_attention
 
@@ -148,12 +150,12 @@ def extend(
     params: Params,
     interventions: Any,
     layer: jax.Array,
-    x: jax.Array,
-    after: jax.Array,
+    carry: Carry,
+    after: Carry,
     positions: jax.Array,
     start: jax.Array,
-) -> jax.Array:
-    """The stream after a layer, of which the beginning is known, with `count` more positions.
+) -> Carry:
+    """The carry after a layer, of which the beginning is known, with `count` more positions.
 
     Args:
       block: the layer's kind and sizes.
@@ -162,22 +164,17 @@ def extend(
       params: the layer's.
       interventions: what is changed in the model.
       layer: its number.
-      x: (1, T, D) the stream before it, at least up to the last of these positions.
-      after: (1, T, D) the stream after it, up to `start`.
+      carry: before it, at least up to the last of these positions.
+      after: after it, up to `start`.
       positions: (1, T).
       start: () the first of these positions.
     """
     variables = _variables(block, params, alone)
-
-    def edit(at: jax.Array) -> Any:
-        return None if interventions is None else interventions.at(layer, at)
-
     # Nothing but keys and values is asked for, so XLA drops the rest.
-    _, state = block.apply(
-        variables, x, positions, None, None, edit(positions), mutable=["intermediates"]
-    )
+    whole = LayerInput.of(layer, positions, interventions)
+    _, state = block.apply(variables, carry, whole, mutable=["intermediates"])
     sown = cast(Any, state)["intermediates"]["attn"]
-    seen = jnp.arange(x.shape[1]) < start
+    seen = jnp.arange(positions.shape[1]) < start
     cache = {
         "k": sown["k"][0],
         "v": sown["v"][0],
@@ -185,8 +182,11 @@ def extend(
         "end_index": start[None],
     }
     at = lax.dynamic_slice_in_dim(positions, start, count, axis=1)
-    new, _ = block.apply(variables, piece(x, start, count), at, cache, None, edit(at))
-    return lax.dynamic_update_slice_in_dim(after, new, start, axis=1)
+    given = LayerInput.of(layer, at, interventions)
+    new, _ = cast(Any, block.apply(variables, piece(carry, start, count), given, cache))
+    return jax.tree.map(
+        lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, axis=1), after, new
+    )
 
 
 def head_outputs(params: Params, z: jax.Array) -> jax.Array:

@@ -45,49 +45,62 @@ class Chosen:
 
         Raises:
           ValueError: an index that the model or the text does not have; heads or layers where none
-            of the sites has any, or heads of sites that have different numbers of them.
+            of the sites has any, or heads of sites that have different numbers of them; layers that
+            differ in the shape of a site.
         """
         if wanted and layers is not None and not any(s.per_layer for s in wanted):
             raise ValueError(f"{_names(wanted)} exists once, not in each layer: leave out layers=")
-        return cls(
-            check_layers(layers, config.num_layers),
-            check_positions(positions, length),
-            None if heads is None else _chosen_heads(wanted, heads, config),
-        )
+        which = check_layers(layers, config.num_layers)
+        at = check_positions(positions, length)
+        some = None if heads is None else _chosen_heads(wanted, heads, config, which)
+        for s in wanted:
+            _refuse_unequal(s, which, config)
+        return cls(which, at, some)
 
     def bytes_of(
         self, s: Site, length: int, config: TransformerConfig, dtype: str = "float32"
     ) -> int:
         """How much one site of a text of `length` tokens takes."""
-        c = config
         rows = length if self.positions is None else len(self.positions)
-        some = None if self.heads is None else len(self.heads)
-        sizes = {"T": rows, "S": length, "N": some or c.num_heads, "K": some or c.num_kv_heads}
-        sizes["H"] = c.head_dim
-        sizes |= {"D": c.embed_dim, "F": c.hidden_dim, "V": c.num_embed}
+        sizes = config.axis_sizes(self.layers[0]) | {"T": rows, "S": length}
+        if self.heads is not None:
+            sizes |= {"N": len(self.heads), "K": len(self.heads)}
         one = int(np.prod([sizes[axis] for axis in s.dims[1:]])) * np.dtype(dtype).itemsize
         return one * (len(self.layers) if s.per_layer else 1)
 
 
+def _refuse_unequal(s: Site, layers: Sequence[int], config: TransformerConfig) -> None:
+    """Raises ValueError where a site is stacked over layers that differ in its shape."""
+    if not s.per_layer:
+        return
+    for axis in s.dims:
+        if axis in "KHF":
+            try:
+                config.shared_size(axis, layers)
+            except ValueError as error:
+                raise ValueError(f"{s.name} cannot be stacked: {error}") from None
+
+
 def _chosen_heads(
-    wanted: Sequence[Site], heads: Indices, config: TransformerConfig
+    wanted: Sequence[Site], heads: Indices, config: TransformerConfig, layers: Sequence[int]
 ) -> tuple[int, ...]:
     """`heads` of those sites that have heads; raises ValueError as `Chosen.of` says."""
     axes = {axis for s in wanted for axis in s.dims if axis in "NK"}
     if wanted and not axes:
         raise ValueError(f"{_names(wanted)} has no heads: leave out heads=")
-    if axes == {"N", "K"} and config.num_heads != config.num_kv_heads:
+    if "K" not in axes:
+        return check_heads(heads, config.num_heads)
+    count = config.shared_size("K", layers)
+    if axes == {"N", "K"} and config.num_heads != count:
         queries, keys = (_names([s for s in wanted if axis in s.dims]) for axis in "NK")
         raise ValueError(
             f"heads= would mean the {config.num_heads} query heads of {queries} and the "
-            f"{config.num_kv_heads} key-value heads of {keys}: ask for them one after the other"
+            f"{count} key-value heads of {keys}: ask for them one after the other"
         )
-    if axes == {"K"}:
-        owner = "each layer has key-value heads"
-        return ascending(
-            heads, config.num_kv_heads, "key-value head", owner=owner, argument="heads"
-        )
-    return check_heads(heads, config.num_heads)
+    if axes == {"N", "K"}:
+        return check_heads(heads, config.num_heads)
+    owner = "each layer has key-value heads"
+    return ascending(heads, count, "key-value head", owner=owner, argument="heads")
 
 
 def _names(sites: Sequence[Site]) -> str:

@@ -48,7 +48,7 @@ def to_dataset(labels: Labels, data: Mapping[str, xarray.DataArray]) -> xarray.D
         "format": _FORMAT,
         "model": str(labels.attrs.get("model", "")),
         "interventions": json.dumps(labels.attrs.get("interventions", "").splitlines()),
-        "config": json.dumps(dataclasses.asdict(labels.config)),
+        "config": json.dumps(_fields(labels.config)),
     }
     return xarray.Dataset(everything, attrs=attrs)
 
@@ -145,11 +145,15 @@ def _labelled(labels: Labels, name: str, array: xarray.DataArray) -> xarray.Data
     )
 
 
-def _config(fields: dict[str, Any]) -> TransformerConfig:
-    """The inverse of `dataclasses.asdict`."""
+def _fields(config: TransformerConfig) -> dict[str, Any]:
+    """A configuration as JSON has it; the inverse of `_config`."""
+    layers = [spec.fields() | {"kind": vars(spec.kind)} for spec in config.layers]
+    return dataclasses.asdict(config) | {"layers": layers}
 
+
+def _config(fields: dict[str, Any]) -> TransformerConfig:
     def spec(layer: Mapping[str, Any]) -> LayerSpec:
         kind = Sliding(layer["kind"]["window"]) if layer["kind"] else Global()
-        return LayerSpec(kind, layer["rope_base"], layer["rope_scale"])
+        return LayerSpec(**{**layer, "kind": kind})
 
     return TransformerConfig(**{**fields, "layers": tuple(map(spec, fields["layers"]))})

@@ -224,12 +224,12 @@ class Trace:
         array = self.data.get(s.name)
         if array is None:
             return None
-        length, c = len(self.tokens), self.config
+        length, sizes = len(self.tokens), self.config.axis_sizes(chosen.layers[0])
         wanted = {
             "layer": chosen.layers,
             "query" if s.is_map else "position": chosen.positions or range(length),
-            "head": chosen.heads or range(c.num_heads),
-            "kv_head": chosen.heads or range(c.num_kv_heads),
+            "head": chosen.heads or range(sizes["N"]),
+            "kv_head": chosen.heads or range(sizes["K"]),
         }
         some = {dim: list(indices) for dim, indices in wanted.items() if dim in array.dims}
         if not all(set(indices) <= set(array[dim].values) for dim, indices in some.items()):

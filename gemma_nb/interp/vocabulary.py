@@ -28,7 +28,7 @@ from gemma_nb.executables import pinned
 from gemma_nb.interp import split
 from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.nn.layers import RMSNorm
+from gemma_nb.nn.norms import RMSNorm
 from gemma_nb.typing import Params
 
 _STRETCH = 512  # vocabulary entries at a time

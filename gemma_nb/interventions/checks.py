@@ -47,8 +47,9 @@ def check(item: Any, config: TransformerConfig) -> None:
 
 def _num_heads(item: Intervention, config: TransformerConfig) -> int:
     """Number of heads at the site where an intervention acts."""
-    shapes = [shape_of(name, config) for name in sites_of(item) if name in patchable()]
-    return shapes[0][0] if shapes and len(shapes[0]) > 1 else config.num_heads
+    names = [name for name in sites_of(item) if name in patchable()]
+    shape = shape_of(names[0], config, getattr(item, "layer", 0)) if names else ()
+    return shape[0] if len(shape) > 1 else config.num_heads
 
 
 def check_places(
@@ -106,8 +107,9 @@ def patchable() -> list[str]:
     return [s.name for s in SITES.values() if s.home is not None and not s.sown and not s.is_map]
 
 
-def shape_of(name: str, config: TransformerConfig) -> tuple[int, ...]:
-    """Shape of one position's value of a site."""
-    sizes = {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
-    sizes |= {"D": config.embed_dim, "F": config.hidden_dim}
+def shape_of(name: str, config: TransformerConfig, layer: Any) -> tuple[int, ...]:
+    """Shape of one position's value of a site in a layer."""
+    # Which layer is traced cannot be told: then it is taken to be like the first.
+    concrete = SITES[name].per_layer and not is_traced(layer)
+    sizes = config.axis_sizes(int(layer) if concrete else 0)
     return tuple(sizes[axis] for axis in SITES[name].dims[2:])

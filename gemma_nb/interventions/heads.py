@@ -12,7 +12,7 @@ import numpy as np
 from gemma_nb.indices import Indices, number
 from gemma_nb.interventions.base import Intervention, wide
 from gemma_nb.interventions.checks import check_places, check_width
-from gemma_nb.interventions.numbers import known, padded, plain, real, short
+from gemma_nb.interventions.numbers import is_traced, known, padded, plain, real, short
 from gemma_nb.interventions.positions import Positions, Where, ints, taken
 from gemma_nb.interventions.pytrees import fill, node, static
 from gemma_nb.interventions.reach import unsampled
@@ -156,7 +156,9 @@ class AblateHeads(Intervention):
         """Raises ValueError for an unknown layer or head, or a reference of another width."""
         check_places(config, self.layers, self.heads)
         if self.method != "zero":
-            check_width(self.values.shape[-1], config.head_dim, "the reference's z")
+            layers = None if is_traced(self.layers) else plain(self.layers)
+            width = config.shared_size("H", layers)
+            check_width(self.values.shape[-1], width, "the reference's z")
 
     def __str__(self) -> str:
         parts = zip(*map(plain, (self.layers, self.heads)), strict=True)

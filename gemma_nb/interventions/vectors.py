@@ -211,8 +211,10 @@ class Patch(Intervention):
 
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or head, or a value of another shape."""
-        expected = shape_of(self.site, config)
         if SITES[self.site].per_layer:
+            check_places(config, self.layer)
+        expected = shape_of(self.site, config, self.layer)
+        if self.heads is not None:
             check_places(config, self.layer, self.heads, expected[0])
         if self.heads is not None:
             expected = (len(self.heads), *expected[1:])
@@ -279,7 +281,7 @@ class Steer(Intervention):
         """Raises ValueError for an unknown layer or a vector of another length."""
         if SITES[self.site].per_layer:
             check_places(config, self.layer)
-        expected = shape_of(self.site, config)
+        expected = shape_of(self.site, config, self.layer)
         if self.vector.shape not in (expected, (math.prod(expected),)):
             raise ValueError(f"a vector for {self.site} is {expected}, got {self.vector.shape}")
 
@@ -341,10 +343,10 @@ class EditNeuron(Intervention):
     def check(self, config: TransformerConfig) -> None:
         """Raises ValueError for an unknown layer or neuron."""
         check_places(config, self.layer)
-        if not is_traced(self.neuron) and not 0 <= int(self.neuron) < config.hidden_dim:
+        (count,) = shape_of("mlp_hidden", config, self.layer)
+        if not is_traced(self.neuron) and not 0 <= int(self.neuron) < count:
             raise ValueError(
-                f"neuron {int(self.neuron)} does not exist: "
-                f"a layer has neurons 0 to {config.hidden_dim - 1}"
+                f"neuron {int(self.neuron)} does not exist: a layer has neurons 0 to {count - 1}"
             )
 
     def __str__(self) -> str:

@@ -10,9 +10,11 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb.config import LayerSpec, TransformerConfig
-from gemma_nb.nn.cache import extend_cache, in_rows, is_ring
-from gemma_nb.nn.layers import Einsum, RMSNorm
+from gemma_nb.nn.kv_cache import GrowingCache, cache_of, in_rows
+from gemma_nb.nn.layer_input import LayerInput
+from gemma_nb.nn.linear import Einsum
 from gemma_nb.nn.masks import visible
+from gemma_nb.nn.norms import RMSNorm
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import Rotation, apply_rope
 from gemma_nb.nn.storage import concatenate, materialize, preparing
@@ -165,7 +167,7 @@ class Attention(nn.Module):
 
     Attributes:
       config: the model's numbers.
-      spec: this layer's kind and rotary base.
+      spec: this layer's kind and shape.
     """
 
     config: TransformerConfig
@@ -173,32 +175,34 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         """Declares the projections under their official names."""
-        c = self.config
-        if c.num_heads == c.num_kv_heads:
+        n, k, h, d = self._sizes
+        if n == k:
             # Official multi-head checkpoints store the three projections as one.
-            self.qkv_einsum = Einsum("...D,CNDH->...CNH", (3, c.num_heads, c.embed_dim, c.head_dim))
+            self.qkv_einsum = Einsum("...D,CNDH->...CNH", (3, n, d, h))
         else:
-            self.q_einsum = Einsum(
-                "...D,NDH->...NH", (c.num_heads, c.embed_dim, c.head_dim), joined=True
-            )
-            self.kv_einsum = Einsum(
-                "...D,CKDH->...CKH", (2, c.num_kv_heads, c.embed_dim, c.head_dim), joined=True
-            )
-        self.attn_vec_einsum = Einsum("...NH,NHD->...D", (c.num_heads, c.head_dim, c.embed_dim))
-        if c.use_qk_norm:
+            self.q_einsum = Einsum("...D,NDH->...NH", (n, d, h), joined=True)
+            self.kv_einsum = Einsum("...D,CKDH->...CKH", (2, k, d, h), joined=True)
+        self.attn_vec_einsum = Einsum("...NH,NHD->...D", (n, h, d))
+        if self.config.use_qk_norm:
             self._query_norm = RMSNorm()
             self._key_norm = RMSNorm()
 
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """N, K, H and D of this layer."""
+        sizes = self.config.axis_sizes(self.spec)
+        return tuple(sizes[axis] for axis in "NKHD")
+
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        c = self.config
-        if c.num_heads == c.num_kv_heads:
+        heads, kv_heads, head_dim, _ = self._sizes
+        if heads == kv_heads:
             qkv = self.qkv_einsum(x)
             return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         if self.has_variable("prepared", "qkv"):
             # One product instead of two small ones.
             y: jax.Array = self.get_variable("prepared", "qkv")(x)
-            y = y.reshape(*x.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-            q, k, v = jnp.split(y, (c.num_heads, c.num_heads + c.num_kv_heads), axis=-2)
+            y = y.reshape(*x.shape[:-1], heads + 2 * kv_heads, head_dim)
+            q, k, v = jnp.split(y, (heads, heads + kv_heads), axis=-2)
             return q, k, v
         q, kv = self.q_einsum(x), self.kv_einsum(x)
         if preparing(self):
@@ -209,19 +213,14 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        given: LayerInput,
         cache: LayerCache | None,
-        attention_mask: Bool[Array, "B T S"] | None,
-        edit: Any = None,
-        rotation: Rotation | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attention's output before any post-norm, and the extended cache.
-
-        A pass over many layers gives them their `rotation`, which otherwise is computed here.
-        """
+        """Attention's output before any post-norm, and the extended cache."""
         c, spec = self.config, self.spec
+        positions, rotation, edit = given.positions, given.rotation, given.edit
         if rotation is None:
-            rotation = Rotation.of(positions, c.head_dim, spec)
+            rotation = Rotation.of(positions, c.axis_sizes(spec)["H"], spec)
         q, k, v = self._project(x)
         if c.use_qk_norm:
             q, k = self._query_norm(q), self._key_norm(k)
@@ -236,9 +235,10 @@ class Attention(nn.Module):
         new_cache = None
         if cache is not None:
             # A caller with a mask speaks of slots, which then must not mean another token later.
-            ring = attention_mask is None and is_ring(spec.kind, cache)
-            seen, new_cache = extend_cache(cache, seen, ring=ring)
-        mask = visible(positions, seen["positions"], spec.kind, attention_mask)
+            held = GrowingCache(cache) if given.mask is not None else cache_of(cache, spec.kind)
+            seen, extended = held.append(seen)
+            new_cache = extended.arrays
+        mask = visible(positions, seen["positions"], spec.kind, given.mask)
         cap = c.attn_logits_soft_cap
         if edit is not None and edit.edits_attention:
             weights, z = attend_edited(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from gemma_nb.config import TransformerConfig
-from gemma_nb.nn.layers import Einsum
+from gemma_nb.config import LayerSpec, TransformerConfig
+from gemma_nb.nn.linear import Einsum
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.storage import materialize
 
@@ -21,19 +21,22 @@ class FeedForward(nn.Module):
 
     Attributes:
       config: the model's numbers.
+      spec: this layer's shape.
     """
 
     config: TransformerConfig
+    spec: LayerSpec
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], edit: Any = None) -> Float[Array, "B T D"]:
         """The layer's output before any post-norm."""
-        c = self.config
-        if c.transpose_gating_einsum:
-            gating = Einsum("...D,CFD->...CF", (2, c.hidden_dim, c.embed_dim), "gating_einsum")
+        sizes = self.config.axis_sizes(self.spec)
+        f, d = sizes["F"], sizes["D"]
+        if self.config.transpose_gating_einsum:
+            gating = Einsum("...D,CFD->...CF", (2, f, d), "gating_einsum")
         else:
-            gating = Einsum("...D,CDF->...CF", (2, c.embed_dim, c.hidden_dim), "gating_einsum")
-        linear = Einsum("...F,FD->...D", (c.hidden_dim, c.embed_dim), "linear")
+            gating = Einsum("...D,CDF->...CF", (2, d, f), "gating_einsum")
+        linear = Einsum("...F,FD->...D", (f, d), "linear")
         # The official tree has the weights as leaves here (`mlp/linear`, not `mlp/linear/w`).
         nn.share_scope(self, gating)
         nn.share_scope(self, linear)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -21,8 +22,9 @@ class Rotation:
       sin: (B, T, 1, H/2) float32.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    # Not annotated as arrays, since programs are lowered from shapes of them, too.
+    cos: Any
+    sin: Any
 
     @classmethod
     def of(cls, positions: Int[Array, "B T"], head_dim: int, spec: LayerSpec) -> Rotation:

@@ -14,10 +14,12 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb import presets
-from gemma_nb.config import TransformerConfig
+from gemma_nb.config import RotationKind, TransformerConfig
 from gemma_nb.executables import Kept, shapes_of
-from gemma_nb.nn.block import Block
-from gemma_nb.nn.layers import Embedder, RMSNorm
+from gemma_nb.nn.embedder import Embedder
+from gemma_nb.nn.layer import Block
+from gemma_nb.nn.layer_input import Carry, LayerInput
+from gemma_nb.nn.norms import RMSNorm
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import Rotation
 from gemma_nb.nn.sample import SAMPLE
@@ -160,16 +162,18 @@ class Transformer(nn.Module):
         if positions is None:
             start = 0 if cache is None else cache["layer_0"]["end_index"][:, None]
             positions = jnp.broadcast_to(start + count, tokens.shape)
-        x, rotations = self.enter(tokens, positions, interventions)
+        carry, rotations = self.enter(tokens, positions, interventions)
         new_cache: KVCache = {}
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[f"layer_{i}"]
-            edit = None if interventions is None else interventions.at(i, positions)
-            rotation = rotations[block.spec.rotation]
-            x, layer_cache = block(x, positions, layer_cache, attention_mask, edit, rotation)
+            rotation = rotations[self.config.rotation_of(block.spec)]
+            given = LayerInput.of(
+                i, positions, interventions, mask=attention_mask, rotation=rotation
+            )
+            carry, layer_cache = block(carry, given, layer_cache)
             if layer_cache is not None:
                 new_cache[f"layer_{i}"] = layer_cache
-        x = self.leave(x, positions, interventions)
+        x = self.leave(carry, positions, interventions)
         if last_only:
             real = (tokens != _PADDING_ID) & (positions >= 0)
             index = jnp.max(jnp.where(real, count, 0), axis=-1)
@@ -181,8 +185,8 @@ class Transformer(nn.Module):
 
     def enter(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], interventions: Any = None
-    ) -> tuple[Float[Array, "B T D"], dict[tuple[float, float], Rotation]]:
-        """What the first layer takes: the residual stream, and the rotation of each kind of layer.
+    ) -> tuple[Carry, dict[RotationKind, Rotation]]:
+        """The carry of the first layer, and the rotation of each kind of layer.
 
         With `leave`, for whoever runs the layers one by one.
         """
@@ -190,19 +194,19 @@ class Transformer(nn.Module):
         x = self.embedder.encode(tokens if edit is None else edit("tokens", tokens))
         x = observe(self, "embed", x, edit)
         # Once for all layers of a kind: sines take long.
-        rotations: dict[tuple[float, float], Rotation] = {}
+        rotations: dict[RotationKind, Rotation] = {}
         for spec in self.config.layers:
-            if spec.rotation not in rotations:
-                rotation = Rotation.of(positions, self.config.head_dim, spec)
-                rotations[spec.rotation] = rotation.materialize()
-        return x, rotations
+            kind = self.config.rotation_of(spec)
+            if kind not in rotations:
+                rotations[kind] = Rotation.of(positions, kind[-1], spec).materialize()
+        return Carry(x), rotations
 
     def leave(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], interventions: Any = None
+        self, carry: Carry, positions: Int[Array, "B T"], interventions: Any = None
     ) -> Float[Array, "B T D"]:
-        """Final-normed states of what the last layer returns."""
+        """Final-normed states of the last layer's carry."""
         edit = None if interventions is None else interventions.at(EVERYWHERE, positions)
-        return observe(self, "final", self.final_norm(x), edit)
+        return observe(self, "final", self.final_norm(carry.x), edit)
 
     def unembed(self, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
         """Logits of final-normed hidden states, soft-capped where the model says so."""
@@ -247,22 +251,25 @@ class Transformer(nn.Module):
             these from the rows.
           streams: from how many places rows are read at once, see `Stored`.
         """
-        # All layers alike, so that one trace does for all of them: their kinds make no difference.
-        block = Block(self.config, self.config.layers[0], parent=None)
+        # Layers of one shape alike, so that one trace does for all of them: their kinds make no
+        # difference.
+        blocks: dict[tuple[int, ...], Block] = {}
         exact = exact_layers(self.config.num_layers) if int8 else range(self.config.num_layers)
-        x, positions, rotations = None, None, {}
+        carry, positions, rotations = None, None, {}
         if int8:
             ends = {"embedder": params["embedder"]}
-            x, positions, rotations = _compiled_sample(self)(shapes_of(ends), ends)
+            carry, positions, rotations = _compiled_sample(self)(shapes_of(ends), ends)
         prepared = {}
         for i, spec in enumerate(self.config.layers):
             own = params[f"layer_{i}"]
             # Nothing that is quantised comes after the exact ones.
             given = (own, None, None, None)
             if i not in exact:
-                given = (own, x, positions, rotations[spec.rotation])
+                given = (own, carry, positions, rotations[self.config.rotation_of(spec)])
+            shape = tuple(self.config.axis_sizes(spec).values())
+            block = blocks.setdefault(shape, Block(self.config, spec, parent=None))
             compiled = _compiled_prepare(block, i not in exact, int8, columns, streams)
-            prepared[f"layer_{i}"], x = compiled(shapes_of(given), *given)
+            prepared[f"layer_{i}"], carry = compiled(shapes_of(given), *given)
         return prepared
 
 
@@ -273,8 +280,9 @@ def _compiled_sample(transformer: Transformer) -> Kept:
     def sample(params: Params) -> Any:
         tokens = jnp.array([SAMPLE], jnp.int32) % transformer.config.num_embed
         positions = jnp.arange(tokens.size, dtype=jnp.int32)[None]
-        x, rotations = transformer.apply({"params": params}, tokens, positions, method="enter")
-        return x, positions, {kind: (r.cos, r.sin) for kind, r in rotations.items()}
+        entered = transformer.apply({"params": params}, tokens, positions, method="enter")
+        carry, rotations = cast(Any, entered)
+        return carry, positions, rotations
 
     return Kept(sample, transformer)
 
@@ -285,22 +293,21 @@ def _compiled_prepare(
 ) -> Kept:
     """`Transformer.prepare` of one layer's params, see `pack`.
 
-    With what the layer makes of the sample's residual stream x, where that is given.
+    With what the layer makes of the sample's carry, where that is given.
     """
 
     def prepare(
         params: Params,
-        x: jax.Array | None,
+        carry: Carry | None,
         positions: jax.Array | None,
-        rotation: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[Params, jax.Array | None]:
-        stream = jnp.zeros((1, 1, block.config.embed_dim)) if x is None else x
+        rotation: Rotation | None,
+    ) -> tuple[Params, Carry | None]:
+        before = Carry(jnp.zeros((1, 1, block.config.embed_dim))) if carry is None else carry
         where = jnp.zeros((1, 1), jnp.int32) if positions is None else positions
-        turned = None if rotation is None else Rotation(*rotation)
-        given = (stream, where, None, None, None, turned)
-        (after, _), state = block.apply({"params": params}, *given, mutable=["prepared"])
+        given = LayerInput(where, rotation=rotation)
+        (after, _), state = block.apply({"params": params}, before, given, mutable=["prepared"])
         found = cast(Params, state)["prepared"]
         packed = pack(found, int8=int8, rounded=rounded, columns=columns, streams=streams)
-        return cast(Params, packed), None if x is None else after
+        return cast(Params, packed), None if carry is None else after
 
     return Kept(prepare, block, int8, rounded, columns, streams)

@@ -156,8 +156,11 @@ def layers_and_heads(source: Any) -> tuple[Sequence[int], Sequence[int], dict[in
       TypeError: neither of them.
     """
     if isinstance(source, Trace):
-        c = source.config
-        groups = {h: h * c.num_kv_heads // c.num_heads for h in range(c.num_heads)}
+        c, groups = source.config, dict[int, int]()
+        counts = {c.axis_sizes(spec)["K"] for spec in c.layers}
+        # Heads of layers that differ in K are grouped differently in each.
+        if len(counts) == 1:
+            groups = {h: h * max(counts) // c.num_heads for h in range(c.num_heads)}
         return range(c.num_layers), range(c.num_heads), groups
     if not {"layer", "query", "key"} <= set(getattr(source, "dims", ())):
         came = f"dims {source.dims}" if hasattr(source, "dims") else a(source)
@@ -169,6 +172,8 @@ def layers_and_heads(source: Any) -> tuple[Sequence[int], Sequence[int], dict[in
     if "head" not in source.dims:
         return layers, [], {}
     heads = [int(i) for i in source["head"].values]
+    if "kv_group" not in source.coords:
+        return layers, heads, {}
     return layers, heads, dict(zip(heads, map(int, source["kv_group"].values), strict=True))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from gemma_nb import placement
 from gemma_nb.config import Sliding, TransformerConfig
 from gemma_nb.executables import Kept
+from gemma_nb.nn.kv_cache import before
 from gemma_nb.typing import EMPTY, KVCache, LayerCache
 
 # A cache starts small and grows, since a step reads all slots, used or not.  Each size is one
@@ -39,7 +40,7 @@ class StreamCache:
       ring_positions: (W,) int32, of the rings; None where there are none.
       end_index: () int32, tokens held.
       rings: per layer, whether it is a ring.
-      columns: whether the values are transposed, see `gemma_nb.nn.cache.in_rows`.
+      columns: whether the values are transposed, see `gemma_nb.nn.kv_cache.GrowingCache`.
     """
 
     k: tuple[jax.Array, ...]
@@ -74,8 +75,8 @@ class StreamCache:
         if mesh is not None:
             k, v, *counts = jax.device_get(made)
             # Copies, since a donated buffer must not be passed twice.
-            rows = placement.stream_sharding(config, mesh)
-            k, v = jax.device_put((k, v), rows, may_alias=False)
+            rows = placement.stream_shardings(config, mesh)
+            k, v = jax.device_put((k, v), (rows, rows), may_alias=False)
             counts = jax.device_put(counts, placement.everywhere(mesh), may_alias=False)
             made = (k, v, *counts)
         k, v, positions, rolled, end = made
@@ -98,26 +99,28 @@ class StreamCache:
         """W, slots of a ring; 0 where there are none."""
         return 0 if self.ring_positions is None else self.ring_positions.shape[0]
 
+    def ring_rows(self, count: int) -> tuple[int, int, int, int]:
+        """Shape (ring layers, 2, n, K*H) of the keys and values of n slots of all rings."""
+        width = next(k.shape[1] for k, ring in zip(self.k, self.rings, strict=True) if ring)
+        return sum(self.rings), 2, count, width
+
     def to_model(self, config: TransformerConfig) -> KVCache:
         """The same as the model's own cache, with a batch of one."""
-        heads = (1, -1, config.num_kv_heads, config.head_dim)
+        sizes = map(config.axis_sizes, config.layers)
+        return {f"layer_{i}": self.layer(i, each) for i, each in enumerate(sizes)}
 
-        def layer(i: int) -> LayerCache:
-            positions = self.ring_positions if self.rings[i] else self.positions
-            assert positions is not None
-            return {
-                "k": self.k[i].reshape(heads),
-                **self._values(i, config),
-                "positions": positions[None],
-                "end_index": self.end_index[None],
-            }
-
-        return {f"layer_{i}": layer(i) for i in range(len(self.k))}
-
-    def _values(self, i: int, config: TransformerConfig) -> LayerCache:
-        if self.columns:
-            return {"vt": self.v[i].reshape(1, config.num_kv_heads, config.head_dim, -1)}
-        return {"v": self.v[i].reshape(1, -1, config.num_kv_heads, config.head_dim)}
+    def layer(self, i: int, sizes: Mapping[str, int]) -> LayerCache:
+        """One layer's part of `to_model`; `sizes` are of its axes."""
+        positions = self.ring_positions if self.rings[i] else self.positions
+        assert positions is not None
+        heads = sizes["K"], sizes["H"]
+        columns, rows = (1, *heads, -1), (1, -1, *heads)
+        return {
+            "k": self.k[i].reshape(rows),
+            "vt" if self.columns else "v": self.v[i].reshape(columns if self.columns else rows),
+            "positions": positions[None],
+            "end_index": self.end_index[None],
+        }
 
     def updated(self, cache: KVCache) -> StreamCache:
         """The inverse of `to_model`, for what a step made of this cache."""
@@ -173,26 +176,25 @@ def _empty(config: TransformerConfig, size: int, own: bool) -> tuple[Kept, tuple
     rings = ring_layers(config) if own else (False,) * config.num_layers
     ring = min(size, smallest_window(config))
     slots = tuple(ring if is_ring else size for is_ring in rings)
-    width = config.num_kv_heads * config.head_dim
-    return _compiled_empty(slots, width, size, ring if any(rings) else None, own), rings
+    sizes = map(config.axis_sizes, config.layers)
+    shapes = tuple((n, s["K"] * s["H"]) for n, s in zip(slots, sizes, strict=True))
+    return _compiled_empty(shapes, size, ring if any(rings) else None, own), rings
 
 
 # Compiled, since arrays that come from the host take longer.
 @functools.cache
 def _compiled_empty(
-    slots: tuple[int, ...], width: int, size: int, ring: int | None, columns: bool
+    shapes: tuple[tuple[int, int], ...], size: int, ring: int | None, columns: bool
 ) -> Kept:
     """What makes k, v, positions, ring_positions and end_index of an empty cache."""
 
     def empty() -> tuple[Any, ...]:
-        k = tuple(jnp.zeros((count, width), jnp.float32) for count in slots)
-        v = tuple(
-            jnp.zeros((width, count) if columns else (count, width), jnp.float32) for count in slots
-        )
+        k = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+        v = tuple(jnp.zeros(shape[::-1] if columns else shape, jnp.float32) for shape in shapes)
         rolled = None if ring is None else jnp.full(ring, EMPTY, jnp.int32)
         return k, v, jnp.full(size, EMPTY, jnp.int32), rolled, jnp.int32(0)
 
-    return Kept(empty, slots, width, size, ring, columns)
+    return Kept(empty, shapes, size, ring, columns)
 
 
 # Slots of the rings that are filled anew at once.
@@ -216,13 +218,11 @@ def rewind(
       length: () int32.
       ring_positions: (W,) int32, what its rings hold now; None: what they held, as far as it stays.
     """
-
-    def cut(positions: jax.Array | None) -> jax.Array | None:
-        return None if positions is None else jnp.where(positions < length, positions, EMPTY)
-
+    if ring_positions is None and cache.ring_positions is not None:
+        ring_positions = before(cache.ring_positions, length)
     return cache.replace(  # type: ignore[attr-defined]
-        positions=cut(cache.positions),
-        ring_positions=cut(cache.ring_positions) if ring_positions is None else ring_positions,
+        positions=before(cache.positions, length),
+        ring_positions=ring_positions,
         end_index=jnp.minimum(cache.end_index, length),
     )
 
@@ -245,8 +245,7 @@ def compile_rewinding(cache: StreamCache) -> None:
     rewind.lower(cache, jnp.int32(0)).compile()
     ring = cache.ring_size
     if ring:
-        width = next(k.shape[1] for k, is_ring in zip(cache.k, cache.rings, strict=True) if is_ring)
-        rows = np.zeros((sum(cache.rings), 2, min(_REFILLED, ring), width), np.float32)
+        rows = np.zeros(cache.ring_rows(min(_REFILLED, ring)), np.float32)
         _refilled.lower(cache, rows, np.int32(0)).compile()
         rewind.lower(cache, np.int32(0), np.zeros(ring, np.int32)).compile()
 
@@ -291,9 +290,17 @@ def next_size(size: int, limit: int) -> int | None:
 
 
 def ring_layers(config: TransformerConfig) -> tuple[bool, ...]:
-    """Per layer, whether its cache may be a ring: the sliding layers with the smallest window."""
-    window, kinds = smallest_window(config), [spec.kind for spec in config.layers]
-    return tuple(isinstance(kind, Sliding) and kind.window == window for kind in kinds)
+    """Per layer, whether its cache may be a ring.
+
+    Those are the sliding layers with the smallest window, of one width of keys, so that what is new
+    in all rings is one array.
+    """
+    window = Sliding(smallest_window(config))
+    sizes = [config.axis_sizes(spec) for spec in config.layers]
+    widths = [s["K"] * s["H"] for s in sizes]
+    near = [spec.kind == window for spec in config.layers]
+    width = next((width for width, is_near in zip(widths, near, strict=True) if is_near), None)
+    return tuple(is_near and w == width for w, is_near in zip(widths, near, strict=True))
 
 
 def smallest_window(config: TransformerConfig) -> int:

@@ -8,6 +8,7 @@ several tokens do not notice; a single one does.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
@@ -20,8 +21,9 @@ from gemma_nb.config import LayerSpec
 from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Transformer
-from gemma_nb.nn.block import Block
-from gemma_nb.nn.cache import extend_cache, is_ring
+from gemma_nb.nn.kv_cache import cache_of
+from gemma_nb.nn.layer import Block
+from gemma_nb.nn.layer_input import Carry, LayerInput
 from gemma_nb.nn.rope import Rotation
 from gemma_nb.sampling.cache import StreamCache, ring_layers, smallest_window
 from gemma_nb.sampling.feed import Captured, kept, noted, rows_of
@@ -53,7 +55,8 @@ class Layerwise:
           first: the cache is empty, see `Program.layerwise`.
         """
         config = transformer.config
-        self._specs, self._captured = config.layers, captured
+        self._rotations = tuple(map(config.rotation_of, config.layers))
+        self._captured = captured
         self._enter = _compiled_enter(transformer, ends)
         self._window = smallest_window(config)
         windowed = (i for i, ring in enumerate(ring_layers(config)) if ring)
@@ -72,7 +75,14 @@ class Layerwise:
 
         self._layers = compiled(config.layers)
         # Within a window a layer that looks further does the same: one kind less is compiled.
-        self._near = compiled([within] * len(layers))
+        self._near = compiled(
+            [
+                dataclasses.replace(
+                    spec, kind=within.kind, rope_base=within.rope_base, rope_scale=within.rope_scale
+                )
+                for spec in config.layers
+            ]
+        )
         self._leave = _compiled_leave(transformer, ends, first)
 
     def __call__(
@@ -125,7 +135,7 @@ class Layerwise:
         """All programs in turn; `run` is given each, what tells its shapes, and its arguments."""
         ends, layers = weights
         length = tokens.shape[1]
-        x, rotations, positions = run(
+        carry, rotations, positions = run(
             self._enter, (length, ends.dtypes), ends.leaves, tokens, positions, interventions
         )
         k, v = list(cache.k), list(cache.v)
@@ -140,14 +150,14 @@ class Layerwise:
             slots = cache.replace(  # type: ignore[attr-defined]
                 k=(), v=(), positions=held[ring], ring_positions=None, rings=(ring or near,)
             )
-            x, residual, k[i], v[i], after[ring], end, new, weights_of_last = run(
+            carry, residual, k[i], v[i], after[ring], end, new, weights_of_last = run(
                 program,
                 (ring or near, k[i].shape[0], length, part.dtypes),
-                *(part.leaves, k[i], v[i], slots, x, positions),
-                *(rotations[self._specs[i].rotation], last),
+                *(part.leaves, k[i], v[i], slots, carry, positions),
+                *(rotations[self._rotations[i]], last),
                 *(None if interventions is None else np.int32(i), interventions),
             )
-            residuals.append(x if residual is None else residual)
+            residuals.append(carry.x if residual is None else residual)
             if ring:
                 rows.append(new)
             if weights_of_last is not None:
@@ -155,7 +165,7 @@ class Layerwise:
         seen, state, stacked, shown = run(
             self._leave,
             (length, ends.dtypes, cache.size, len(attention[True]), len(attention[False])),
-            *(ends.leaves, x, seen, tokens, positions, last),
+            *(ends.leaves, carry, seen, tokens, positions, last),
             *(rows, attention[True], attention[False], interventions),
         )
         filled = cache.replace(  # type: ignore[attr-defined]
@@ -179,36 +189,47 @@ def compiled_layerwise(
     return Layerwise(transformer, ends, layers, captured, first)
 
 
+# Between programs, the one text of a stream stands without the axis of the batch.
+
+
+def _bare(carry: Carry) -> Carry:
+    return jax.tree.map(lambda a: a[0], carry)
+
+
+def _batched(carry: Carry) -> Carry:
+    return jax.tree.map(lambda a: a[None], carry)
+
+
 # Static is what tells the parts of one model from those of others; all else is traced.
 
 
 @functools.cache
 def _compiled_enter(transformer: Transformer, weights: Any) -> Kept:
-    """(T, D) the embedded tokens, rotations, and the positions on the device."""
+    """The first layer's carry without its batch, rotations, and the positions on the device."""
 
     def enter(
         leaves: Sequence[jax.Array], tokens: jax.Array, positions: jax.Array, interventions: Any
     ) -> Any:
         variables = jax.tree.unflatten(weights, leaves).variables
         given = (tokens, positions, interventions)
-        x, rotations = cast(Any, transformer.apply(variables, *given, method="enter"))
-        return x[0], {kind: (r.cos, r.sin) for kind, r in rotations.items()}, positions
+        carry, rotations = cast(Any, transformer.apply(variables, *given, method="enter"))
+        return _bare(carry), rotations, positions
 
     return kept(enter, transformer, weights)
 
 
 @functools.cache
 def _compiled_layer(block: Block, weights: Any, shown: bool, first: bool) -> Kept:
-    """One layer: the stream (T, D) after it, its cache, and what it shows."""
+    """One layer: the carry after it, without its batch, its cache, and what it shows."""
 
     def layer(
         leaves: Sequence[jax.Array],
         k: jax.Array,
         v: jax.Array,
         slots: StreamCache,
-        x: jax.Array,
+        carry: Carry,
         positions: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
+        rotation: Rotation,
         last: jax.Array,
         number: jax.Array | None,
         interventions: Interventions | None,
@@ -216,24 +237,25 @@ def _compiled_layer(block: Block, weights: Any, shown: bool, first: bool) -> Kep
         (ring,) = slots.rings
         held = slots.positions if ring else None
         alone = slots.replace(k=(k,), v=(v,), ring_positions=held)  # type: ignore[attr-defined]
-        cache = alone.to_model(block.config)["layer_0"]
-        edit = None if interventions is None else interventions.at(number, positions)
-        (x, after), state = block.apply(
+        cache = alone.layer(0, block.config.axis_sizes(block.spec))
+        given = LayerInput.of(number, positions, interventions, rotation=rotation)
+        (batched, after), state = block.apply(
             jax.tree.unflatten(weights, leaves).variables,
-            *(x[None], positions, None if first else cache, None, edit, Rotation(*rotation)),
+            *(_batched(carry), given, None if first else cache),
             mutable=["intermediates"],
         )
+        carry = _bare(batched)
         sown: Any = state["intermediates"]
         if first:
             new = {site: SITES[site].value(sown) for site in ("k", "v")}
             new["positions"] = positions
-            _, after = extend_cache(cache, new, ring=is_ring(block.spec.kind, cache))
+            after = cache_of(cache, block.spec.kind).append(new)[1].arrays
         filled = alone.updated({"layer_0": after})
         weights_of_last = SITES["attention"].value(sown)[0, last].astype(jnp.float16)
         return (
-            x[0],
+            carry,
             # In float32; an array of its own only where it must be.
-            None if x.dtype == jnp.float32 else x[0].astype(jnp.float32),
+            None if carry.x.dtype == jnp.float32 else carry.x.astype(jnp.float32),
             *(filled.k[0], filled.v[0]),
             filled.ring_positions if ring else filled.positions,
             filled.end_index,
@@ -251,7 +273,7 @@ def _compiled_leave(transformer: Transformer, weights: Any, first: bool) -> Kept
 
     def leave(
         leaves: Sequence[jax.Array],
-        x: jax.Array,
+        carry: Carry,
         seen: jax.Array,
         tokens: jax.Array,
         positions: jax.Array,
@@ -262,7 +284,7 @@ def _compiled_leave(transformer: Transformer, weights: Any, first: bool) -> Kept
         interventions: Interventions | None,
     ) -> Any:
         variables = jax.tree.unflatten(weights, leaves).variables
-        given = (x[None], positions, interventions)
+        given = (_batched(carry), positions, interventions)
         final = cast(jax.Array, transformer.apply(variables, *given, method="leave"))
         seen = noted(seen, tokens, positions)
         # As over an empty ring, and then these.  Up to a window, `rows.in_order` takes them in the

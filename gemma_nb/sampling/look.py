@@ -73,8 +73,7 @@ def compile_look(
     """Compiles a `compiled_look` for a cache of these shapes; nothing is allocated or run."""
     rows, positions, size = None, None, cache.ring_size
     if size:
-        width = cache.k[0].shape[1]
-        rows = jax.ShapeDtypeStruct((sum(cache.rings), 2, size, width), np.float32)
+        rows = jax.ShapeDtypeStruct(cache.ring_rows(size), np.float32)
         positions = jax.ShapeDtypeStruct((size,), np.int32)
     given = (rows, positions, np.int32(0), np.int32(0), interventions)
     program.compile(_shapes(leaves, cache, interventions), leaves, cache, *given)

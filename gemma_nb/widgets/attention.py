@@ -97,7 +97,7 @@ class AttentionPanel(Panel):
             "layers": [kind.label for kind in kinds],
             "windows": [getattr(kind, "window", 0) for kind in kinds],
             "heads": config.num_heads,
-            "kv_heads": config.num_kv_heads,
+            "kv_heads": max(config.axis_sizes(spec)["K"] for spec in config.layers),
         }
         # Global layers are where a reply looks back at the question: open on the middle one.
         wide = [i for i, window in enumerate(shape["windows"]) if not window] or [0]

@@ -1,27 +1,24 @@
-"""One transformer layer: attention and feed-forward around the residual stream."""
+"""One transformer layer."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb.config import LayerSpec, TransformerConfig
 from gemma_nb.nn.attention import Attention
 from gemma_nb.nn.feed_forward import FeedForward
-from gemma_nb.nn.layers import RMSNorm
+from gemma_nb.nn.layer_input import Carry, LayerInput
+from gemma_nb.nn.norms import RMSNorm
 from gemma_nb.nn.observe import observe
-from gemma_nb.nn.rope import Rotation
 from gemma_nb.typing import LayerCache
 
 
 class Block(nn.Module):
-    """A layer.
+    """A layer: attention and feed-forward around the residual stream.
 
     Attributes:
       config: the model's numbers.
-      spec: this layer's kind and rotary base.
+      spec: this layer's kind and shape.
     """
 
     config: TransformerConfig
@@ -34,23 +31,24 @@ class Block(nn.Module):
         if self.config.use_post_attn_norm:
             self.post_attention_norm = RMSNorm()
         self.pre_ffw_norm = RMSNorm()
-        self.mlp = FeedForward(self.config)
+        self.mlp = FeedForward(self.config, self.spec)
         if self.config.use_post_ffw_norm:
             self.post_ffw_norm = RMSNorm()
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        cache: LayerCache | None,
-        attention_mask: Bool[Array, "B T S"] | None,
-        edit: Any = None,
-        rotation: Rotation | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """The residual stream after this layer, and the layer's extended cache."""
-        x = observe(self, "residual_pre", x, edit)
+        self, carry: Carry, given: LayerInput, cache: LayerCache | None = None
+    ) -> tuple[Carry, LayerCache | None]:
+        """All that crosses to the next layer, and this layer's extended cache.
+
+        Args:
+          carry: from the layer before.
+          given: see `LayerInput`.
+          cache: keys and values of earlier tokens; None where the tokens see each other alone.
+        """
+        edit = given.edit
+        x = observe(self, "residual_pre", carry.x, edit)
         y = observe(self, "attn_in", self.pre_attention_norm(x), edit)
-        y, cache = self.attn(y, positions, cache, attention_mask, edit, rotation)
+        y, cache = self.attn(y, given, cache)
         if self.config.use_post_attn_norm:
             y = self.post_attention_norm(y)
         y = observe(self, "attn_out", y, edit)
@@ -60,4 +58,4 @@ class Block(nn.Module):
         if self.config.use_post_ffw_norm:
             y = self.post_ffw_norm(y)
         y = observe(self, "mlp_out", y, edit)
-        return observe(self, "residual", x + y, edit), cache
+        return Carry(observe(self, "residual", x + y, edit)), cache

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_nb.nn.attention import attend, attend_by_one
-from gemma_nb.nn.cache import extend_cache, in_rows
+from gemma_nb.nn.kv_cache import GrowingCache, RingCache, in_rows
 
 SIZE, KV_HEADS, HEAD_DIM = 8, 2, 4
 
@@ -35,21 +35,44 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(x, theirs[name], err_msg=name)
 
 
-@pytest.mark.parametrize("ring", [False, True])
-def test_transposed_values_are_the_same_values(ring):
-    plain, other = empty(transposed=False), empty(transposed=True)
+@pytest.mark.parametrize("kind", [GrowingCache, RingCache])
+def test_transposed_values_are_the_same_values(kind):
+    plain, other = kind(empty(transposed=False)), kind(empty(transposed=True))
     start = 0
     # The last ones go round a ring, once and more, and are dropped without one.
     pieces = ((3, 2), (1, 0), (1, 0), (2, 0), (1, 0), (1, 0), (4, 1), (11, 5), (17, 0), (2, 14))
     for count, padding in pieces:
         new = tokens(start, count, padding)
-        seen, plain = extend_cache(plain, new, ring=ring)
-        found, other = extend_cache(other, new, ring=ring)
+        seen, plain = plain.append(new)
+        found, other = other.append(new)
         assert ("vt" in found) == (count + padding == 1)
-        assert "vt" in other
+        assert "vt" in other.arrays
         assert_equal(in_rows(found), seen)
-        assert_equal(in_rows(other), plain)
+        assert_equal(in_rows(other.arrays), plain.arrays)
         start += count
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_rewound_cache_goes_on_as_one_that_never_went_further(transposed):
+    short, long = (GrowingCache(empty(transposed=transposed)) for _ in range(2))
+    short, long = (cache.append(tokens(0, 3, 1))[1] for cache in (short, long))
+    long = long.append(tokens(3, 4))[1].rewind(jnp.int32(3))
+    assert_equal(
+        {n: long.arrays[n] for n in ("positions", "end_index")},
+        {n: short.arrays[n] for n in ("positions", "end_index")},
+    )
+    assert long.positions.tolist() == [[0, 1, 2, -1, -1, -1, -1, -1]]
+    _, short = short.append(tokens(3, 5))
+    _, long = long.append(tokens(3, 5))
+    assert_equal(long.arrays, short.arrays)
+
+
+def test_a_ring_holds_the_last_window():
+    ring = RingCache(empty(transposed=False))
+    _, ring = ring.append(tokens(0, SIZE))
+    seen, ring = ring.append(tokens(SIZE, 3))
+    assert ring.positions.tolist() == [[8, 9, 10, 3, 4, 5, 6, 7]]
+    assert seen["positions"].tolist() == [[*range(SIZE + 3)]]
 
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
