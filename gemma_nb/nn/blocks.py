@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# At most so many terms are added up at a time.  Some processors' products of XLA:CPU add up all
-# terms one after the other: over 2,048 they are off by 8.1e-7 (relative, root mean square; a Zen 3),
-# in blocks of 512 by 4.1e-7, which others take by themselves (a Zen 5).  numpy's and torch's are off
-# by 3e-7.  Smaller blocks take longer: a pass of Gemma 3 270M over 512 tokens 1.04 of the time with
-# blocks of 512, 1.09 with 320, 1.16 to 1.22 with 128.
+# At most so many terms are added up at a time.  On some processors XLA's products add up all terms
+# one after the other: over 2,048 they are off by 8.1e-7 (relative, root mean square; a Zen 3), in
+# blocks of 512 by 4.1e-7, which they are on others in any case (a Zen 5).  numpy's and torch's are
+# off by 3e-7.  Smaller blocks take longer: a pass of Gemma 3 270M over 512 tokens 1.04 of the time
+# with blocks of 512, 1.09 with 320, 1.16 to 1.22 with 128.
 BLOCK = 512
 
-# From so many vectors on: each block is copied before it is multiplied, which of fewer vectors takes
-# a larger share of the time.
+# From so many vectors on: each block is copied before it is multiplied, which of fewer vectors
+# takes a larger share of the time.
 _MANY = 512
 
 
