@@ -26,8 +26,8 @@ _PUBLIC = {
     "nn": "gemma_nb.nn",
     # chat
     "ChatSession": "gemma_nb.chat.session",
-    "Sampling": "gemma_nb.sampling.methods",
-    "Capture": "gemma_nb.sampling.evidence",
+    "Sampling": "gemma_nb.sampling.settings",
+    "Capture": "gemma_nb.sampling.settings",
     # inspection
     "Trace": "gemma_nb.interp.trace",
     "trace": "gemma_nb.interp.trace",
@@ -103,6 +103,5 @@ if TYPE_CHECKING:
         Steer,
     )
     from gemma_nb.model import GemmaInputs, GemmaTransformer
-    from gemma_nb.sampling.evidence import Capture
-    from gemma_nb.sampling.methods import Sampling
+    from gemma_nb.sampling.settings import Capture, Sampling
     from gemma_nb.sites import list_sites

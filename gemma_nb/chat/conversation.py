@@ -30,10 +30,9 @@ from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.evidence import Capture
 from gemma_nb.sampling.look import can_look
-from gemma_nb.sampling.methods import Sampling
 from gemma_nb.sampling.rows import AttentionKept, AttentionRows
+from gemma_nb.sampling.settings import Capture, Sampling
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template, resolve_template
 from gemma_nb.text.tokenizer import Tokenizer

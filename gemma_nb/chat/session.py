@@ -12,7 +12,7 @@ from gemma_nb.chat.inside import InspectedConversation
 from gemma_nb.chat.several import SamplingConversation
 from gemma_nb.chat.tree import Node
 from gemma_nb.interventions import Intervention
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 
 
 class ChatSession(InspectedConversation, SamplingConversation):

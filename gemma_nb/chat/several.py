@@ -21,7 +21,7 @@ from gemma_nb.errors import NonFiniteLogitsError
 from gemma_nb.processor import has_matrix_unit
 from gemma_nb.sampling.batch import MOST, Batch
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 
 
 def fewest() -> int:

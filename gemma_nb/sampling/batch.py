@@ -16,13 +16,14 @@ from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Output, Transformer
 from gemma_nb.sampling.cache import StreamCache
-from gemma_nb.sampling.choose import choose
 from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.draw import choose
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.feed import compiler_options
+from gemma_nb.sampling.filters import Controls, seeded
 from gemma_nb.sampling.head import Scores
-from gemma_nb.sampling.methods import Controls, Sampling, seeded
 from gemma_nb.sampling.prefill import Between
+from gemma_nb.sampling.settings import Sampling
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.typing import EMPTY

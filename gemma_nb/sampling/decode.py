@@ -17,14 +17,15 @@ from gemma_nb.interventions.reach import refuse_uncached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewind, size_for
-from gemma_nb.sampling.choose import may_suffice
+from gemma_nb.sampling.draw import may_suffice
 from gemma_nb.sampling.evidence import Evidence
+from gemma_nb.sampling.filters import Controls
 from gemma_nb.sampling.look import Look, look
-from gemma_nb.sampling.methods import Controls, Sampling
 from gemma_nb.sampling.prefill import BUCKETS, Between, chunks
 from gemma_nb.sampling.programs import Programs
 from gemma_nb.sampling.residuals import KeptResiduals, Residuals
 from gemma_nb.sampling.rows import AttentionRows
+from gemma_nb.sampling.settings import Sampling
 from gemma_nb.sampling.step import Made
 from gemma_nb.text.prefix import shared_prefix
 

@@ -16,8 +16,8 @@ from gemma_nb.nn import Transformer
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.cache import StreamCache, compile_rewinding
 from gemma_nb.sampling.feed import Captured
+from gemma_nb.sampling.filters import Controls
 from gemma_nb.sampling.look import can_look, compile_look, compiled_look
-from gemma_nb.sampling.methods import Controls
 from gemma_nb.sampling.prefill import BUCKETS
 from gemma_nb.sampling.step import Program
 from gemma_nb.sampling.weights import Part, decoding_weights

@@ -15,11 +15,12 @@ from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import StreamCache
-from gemma_nb.sampling.choose import choose, exact_logit, suffices
+from gemma_nb.sampling.draw import choose, suffices
+from gemma_nb.sampling.evidence import exact_logit
 from gemma_nb.sampling.feed import Captured, feed, kept
+from gemma_nb.sampling.filters import Controls
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.layerwise import Layerwise, compiled_layerwise
-from gemma_nb.sampling.methods import Controls
 from gemma_nb.sampling.weights import DecodingWeights, Part
 
 
@@ -134,7 +135,7 @@ class Program:
     ) -> tuple[StreamCache, jax.Array, Made]:
         """Feeds tokens (1, T), and chooses the one after index `last` where it is `wanted`.
 
-        `short`: the settings may need no more than the shortlist, see `choose.may_suffice`.
+        `short`: the settings may need no more than the shortlist, see `draw.may_suffice`.
 
         Returns:
           The cache and the tokens seen, in place of those that were given away, and what is made.

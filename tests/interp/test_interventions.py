@@ -12,7 +12,7 @@ import gemma_nb as gnb
 from gemma_nb import model as model_module
 from gemma_nb.interventions import Intervention
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 from tests.parity.cases import RANDOM, model_of
 
 

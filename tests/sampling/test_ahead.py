@@ -5,7 +5,7 @@ import threading
 
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 from gemma_nb.sampling.step import Program
 
 

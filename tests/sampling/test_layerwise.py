@@ -12,11 +12,10 @@ import pytest
 from gemma_nb import processor
 from gemma_nb.config import Global, Sliding
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.evidence import Capture
 from gemma_nb.sampling.feed import Captured
 from gemma_nb.sampling.layerwise import Layerwise
-from gemma_nb.sampling.methods import Sampling
 from gemma_nb.sampling.rows import AttentionRows
+from gemma_nb.sampling.settings import Capture, Sampling
 from gemma_nb.sampling.step import Program
 from gemma_nb.sampling.weights import decoding_weights
 

@@ -11,10 +11,9 @@ import pytest
 import gemma_nb as gnb
 from gemma_nb.sampling import ahead
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.evidence import Capture
 from gemma_nb.sampling.look import compiled_look
-from gemma_nb.sampling.methods import Sampling
 from gemma_nb.sampling.rows import AttentionRows, in_order
+from gemma_nb.sampling.settings import Capture, Sampling
 from tests.sampling.test_decode import GREEDY, random_ids
 
 
