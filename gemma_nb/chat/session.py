@@ -314,7 +314,7 @@ class ChatSession(InspectedConversation, SamplingConversation):
             reply = self._new_reply(plan, source.id)
             # The same pieces of the prompt in the same compiled steps.
             ids = plan.all_ids
-            self._decoder.keep(ids[: len(ids) - source.timing.prompt_tokens])
+            self._decoder.rewind_to(ids[: len(ids) - source.timing.prompt_tokens])
             for _ in self._generation.run(plan, reply):
                 pass
             reply.flush()

@@ -160,7 +160,7 @@ class SamplingConversation(KeptConversation):
     def _make(self, made: Sequence[tuple[Plan, Reply]]) -> None:
         """Makes some replies, as many as a batch holds."""
         stop = self._generation.stop
-        if not self._decoder.looks or len(made) < fewest():
+        if not self._decoder.traits.can_batch or len(made) < fewest():
             # Another library's module, or one on a mesh; or so few that turns are faster.
             for plan, reply in made:
                 if not stop.is_set():

@@ -105,7 +105,7 @@ def load(
         dtype, upcast = _spelled(dtype), upcast_activations_to_float32
         upcast = settings.flag("upcast_activations_to_float32", True if upcast is None else upcast)
         use_compilation_cache()
-        executables.expect(repr((str(source), dtype)))
+        executables.begin_prefetch(repr((str(source), dtype)))
         config, params, info, tokenizer = load_params(
             source,
             dtype=dtype,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb import presets
 from gemma_nb.config import TransformerConfig
-from gemma_nb.executables import Kept, shapes_of
+from gemma_nb.executables import CachedJit
 from gemma_nb.nn.block import Block
 from gemma_nb.nn.layers import Embedder, RMSNorm
 from gemma_nb.nn.observe import observe
@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         x, positions, rotations = None, None, {}
         if int8:
             ends = {"embedder": params["embedder"]}
-            x, positions, rotations = _compiled_sample(self)(shapes_of(ends), ends)
+            x, positions, rotations = _compiled_sample(self)(ends)
         prepared = {}
         for i, spec in enumerate(self.config.layers):
             own = params[f"layer_{i}"]
@@ -262,12 +262,12 @@ class Transformer(nn.Module):
             if i not in exact:
                 given = (own, x, positions, rotations[spec.rotation])
             compiled = _compiled_prepare(block, i not in exact, int8, columns, streams)
-            prepared[f"layer_{i}"], x = compiled(shapes_of(given), *given)
+            prepared[f"layer_{i}"], x = compiled(*given)
         return prepared
 
 
 @functools.cache
-def _compiled_sample(transformer: Transformer) -> Kept:
+def _compiled_sample(transformer: Transformer) -> CachedJit:
     """What the first layer takes of the sample, its positions, and rotations by kind of layer."""
 
     def sample(params: Params) -> Any:
@@ -276,13 +276,13 @@ def _compiled_sample(transformer: Transformer) -> Kept:
         x, rotations = transformer.apply({"params": params}, tokens, positions, method="enter")
         return x, positions, {kind: (r.cos, r.sin) for kind, r in rotations.items()}
 
-    return Kept(sample, transformer)
+    return CachedJit(sample, transformer)
 
 
 @functools.cache
 def _compiled_prepare(
     block: Block, int8: bool, rounded: bool, columns: Any, streams: Streams
-) -> Kept:
+) -> CachedJit:
     """`Transformer.prepare` of one layer's params, see `pack`.
 
     With what the layer makes of the sample's residual stream x, where that is given.
@@ -303,4 +303,4 @@ def _compiled_prepare(
         packed = pack(found, int8=int8, rounded=rounded, columns=columns, streams=streams)
         return cast(Params, packed), None if x is None else after
 
-    return Kept(prepare, block, int8, rounded, columns, streams)
+    return CachedJit(prepare, block, int8, rounded, columns, streams)

@@ -63,7 +63,7 @@ class Batch:
         """A batch of no streams yet.
 
         Args:
-          model: what computes; our own module, on one device (see `Decoder.looks`).
+          model: what computes; our own module, on one device (see `EngineTraits.can_batch`).
           decoder: computes what the streams share, and keeps it cached.
           top_k: number of alternatives.
         """

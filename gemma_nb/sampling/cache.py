@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from gemma_nb import placement
 from gemma_nb.config import Sliding, TransformerConfig
-from gemma_nb.executables import Kept
+from gemma_nb.executables import CachedJit
 from gemma_nb.typing import EMPTY, KVCache, LayerCache
 
 # A cache starts small and grows, since a step reads all slots, used or not.  Each size is one
@@ -70,7 +70,7 @@ class StreamCache:
             else in one that any model knows.
         """
         make, rings = _empty(config, size, own)
-        made = make(())
+        made = make()
         if mesh is not None:
             k, v, *counts = jax.device_get(made)
             # Copies, since a donated buffer must not be passed twice.
@@ -168,7 +168,7 @@ class StreamCache:
         return self.replace(k=tuple(k), v=tuple(v))  # type: ignore[attr-defined]
 
 
-def _empty(config: TransformerConfig, size: int, own: bool) -> tuple[Kept, tuple[bool, ...]]:
+def _empty(config: TransformerConfig, size: int, own: bool) -> tuple[CachedJit, tuple[bool, ...]]:
     """What makes the arrays of an empty cache, and which layers have rings."""
     rings = ring_layers(config) if own else (False,) * config.num_layers
     ring = min(size, smallest_window(config))
@@ -181,7 +181,7 @@ def _empty(config: TransformerConfig, size: int, own: bool) -> tuple[Kept, tuple
 @functools.cache
 def _compiled_empty(
     slots: tuple[int, ...], width: int, size: int, ring: int | None, columns: bool
-) -> Kept:
+) -> CachedJit:
     """What makes k, v, positions, ring_positions and end_index of an empty cache."""
 
     def empty() -> tuple[Any, ...]:
@@ -192,7 +192,7 @@ def _compiled_empty(
         rolled = None if ring is None else jnp.full(ring, EMPTY, jnp.int32)
         return k, v, jnp.full(size, EMPTY, jnp.int32), rolled, jnp.int32(0)
 
-    return Kept(empty, slots, width, size, ring, columns)
+    return CachedJit(empty, slots, width, size, ring, columns)
 
 
 # Slots of the rings that are filled anew at once.
