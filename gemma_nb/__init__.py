@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.  A module stands for itself.
 _PUBLIC = {
     # models
-    "load": "gemma_nb.checkpoints.load",
+    "load": "gemma_nb.loading",
     "list_models": "gemma_nb.checkpoints.catalog",
     "GemmaTransformer": "gemma_nb.model",
     "GemmaInputs": "gemma_nb.model",
@@ -74,7 +74,6 @@ if TYPE_CHECKING:
     from gemma_nb.app import ChatApp
     from gemma_nb.chat.session import ChatSession
     from gemma_nb.checkpoints.catalog import list_models
-    from gemma_nb.checkpoints.load import load
     from gemma_nb.config import TransformerConfig
     from gemma_nb.errors import CheckpointError
     from gemma_nb.interp.attribution import (
@@ -102,6 +101,7 @@ if TYPE_CHECKING:
         ScaleHeads,
         Steer,
     )
+    from gemma_nb.loading import load
     from gemma_nb.model import GemmaInputs, GemmaTransformer
     from gemma_nb.sampling.settings import Capture, Sampling
     from gemma_nb.sites import list_sites

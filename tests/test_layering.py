@@ -34,14 +34,14 @@ ROOMS = [
         "axes",
         "nn",
         "placement",
+        "text",
         "checkpoints",
     ),
-    *("text", "structure", "inputs", "interventions", "model"),
+    *("structure", "inputs", "interventions", "model", "loading"),
     *("sampling", "chat", "interp", "plots", "widgets", "app", "cli", "__main__"),
 ]
 # Imports inside a function, from rooms further down: who may, and from where.
 FRONT_DOORS = {
-    "checkpoints.load": {"text", "model"},  # load() returns a model and a tokenizer
     "chat.inside": {"interp"},  # chat.trace() is a shorthand of interp's trace()
     "chat.rows": {"interp"},  # a token's attention is named as in a trace
 }
