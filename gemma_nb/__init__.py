@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.  A module stands for itself.
 _PUBLIC = {
     # models
-    "load": "gemma_nb.checkpoints.load",
+    "load": "gemma_nb.loading",
     "list_models": "gemma_nb.checkpoints.catalog",
     "GemmaTransformer": "gemma_nb.model",
     "GemmaInputs": "gemma_nb.model",
@@ -26,8 +26,8 @@ _PUBLIC = {
     "nn": "gemma_nb.nn",
     # chat
     "ChatSession": "gemma_nb.chat.session",
-    "Sampling": "gemma_nb.sampling.methods",
-    "Capture": "gemma_nb.sampling.evidence",
+    "Sampling": "gemma_nb.sampling.settings",
+    "Capture": "gemma_nb.sampling.settings",
     # inspection
     "Trace": "gemma_nb.interp.trace",
     "trace": "gemma_nb.interp.trace",
@@ -74,7 +74,6 @@ if TYPE_CHECKING:
     from gemma_nb.app import ChatApp
     from gemma_nb.chat.session import ChatSession
     from gemma_nb.checkpoints.catalog import list_models
-    from gemma_nb.checkpoints.load import load
     from gemma_nb.config import TransformerConfig
     from gemma_nb.errors import CheckpointError
     from gemma_nb.interp.attribution import (
@@ -102,7 +101,7 @@ if TYPE_CHECKING:
         ScaleHeads,
         Steer,
     )
+    from gemma_nb.loading import load
     from gemma_nb.model import GemmaInputs, GemmaTransformer
-    from gemma_nb.sampling.evidence import Capture
-    from gemma_nb.sampling.methods import Sampling
+    from gemma_nb.sampling.settings import Capture, Sampling
     from gemma_nb.sites import list_sites

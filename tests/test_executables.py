@@ -15,9 +15,9 @@ import pytest
 from flax import linen as nn
 
 from gemma_nb import executables, trust
-from gemma_nb.executables import Kept, shapes_of
+from gemma_nb.executables import CachedJit, Kept
 from gemma_nb.nn import storage
-from gemma_nb.sampling.ahead import COMPILING
+from gemma_nb.sampling.compile_ahead import COMPILING
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -33,17 +33,17 @@ from gemma_nb.nn import storage
 
 use_compilation_cache()
 exec(sys.argv[1])
-executables.expect("a model")
+executables.begin_prefetch("a model")
 traced = []
 
 def double(tree, x):
     traced.append(1)
     return {"y": storage.product(x, tree["w"]) * 2}, x + 1
 
-kept = executables.Kept(double, "static", donate_argnums=1)
+double = executables.CachedJit(double, "static", donate_argnums=1)
 tree, x = {"w": jnp.arange(6.0).reshape(3, 2)}, jnp.ones((2, 2))
-y, after = kept((2, 2), tree, x)
-executables.started()
+y, after = double(tree, x)
+executables.end_prefetch()
 print(json.dumps([y["y"].tolist(), after.tolist(), len(traced), x.is_deleted()]))
 """
 
@@ -176,19 +176,19 @@ def test_first_runs_together_are_waited_for_at_the_end(place, monkeypatch):
     """They overlap, and each is known to be tried until all of them have ended."""
     x = np.zeros(2, np.float32)
     for name in "ab":
-        Kept(jnp.exp, name)((), x)
-    made = [Kept(jnp.exp, name) for name in "ab"]  # loaded, not compiled
+        CachedJit(jnp.exp, name)(x)
+    loaded = [CachedJit(jnp.exp, name) for name in "ab"]
     waited = []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
     with executables.tried_together():
-        first = made[0]((), x)
-        made[1]((), x)  # freed at once
+        first = loaded[0](x)
+        loaded[1](x)  # freed at once
         assert len(list(place.glob("*/*.tried"))) == 2
         assert not waited
     assert [[result is first for result in results] for results in waited] == [[True]]
     assert not list(place.glob("*/*.tried"))
-    made[0]((), x)
-    Kept(jnp.exp, "a")((), x)
+    loaded[0](x)
+    CachedJit(jnp.exp, "a")(x)
     assert len(waited) == 2  # a first run elsewhere is waited for by itself, and no second one
 
 
@@ -196,7 +196,7 @@ def test_a_crash_among_first_runs_together_is_remembered(place):
     run(place)
     [file] = programs(place)
     together = CODE.replace(
-        "y, after = kept(", "with executables.tried_together(): y, after = kept("
+        "y, after = double(", "with executables.tried_together(): y, after = double("
     )
     with pytest.raises(subprocess.CalledProcessError):
         run(place, CRASH, code=f"import os\n{together}")
@@ -207,7 +207,7 @@ def test_a_crash_among_first_runs_together_is_remembered(place):
 def test_a_program_that_was_refused_long_ago_is_kept_again(place):
     """Processes are also ended by somebody, in the midst of a first run."""
     x = np.zeros(2, np.float32)
-    Kept(jnp.exp, "a")((), x)
+    CachedJit(jnp.exp, "a")(x)
     [file] = programs(place)
     files = executables.files
     with files.trial(file):
@@ -219,17 +219,17 @@ def test_a_program_that_was_refused_long_ago_is_kept_again(place):
     assert files.is_refused(file)
     assert not file.exists()
     os.utime(files._refused(file), (0, 0))
-    Kept(jnp.exp, "a")((), x)
+    CachedJit(jnp.exp, "a")(x)
     assert file.exists()
 
 
 def test_the_oldest_programs_are_dropped_beyond_the_limit(place, monkeypatch):
     x = np.zeros(2, np.float32)
-    Kept(jnp.exp, "a")((), x)
+    CachedJit(jnp.exp, "a")(x)
     [first] = programs(place)
     os.utime(first, (1, 1))
     monkeypatch.setenv("GEMMA_NB_CACHE_PROGRAMS_GB", "1e-9")
-    Kept(jnp.exp, "b")((), x)
+    CachedJit(jnp.exp, "b")(x)
     [second] = programs(place)
     assert second != first
 
@@ -237,15 +237,15 @@ def test_the_oldest_programs_are_dropped_beyond_the_limit(place, monkeypatch):
 def test_nothing_is_read_where_others_can_write(place, monkeypatch):
     monkeypatch.setattr(trust, "_warned", {place.parent})  # it was said before
     x = np.zeros(2, np.float32)
-    Kept(jnp.exp, "a")((), x)
+    CachedJit(jnp.exp, "a")(x)
     [file] = programs(place)
     loads = []
     monkeypatch.setattr(executables.files.pickle, "loads", loads.append)
     for path in (place.parent, place, file.parent, file):
         before = path.stat().st_mode
         path.chmod(before | 0o020)
-        again = Kept(jnp.exp, "a")
-        np.testing.assert_array_equal(again((), x), [1, 1])
+        again = CachedJit(jnp.exp, "a")
+        np.testing.assert_array_equal(again(x), [1, 1])
         path.chmod(before)
     assert loads == []
 
@@ -288,12 +288,12 @@ def test_shapes_and_static_arguments_tell_programs_apart(place):
     def add(x):
         return x + 1
 
-    first, second = Kept(add, "a"), Kept(add, "b")
+    first, second = CachedJit(add, "a"), CachedJit(add, "b")
     for kept in (first, second):
         for count in (2, 3):
             x = np.zeros(count, np.float32)
-            np.testing.assert_array_equal(kept(count, x), np.ones(count))
-            kept(count, x)
+            np.testing.assert_array_equal(kept(x), np.ones(count))
+            kept(x)
         assert kept.count() == 2
     # Defined in a test, but what it is traced through is ours.
     assert len(programs(place)) == 4
@@ -306,18 +306,18 @@ def test_somebody_elses_module_is_not_kept(place):
         def __call__(self, x):
             return x + 1
 
-    kept, x = Kept(jnp.cosh, Theirs()), np.zeros(2, np.float32)
-    assert kept.at((), x) is kept.jitted
-    np.testing.assert_array_equal(kept((), x), [1, 1])
+    kept, x = CachedJit(jnp.cosh, Theirs()), np.zeros(2, np.float32)
+    assert kept.program(x) is kept.jitted
+    np.testing.assert_array_equal(kept(x), [1, 1])
     assert not place.exists()
 
 
-def test_without_a_folder_or_shapes_it_is_the_jitted_function(place):
-    kept = Kept(lambda x: x + 1)
-    assert float(kept(None, 1.0)) == 2
+def test_without_a_folder_or_arrays_it_is_the_jitted_function(place):
+    kept = CachedJit(lambda x: x + 1)
+    assert float(kept(1.0)) == 2
     jax.config.update("jax_compilation_cache_dir", str(place / "elsewhere"))
     assert executables.folder() is None
-    assert float(kept((), 2.0)) == 3
+    assert float(kept(2.0)) == 3
     assert kept.count() == 1
     assert not place.exists()
 
@@ -332,12 +332,12 @@ def test_a_program_that_is_compiled_ahead_is_waited_for(place, monkeypatch):
         go.wait(10)
         return x + 1
 
-    kept, x = Kept(slow), np.zeros(2, np.float32)
-    ahead = threading.Thread(target=kept.compile, args=((), x))
+    kept, x = CachedJit(slow), np.zeros(2, np.float32)
+    ahead = threading.Thread(target=kept.compile, args=(x,))
     ahead.start()
     assert begun.wait(10)
     found = []
-    other = threading.Thread(target=lambda: found.append(kept((), x)))
+    other = threading.Thread(target=lambda: found.append(kept(x)))
     other.start()
     go.set()
     ahead.join()
@@ -347,10 +347,13 @@ def test_a_program_that_is_compiled_ahead_is_waited_for(place, monkeypatch):
 
 
 def test_nothing_is_looked_up_while_arrays_are_traced(place):
-    assert shapes_of({"a": jnp.zeros(3)}) == (((3,), np.dtype("float32")),)
+    add = CachedJit(lambda x: x + 1)
+    x = jnp.zeros(3)
+    add(x)
     found = []
-    jax.jit(lambda x: found.append(shapes_of([x])) or x)(1.0)
-    assert found == [None]
+    jax.jit(lambda x: found.append(add.program(x)) or x)(x)
+    assert found == [add.jitted]
+    assert add.program(x) is not add.jitted
     rows = jnp.arange(6.0).reshape(3, 2)
     plain = storage.quantise(rows)
     inside = jax.jit(storage.quantise)(rows)
@@ -364,16 +367,36 @@ def test_what_cannot_be_written_is_left_to_jaxs_cache(place, monkeypatch):
 
     monkeypatch.setattr(executables.files.serialize_executable, "serialize", refuse)
     x = np.zeros(2, np.float32)
-    np.testing.assert_array_equal(Kept(jnp.exp, "a")((), x), [1, 1])
+    np.testing.assert_array_equal(CachedJit(jnp.exp, "a")(x), [1, 1])
     assert [file.suffix for file in programs(place)] == [".refused"]
-    again = Kept(jnp.exp, "a")
-    assert again.at((), x) is again.jitted
+    again = CachedJit(jnp.exp, "a")
+    assert again.program(x) is again.jitted
 
 
 def test_all_programs_are_let_go(place):
-    kept, x = Kept(jnp.sinh), np.zeros(2, np.float32)
-    kept((), x)
+    kept, x = CachedJit(jnp.sinh), np.zeros(2, np.float32)
+    kept(x)
     assert kept.count() == 1
     executables.forget()
     assert kept.count() == 0
-    np.testing.assert_array_equal(kept((), x), [0, 0])
+    np.testing.assert_array_equal(kept(x), [0, 0])
+
+
+def test_calls_are_told_apart_by_shapes_dtypes_and_kinds_of_arrays(place):
+    """In turns, too, as sessions of different sizes call it; and by numpy's arrays as by JAX's."""
+    count, traced = CachedJit(lambda tree: traced.append(1) or tree["a"] + 1), []
+    calls = [{"a": jnp.zeros(n, dtype)} for n in (1, 2) for dtype in ("float32", "int32")]
+    for _ in range(3):
+        for tree in calls:
+            found = count(tree)
+            assert (found.shape, found.dtype) == (tree["a"].shape, tree["a"].dtype)
+    count({"a": np.zeros(1, np.float32)})
+    assert len(traced) == count.count() == len(calls)
+    count.compile({"a": jax.ShapeDtypeStruct((1,), np.dtype("float32"))})
+    assert count.count() == len(calls)
+
+
+def test_scripts_may_say_shapes(place):
+    x = np.zeros(2, np.float32)
+    np.testing.assert_array_equal(Kept(jnp.exp, "static")((2,), x), [1, 1])
+    assert len(programs(place)) == 1

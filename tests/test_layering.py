@@ -1,8 +1,7 @@
 """The order of the rooms: a module imports only from rooms above its own, or from its own.
 
-Read from the source, so imports inside functions count too.  Three things do not: what only type
-checkers import, the lazy table of public names in `gemma_nb/__init__.py`, and the few front doors
-below, whose job is to hand out what is built further down.
+Read from the source, so imports inside functions count too.  Two things do not: what only type
+checkers import, and the lazy table of public names in `gemma_nb/__init__.py`.
 """
 
 from __future__ import annotations
@@ -34,15 +33,12 @@ ROOMS = [
         "axes",
         "nn",
         "placement",
+        "text",
         "checkpoints",
     ),
-    *("text", "structure", "inputs", "interventions", "edits", "model"),
+    *("structure", "inputs", "interventions", "edits", "model", "loading"),
     *("interp", "sampling", "chat", "plots", "widgets", "app", "cli", "__main__"),
 ]
-# Imports inside a function, from rooms further down: who may, and from where.
-FRONT_DOORS = {
-    "checkpoints.load": {"text", "model"},  # load() returns a model and a tokenizer
-}
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
@@ -94,15 +90,13 @@ def room(name: str) -> str:
 def violations(module: str) -> list[str]:
     here = ROOMS.index(room(module))
     wrong = []
-    for name, lazy in own_imports(module):
+    for name, _ in own_imports(module):
         if name == "":  # `import gemma_nb`: every public name at once
             if room(module) not in ("cli", "app", "__main__"):
                 wrong.append("gemma_nb itself")
         elif room(name) not in ROOMS:
             wrong.append(f"{name}, which has no place in the order of rooms")
-        elif ROOMS.index(room(name)) > here and not (
-            lazy and room(name) in FRONT_DOORS.get(module, ())
-        ):
+        elif ROOMS.index(room(name)) > here:
             wrong.append(name)
     return wrong
 
@@ -114,12 +108,6 @@ def test_every_module_has_its_place():
 @pytest.mark.parametrize("module", MODULES)
 def test_module_imports_only_from_rooms_above(module):
     assert violations(module) == []
-
-
-def test_front_doors_are_used():
-    """An exemption that nothing needs is taken away."""
-    for module, rooms in FRONT_DOORS.items():
-        assert rooms <= {room(name) for name, lazy in own_imports(module) if lazy}
 
 
 def test_modules_of_a_room_do_not_import_each_other_in_a_circle():

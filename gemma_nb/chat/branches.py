@@ -18,7 +18,7 @@ from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.interventions.reach import refuse_uncached
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 from gemma_nb.text.template import Template
 from gemma_nb.text.tokenizer import Tokenizer
 

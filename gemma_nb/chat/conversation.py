@@ -28,12 +28,11 @@ from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning, In
 from gemma_nb.expected import expect
 from gemma_nb.interventions.reach import warn_of_unreached
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.sampling import ahead
+from gemma_nb.sampling import compile_ahead
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.evidence import Capture
-from gemma_nb.sampling.look import can_look
-from gemma_nb.sampling.methods import Sampling
 from gemma_nb.sampling.rows import AttentionKept, AttentionRows
+from gemma_nb.sampling.settings import Capture, Sampling
+from gemma_nb.sampling.traits import EngineTraits
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template, resolve_template
 from gemma_nb.text.tokenizer import Tokenizer
@@ -118,7 +117,9 @@ class Conversation:
         self.tree = ConversationTree()
         system = self.template.default_system if system is None else system
         self._check_system(system)
-        self._rows = AttentionRows(self.capture, model, tokenizer, shown=can_look(model))
+        self._rows = AttentionRows(
+            self.capture, model, tokenizer, shown=EngineTraits.of(model).can_capture
+        )
         self._decoder = Decoder(
             model, limit=cache_length, top_k=self.capture.top_k, rows=self._rows
         )
@@ -313,7 +314,7 @@ class Conversation:
             if 0 < len(opening) < self.cache_length:
                 rest = self._decoder.begin(opening, Sampling(seed=0))
                 self._decoder.prefill(rest)
-        ahead.begin([partial(importlib.import_module, name) for name in _FOR_PICTURES])
+        compile_ahead.begin([partial(importlib.import_module, name) for name in _FOR_PICTURES])
 
     # --- inside ---------------------------------------------------------------------------------
 

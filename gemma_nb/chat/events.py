@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from gemma_nb.chat.packed import Packed
 from gemma_nb.chat.rows import labelled
-from gemma_nb.sampling.methods import Sampling
 from gemma_nb.sampling.rows import AttentionRow
+from gemma_nb.sampling.settings import Sampling
 
 if TYPE_CHECKING:
     import pandas

@@ -13,8 +13,8 @@ from gemma_nb.ending import Ending
 from gemma_nb.errors import NonFiniteLogitsError
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.methods import Sampling
 from gemma_nb.sampling.prefill import Between
+from gemma_nb.sampling.settings import Sampling
 
 STOPPED = "The reply was stopped."
 

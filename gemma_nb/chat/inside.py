@@ -18,7 +18,7 @@ from gemma_nb.chat.tree import Node
 from gemma_nb.errors import BusyError
 from gemma_nb.indices import Indices, number
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.sampling.look import Look
+from gemma_nb.sampling.inspect_position import InspectedPosition
 from gemma_nb.sites import SITES
 
 if TYPE_CHECKING:
@@ -201,13 +201,13 @@ class InspectedConversation(KeptConversation):
                     source.learn(decoder.residuals(ids))
         return source
 
-    def _look(self, turn: Turn, ids: Sequence[int], position: int) -> Look | None:
+    def _look(self, turn: Turn, ids: Sequence[int], position: int) -> InspectedPosition | None:
         """What the decoder shows at a position of `ids`; None where it cannot now."""
         decoder, stop = self._decoder, position + 1
         with suppress(BusyError), self._alone():
             same = decoder.interventions is self._planner.under(turn)
-            if decoder.looks and same and decoder.holds(ids[:stop]):
-                return decoder.look(position)
+            if decoder.traits.can_capture and same and decoder.holds(ids[:stop]):
+                return decoder.inspect_position(position)
         return None
 
     def _reply_node(self, turn: Turn | int | None) -> Node:

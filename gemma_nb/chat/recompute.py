@@ -11,7 +11,7 @@ from gemma_nb.chat.reply import token_record
 from gemma_nb.chat.scoring import score
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 from gemma_nb.text.detokenizer import StreamingDetokenizer
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.text.template import Template

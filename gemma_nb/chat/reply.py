@@ -20,7 +20,7 @@ from gemma_nb.chat.stops import StopMatcher
 from gemma_nb.interventions import Interventions
 from gemma_nb.interventions.reach import unreached
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 from gemma_nb.text.detokenizer import StreamingDetokenizer
 from gemma_nb.text.template import Template
 from gemma_nb.text.tokenizer import Tokenizer

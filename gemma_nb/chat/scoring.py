@@ -17,11 +17,11 @@ from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
-from gemma_nb.sampling.choose import observe
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.evidence import Evidence
+from gemma_nb.sampling.evidence import Evidence, observe
+from gemma_nb.sampling.filters import Controls, distribution
 from gemma_nb.sampling.head import Scores
-from gemma_nb.sampling.methods import Controls, Sampling, distribution
+from gemma_nb.sampling.settings import Sampling
 from gemma_nb.typing import EMPTY, KVCache, Params
 
 # Tokens fed at once.  The logits of so many are materialised, 130 MB for Gemma 3's vocabulary.

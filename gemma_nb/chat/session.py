@@ -12,7 +12,7 @@ from gemma_nb.chat.inside import InspectedConversation
 from gemma_nb.chat.several import SamplingConversation
 from gemma_nb.chat.tree import Node
 from gemma_nb.interventions import Intervention
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 
 
 class ChatSession(InspectedConversation, SamplingConversation):
@@ -314,7 +314,7 @@ class ChatSession(InspectedConversation, SamplingConversation):
             reply = self._new_reply(plan, source.id)
             # The same pieces of the prompt in the same compiled steps.
             ids = plan.all_ids
-            self._decoder.keep(ids[: len(ids) - source.timing.prompt_tokens])
+            self._decoder.rewind_to(ids[: len(ids) - source.timing.prompt_tokens])
             for _ in self._generation.run(plan, reply):
                 pass
             reply.flush()

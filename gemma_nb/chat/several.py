@@ -21,7 +21,7 @@ from gemma_nb.errors import NonFiniteLogitsError
 from gemma_nb.processor import has_matrix_unit
 from gemma_nb.sampling.batch import MOST, Batch
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 
 
 def fewest() -> int:
@@ -160,7 +160,7 @@ class SamplingConversation(KeptConversation):
     def _make(self, made: Sequence[tuple[Plan, Reply]]) -> None:
         """Makes some replies, as many as a batch holds."""
         stop = self._generation.stop
-        if not self._decoder.looks or len(made) < fewest():
+        if not self._decoder.traits.can_batch or len(made) < fewest():
             # Another library's module, or one on a mesh; or so few that turns are faster.
             for plan, reply in made:
                 if not stop.is_set():

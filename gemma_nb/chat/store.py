@@ -65,8 +65,7 @@ from gemma_nb.chat.context import WhenFull
 from gemma_nb.chat.events import Turn
 from gemma_nb.chat.identity import Identity
 from gemma_nb.chat.tree import ConversationTree, Node
-from gemma_nb.sampling.evidence import Capture
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Capture, Sampling
 from gemma_nb.text.template import Template, template_class
 
 if TYPE_CHECKING:

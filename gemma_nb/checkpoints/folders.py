@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gemma_nb.checkpoints import kinds
 from gemma_nb.errors import CheckpointError
+from gemma_nb.text.files import TokenizerFiles
 
 # Bytes of the files that are read whole: the index of the largest Gemma has 0.2 MB, Gemma 3's
 # tokenizer.model 4.7 MB, its tokenizer.json 33 MB.
@@ -187,29 +187,6 @@ def refuse_pickles(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if kinds.is_pickle_name(path.name):
             raise CheckpointError(f"{path}: {kinds.NO_PICKLES}")
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerFiles:
-    """What a folder holds about its tokenizer; what is not there is None or empty.
-
-    Attributes:
-      name: of the folder, for messages.
-      model_name: of the SentencePiece model's file, for messages.
-      model: the content of that file.
-      json: of tokenizer.json.
-      config: of tokenizer_config.json.
-      added: of added_tokens.json.
-      special: of special_tokens_map.json.
-    """
-
-    name: str
-    model_name: str = ""
-    model: bytes | None = None
-    json: Mapping[str, Any] | None = None
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    special: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def tokenizer_files(folder: Path) -> TokenizerFiles:

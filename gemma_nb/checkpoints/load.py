@@ -1,8 +1,4 @@
-"""`gnb.load`: from a name or a path to a model and its tokenizer."""
-
-# The front door stands at the bottom of the house: it hands out a model and a tokenizer, so it
-# alone of this room reaches for `text` and `model`, which are below `checkpoints`.  It does so
-# inside its functions: importing the readers never imports flax or sentencepiece.
+"""Configuration, official params and tokenizer of a checkpoint, from a name or a path."""
 
 from __future__ import annotations
 
@@ -37,13 +33,11 @@ from gemma_nb.checkpoints.safetensors import HuggingFaceFolder
 from gemma_nb.checkpoints.sources import Source, resolve
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
-from gemma_nb.lazy import uncollected
 from gemma_nb.presets import ModelInfo
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from gemma_nb.model import GemmaTransformer
     from gemma_nb.text.tokenizer import Tokenizer
     from gemma_nb.typing import Params
 
@@ -51,80 +45,6 @@ Progress = Report | Literal[False] | None
 Loaded = tuple[TransformerConfig, "Params", ModelInfo, "Tokenizer"]
 
 _log = logging.getLogger(__name__)
-
-
-def load(
-    source: str | os.PathLike[str] = "gemma3-270m",
-    *,
-    dtype: str | None = None,
-    mesh: Mesh | Literal["auto"] | None = None,
-    revision: str | None = None,
-    step: int | None = None,
-    upcast_activations_to_float32: bool = True,
-    force: bool = False,
-    progress: Progress = None,
-) -> tuple[GemmaTransformer, Tokenizer]:
-    """A model and its tokenizer.
-
-    The first load of a GGUF file converts it, which takes some seconds, and keeps the result
-    below `gemma_nb.cache.cache_dir()`; later loads map that file into memory.
-    Folders are read anew each time.
-
-    Args:
-      source: a released name (see `gnb.list_models()`) or a path: a GGUF file (any of its files
-        where it is split), an official Orbax checkpoint folder, what a `CheckpointManager` of
-        Orbax saves to, or a Hugging Face folder.
-      dtype: of the parameters: "bfloat16" (the default) or "float32", in which logits of whole
-        passes of Gemma 3 270M are 1e-6 to 3e-6 (relative) off float64's on a CPU, from 512 tokens
-        on 1e-6 to 2e-6 (torch's are 1e-6); "int8" keeps them in bfloat16 and decodes from an int8
-        copy of the layers, which is faster and less exact (see `gemma_nb.sampling.weights`).
-      mesh: devices to spread the parameters over, see `gemma_nb.placement`; "auto" takes all.
-      revision: of a released model at its hub.
-      step: of a `CheckpointManager`'s folder; None takes the last one that was finished.
-      upcast_activations_to_float32: compute activations in float32 whatever the parameters' dtype,
-        which is the default here: it costs little where memory is what takes the time, and is what
-        the references are met with.  False computes in the parameters' own dtype, as
-        `GemmaTransformer.from_pretrained` does unless it is told otherwise.
-      force: load also what does not seem to fit into memory.
-      progress: None shows a progress bar while converting or reading, False shows nothing, a
-        function is called with the fraction done and what is being done.
-
-    Raises:
-      ModelNotInstalledError: a known model whose weights are not here; the message says how to
-        get them.
-      CheckpointError: the checkpoint cannot be read or trusted, or does not fit into memory.
-      ValueError: an argument that is not available.
-    """
-    with uncollected():
-        import jax.numpy as jnp
-
-        from gemma_nb import executables
-        from gemma_nb.model import GemmaTransformer
-        from gemma_nb.nn import Transformer
-
-        dtype, upcast = _spelled(dtype), upcast_activations_to_float32
-        upcast = settings.flag("upcast_activations_to_float32", True if upcast is None else upcast)
-        use_compilation_cache()
-        executables.expect(repr((str(source), dtype)))
-        config, params, info, tokenizer = load_params(
-            source,
-            dtype=dtype,
-            mesh=mesh,
-            revision=revision,
-            step=step,
-            force=force,
-            progress=progress,
-        )
-        own = params["embedder"]["input_embedding"].dtype
-        activations = jnp.float32 if upcast else own
-        model = GemmaTransformer(
-            config=config,
-            transformer=Transformer(config, dtype=activations),
-            params=params,
-            info=info,
-            storage="int8" if dtype == "int8" else "exact",
-        )
-    return model, tokenizer
 
 
 def load_params(
@@ -137,9 +57,9 @@ def load_params(
     force: bool = False,
     progress: Progress = None,
 ) -> Loaded:
-    """What `load` makes a model of: configuration, official params as JAX arrays, and so on.
+    """Configuration, official params as JAX arrays, facts and tokenizer of a checkpoint.
 
-    Takes and raises what `load` does.
+    Args and errors are those of `gemma_nb.loading.load`.
     """
     from gemma_nb import executables, placement
 
@@ -151,7 +71,7 @@ def load_params(
     if not (progress is None or progress is False or callable(progress)):
         settings.refuse("progress", "None, False or a function", progress)
     force = settings.flag("force", False if force is None else force)
-    name, where = _dtype_name(_spelled(dtype)), placement.resolve(mesh)
+    name, where = _stored_dtype(dtype_name(dtype)), placement.resolve(mesh)
     try:
         job = _Job(resolve(source, revision, step), name, where, progress, force)
         with executables.ours():
@@ -295,7 +215,7 @@ def use_compilation_cache() -> None:
     compilation_cache.reset_cache()
 
 
-def _spelled(dtype: Any) -> str | None:
+def dtype_name(dtype: Any) -> str | None:
     """A dtype's name, where it is given as one of numpy's or JAX's."""
     if dtype is None or isinstance(dtype, str):
         return dtype
@@ -305,7 +225,7 @@ def _spelled(dtype: Any) -> str | None:
     settings.refuse("dtype", "'bfloat16', 'float32', 'int8' or None", dtype)
 
 
-def _dtype_name(dtype: str | None) -> str:
+def _stored_dtype(dtype: str | None) -> str:
     if dtype in (None, "int8"):
         return "bfloat16"
     if dtype not in converted.DTYPES:

@@ -12,49 +12,31 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemma_nb.checkpoints import arrays, folders, infer, kinds, layout
+from gemma_nb.checkpoints.orbax_tree import (
+    OURS,
+    REMEDY,
+    STRUCTURE,
+    custom_metadata,
+    is_listed,
+    parameter_keys,
+)
 from gemma_nb.config import TransformerConfig
 from gemma_nb.errors import CheckpointError
 from gemma_nb.presets import Tuning
 
-_STRUCTURE, _ABOUT = "_METADATA", "_CHECKPOINT_METADATA"
-_OURS = "gemma_nb"  # our entry in the checkpoint's custom metadata
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
-_MAX_ARRAYS = 1 << 14  # a training state of the largest Gemma has some 3,000
 _MAX_CHUNKS = 1 << 16  # of one array: one for each device that it was spread over, or a few
 _MAX_ABOUT = 1 << 24  # bytes of a file that describes arrays
 _MAX_DESCRIPTION = 1 << 16  # bytes of a file that describes one array: some 400
 _TOO_LONG = slice(_MAX_DESCRIPTION, _MAX_DESCRIPTION + 1)
 _PIECE = 1 << 26  # bytes read together, or one chunk where that is more
-_OF_OPTIMIZERS = frozenset({"opt_state", "optimizer", "optimizer_state", "mu", "nu", "grads"})
-_REMEDY = "the checkpoint is incomplete or damaged: download it again"
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one Orbax checkpoint."""
-    names = (_STRUCTURE, "manifest.ocdbt", "checkpoint")
-    return any((folder / name).is_file() for name in names)
-
-
-def is_listed(folder: Path) -> bool:
-    """Whether a checkpoint has the file that lists its parameters."""
-    return (folder / _STRUCTURE).exists()
-
-
-def lists_a_model(folder: Path) -> bool:
-    """Whether a checkpoint has the embedding of a model among its parameters."""
-    try:
-        structure = folders.read_json(folder, _STRUCTURE) if is_listed(folder) else {}
-        stored = list(_stored_keys(structure, str(folder)))
-    except CheckpointError:
-        return False
-    return any(layout.split(keys)[-2:] == layout.EMBEDDING for keys in stored)
 
 
 class OrbaxFolder:
@@ -80,11 +62,11 @@ class OrbaxFolder:
             )
         self.tuning: Tuning = "instruction" if folders.looks_instruction_tuned(folder) else "base"
         self._folder = folder.resolve()
-        structure = folders.read_json(folder, _STRUCTURE) if is_listed(folder) else {}
-        self._keys = _parameter_keys(structure, self.name)
+        structure = folders.read_json(folder, STRUCTURE) if is_listed(folder) else {}
+        self._keys = parameter_keys(structure, self.name)
         self._arrays = self._open(structure)
         shapes = {path: self._shape(path) for path in self._keys}
-        stored = _custom_metadata(folder).get("config")
+        stored = custom_metadata(folder).get("config")
         if config is None and stored is not None:
             config = infer.from_json(stored, self.name)
         if config is None:
@@ -165,7 +147,7 @@ class OrbaxFolder:
             if future.exception() is None and future.result().state == "value":
                 raise CheckpointError(
                     f"{self.name}: more than {_MAX_DESCRIPTION:,} bytes about parameter "
-                    f"{'/'.join(path)}; {_REMEDY}"
+                    f"{'/'.join(path)}; {REMEDY}"
                 )
             whole[path] = store.read(names[path])
         for path, future in whole.items():
@@ -179,7 +161,7 @@ class OrbaxFolder:
         """Refuses what tensorstore would read whole, whatever its size."""
         if file.exists() and (size := file.stat().st_size) > most:
             raise CheckpointError(
-                f"{file}: {size:,} bytes about {what}, expected at most {most:,}; {_REMEDY}"
+                f"{file}: {size:,} bytes about {what}, expected at most {most:,}; {REMEDY}"
             )
 
     def _shape(self, path: layout.Path) -> tuple[int, ...]:
@@ -192,11 +174,11 @@ class OrbaxFolder:
             )
         chunk = tuple(array.chunk_layout.read_chunk.shape or shape)
         if any(c > s for c, s in zip(chunk, shape, strict=True)):
-            raise CheckpointError(f"{what}: chunks of {chunk} in an array of {shape}; {_REMEDY}")
+            raise CheckpointError(f"{what}: chunks of {chunk} in an array of {shape}; {REMEDY}")
         count = math.prod(-(-s // c) for c, s in zip(chunk, shape, strict=True))
         if count > _MAX_CHUNKS:
             raise CheckpointError(
-                f"{what}: {count:,} chunks, expected at most {_MAX_CHUNKS:,}; {_REMEDY}"
+                f"{what}: {count:,} chunks, expected at most {_MAX_CHUNKS:,}; {REMEDY}"
             )
         chunk_bytes = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
         own = self._folder / ".".join(self._keys[path])
@@ -227,7 +209,7 @@ class OrbaxFolder:
                 raise CheckpointError(found) from error
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"{self.name}: parameter {'/'.join(path)} cannot be read ({reason}); {_REMEDY}"
+                f"{self.name}: parameter {'/'.join(path)} cannot be read ({reason}); {REMEDY}"
             ) from error
 
 
@@ -241,7 +223,7 @@ def _check_description(raw: bytes, what: str) -> None:
     if not isinstance(dtype, str) or re.search(r"\d{4}", dtype):
         raise CheckpointError(
             f"{what}: expected a number type such as '<f4' or 'bfloat16', got {dtype!r:.60}; "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
 
 
@@ -288,7 +270,7 @@ def save_params(
                 "the model with a key, before it is saved"
             )
     tree = layout.released(layout.nest(flat))
-    about = {_OURS: {"config": infer.to_json(config)}}
+    about = {OURS: {"config": infer.to_json(config)}}
     try:
         # Orbax would find out in a thread, whose traceback comes minutes later.
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -300,92 +282,6 @@ def save_params(
             "path"
         ) from error
     return path
-
-
-# --- what is read without the library -------------------------------------------------------------
-
-
-def _custom_metadata(folder: Path) -> dict[str, Any]:
-    """What `save_params` stored beside the arrays; empty for a checkpoint of others."""
-    if not (folder / _ABOUT).exists():
-        return {}
-    custom = folders.read_json(folder, _ABOUT).get("custom_metadata")
-    ours = custom.get(_OURS) if isinstance(custom, dict) else None
-    return ours if isinstance(ours, dict) else {}
-
-
-def _parameter_keys(structure: Mapping[str, Any], name: str) -> dict[layout.Path, tuple[str, ...]]:
-    """Official path -> keys in the checkpoint, of the text model's parameters.
-
-    Names are checked here, before any becomes the name of a file.
-    """
-    found: dict[layout.Path, tuple[str, ...]] = {}
-    stored = list(_stored_keys(structure, name))
-    around = _around_the_model(stored, name)
-    for keys in stored:
-        whole = layout.split(keys)
-        if whole[: len(around)] != around and not any("lora" in part for part in whole):
-            continue
-        path = layout.official_path(whole[len(around) :])
-        if path is None:
-            continue
-        if any(part in ("", ".", "..") or not _is_name(part) for part in path):
-            raise CheckpointError(
-                f"{name}: parameter {'/'.join(keys)!r:.200} has a name that leads out of its "
-                "folder or is none; the checkpoint has been tampered with: download it again, from "
-                "where you trust"
-            )
-        if path in found:
-            raise CheckpointError(
-                f"{name}: parameter {'/'.join(path)} is there twice, as {'/'.join(found[path])} "
-                f"and {'/'.join(keys)}; {_REMEDY}"
-            )
-        found[path] = keys
-    return found
-
-
-def _around_the_model(stored: Sequence[tuple[str, ...]], name: str) -> layout.Path:
-    """The names in front of every parameter of the one text model in a training state.
-
-    Optimizers keep trees of the same names; those do not count.
-    """
-    paths = [layout.split(keys) for keys in stored]
-    around = {path[:-2] for path in paths if path[-2:] == layout.EMBEDDING}
-    models = {path for path in around if not _OF_OPTIMIZERS & set(path)}
-    if len(models) > 1 and (plain := {path for path in models if layout.is_wrapper(path)}):
-        models = plain
-    if len(models) > 1:
-        listed = ", ".join(sorted("/".join(path) or "the top" for path in models))
-        raise CheckpointError(
-            f"{name}: there are several models in it, at {listed}; save the one that is meant by "
-            "itself, with gnb.save_params or as an item of its own, and pass its folder"
-        )
-    return next(iter(models), ())
-
-
-def _is_name(part: str) -> bool:
-    """Whether a parameter's name can be a file's."""
-    return part.isprintable() and len(part) < 256 and "\\" not in part
-
-
-def _stored_keys(structure: Mapping[str, Any], name: str) -> Iterator[tuple[str, ...]]:
-    if not structure:
-        raise CheckpointError(f"{name}: its file {_STRUCTURE} is missing; {_REMEDY}")
-    tree = structure.get("tree_metadata")
-    entries: list[Any] = list(tree.values()) if isinstance(tree, dict) else [None]
-    if len(entries) > _MAX_ARRAYS:
-        raise CheckpointError(
-            f"{name}: {_STRUCTURE} lists {len(entries):,} parameters, expected at most "
-            f"{_MAX_ARRAYS:,}; {_REMEDY}"
-        )
-    for entry in entries:
-        try:
-            keys = tuple(part["key"] for part in entry["key_metadata"])
-        except (TypeError, KeyError):
-            keys = ()
-        if not keys or not all(isinstance(key, str) for key in keys):
-            raise CheckpointError(f"{name}: {_STRUCTURE} does not list parameters; {_REMEDY}")
-        yield keys
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import contextlib
 import re
 from pathlib import Path
 
-from gemma_nb.checkpoints import folders, orbax
+from gemma_nb.checkpoints import folders, orbax_tree
 from gemma_nb.errors import CheckpointError
 
 _STEP = re.compile(r"(?:(?P<prefix>.+)_)?(?P<number>\d+)")
@@ -43,7 +43,7 @@ def find(folder: Path, step: int | None = None) -> Path | None:
     Raises:
       CheckpointError: there are several, or no such step, or none that is whole.
     """
-    if orbax.is_checkpoint(folder):
+    if orbax_tree.is_checkpoint(folder):
         return folder
     unfinished, steps = _steps(folder)
     if steps or (unfinished and step is not None):
@@ -111,7 +111,7 @@ def _steps(folder: Path) -> tuple[list[Path], dict[int, Path]]:
 
 
 def _is_step(path: Path, prefix: str | None) -> bool:
-    if orbax.is_checkpoint(path):
+    if orbax_tree.is_checkpoint(path):
         return prefix in _PLAIN_PREFIXES
     return (path / _ABOUT).exists() or bool(_items(path))
 
@@ -126,21 +126,23 @@ def _is_whole(path: Path, *, marked: bool) -> bool:
             about = folders.read_json(path, _ABOUT)
             if about.get("commit_timestamp_nsecs", 0) is None:
                 return False
-    return orbax.is_checkpoint(path) or bool(_items(path))
+    return orbax_tree.is_checkpoint(path) or bool(_items(path))
 
 
 def _items(folder: Path) -> list[Path]:
     below = (path for path in sorted(folder.iterdir()) if path.is_dir())
-    return [path for path in below if _UNFINISHED not in path.name and orbax.is_checkpoint(path)]
+    return [
+        path for path in below if _UNFINISHED not in path.name and orbax_tree.is_checkpoint(path)
+    ]
 
 
 def _item(folder: Path) -> Path | None:
     """The checkpoint of parameters among the items of a step, or in an archive."""
-    if orbax.is_checkpoint(folder):
+    if orbax_tree.is_checkpoint(folder):
         return folder
     items = _items(folder)
     if len(items) > 1:  # optimizers and data loaders have items of their own
-        items = [path for path in items if orbax.lists_a_model(path)] or items
+        items = [path for path in items if orbax_tree.lists_a_model(path)] or items
     for name in _USUAL_ITEMS:
         if folder / name in items:
             return folder / name

@@ -18,8 +18,8 @@ from gemma_nb.checkpoints import (
     folders,
     gguf_split,
     kinds,
-    orbax,
     orbax_steps,
+    orbax_tree,
     safetensors,
 )
 from gemma_nb.errors import CheckpointError
@@ -173,7 +173,7 @@ def _missing(path: Path) -> str:
 def _folder(folder: Path, step: int | None) -> Source:
     name = str(folder)
     try:
-        if orbax.is_checkpoint(folder):
+        if orbax_tree.is_checkpoint(folder):
             return Source(name, "Orbax", (folder,))
         adapters.refuse(folder)
         if safetensors.is_folder(folder):
@@ -199,7 +199,7 @@ def _folder(folder: Path, step: int | None) -> Source:
 def _where_then(folder: Path) -> str:
     """Where the checkpoint is that somebody may have meant, or what to pass."""
     for above in folder.absolute().parents[:2]:
-        if orbax.is_checkpoint(above) or (above / safetensors.CONFIG).is_file():
+        if orbax_tree.is_checkpoint(above) or (above / safetensors.CONFIG).is_file():
             return f"it is a part of the one in {above}: pass that path"
     below = sorted(_below(folder))
     if below:
@@ -225,7 +225,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _is_one(folder: Path) -> bool:
-    return orbax.is_checkpoint(folder) or (folder / safetensors.CONFIG).is_file()
+    return orbax_tree.is_checkpoint(folder) or (folder / safetensors.CONFIG).is_file()
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a kept program is found by: what it would be traced from."""
+"""Names of stored programs: digests of what a program would be traced from."""
 
 from __future__ import annotations
 
@@ -37,23 +37,44 @@ def disabled() -> bool:
     return bool(jax.config.jax_disable_jit)  # type: ignore[attr-defined]
 
 
-def settings() -> tuple[Any, ...]:
+def settings() -> list[Any]:
     """JAX's settings that hold here, in this thread."""
-    of_threads = [getattr(jax.config, name) for name in _names()]
-    return (*of_threads, jax.config.values[_OPTIMIZATIONS])
+    return [holder.value for holder in _holders()]
 
 
 @functools.cache
-def _names() -> tuple[str, ...]:
-    """Those that a thread can have for itself, which are attributes."""
+def _holders() -> tuple[Any, ...]:
+    """JAX's objects that hold the settings: those that a thread can have for itself, and one more.
+
+    To read them as attributes takes four times as long, and `jax.config.values` makes a dictionary
+    of all.
+    """
     named = (n for n in jax.config.values if not any(word in n for word in _ASIDE))
-    return tuple(name for name in named if hasattr(jax.config, name))
+    names = [name for name in named if hasattr(jax.config, name)]  # those of threads are attributes
+    held = getattr(jax.config, "_value_holders", {})
+    return tuple(held[n] if n in held else _Setting(n) for n in (*names, _OPTIMIZATIONS))
+
+
+class _Setting:
+    """A setting of a version of JAX that does not show what holds it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def value(self) -> Any:
+        return jax.config.values[self._name]
+
+
+def abstract_shapes(leaves: list[Any]) -> list[tuple[Any, ...]]:
+    """Shapes, dtypes and weakness of types of some arrays."""
+    return [(x.shape, str(x.dtype), getattr(x, "weak_type", False)) for x in leaves]
 
 
 def program_name(static: str, args: tuple[Any, ...]) -> str | None:
-    """The file of a program; None where it is not to be kept."""
+    """The file of a program; None where it is not to be stored."""
     leaves, structure = jax.tree.flatten(args)
-    shapes = [(x.shape, str(x.dtype), getattr(x, "weak_type", False)) for x in leaves]
+    shapes = abstract_shapes(leaves)
     source = _traced()
     said = "\n".join([static, str(structure), repr(shapes), repr(settings()), source or ""])
     # An address is another one in every process.
@@ -93,7 +114,7 @@ def traced_modules() -> tuple[str, ...]:
 
     All are imported, so that it makes no difference which of them were.
     """
-    files = (file for what in _TRACED for file in (PACKAGE / what).glob("*.py"))
+    files = (file for what in _TRACED for file in (PACKAGE / what).rglob("*.py"))
     single = (PACKAGE / f"{what}.py" for what in _TRACED)
     paths = [file.relative_to(PACKAGE.parent) for file in (*files, *single) if file.exists()]
     names = sorted(".".join(path.with_suffix("").parts) for path in paths)

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
-from gemma_nb.executables import Kept, shapes_of
+from gemma_nb.executables import CachedJit
 from gemma_nb.processor import Streams
 
 # How far the inputs of int8 layers are evened out, see `quantise`: by the weights, and by what is
@@ -128,10 +128,9 @@ def quantise(
       activations: how large the inputs typically are, see `typical`; where they are given, the
         scale is divided by their fourth root.
     """
-    shapes = shapes_of((rows, activations))
-    inputs, inverse = _input_scales(shapes, rows, np.float32(power), activations)
-    scale, inverse_scale = _row_scales(shapes, _largest(shapes, rows, inverse))
-    return _rounded(shapes, rows, inverse, inverse_scale), scale, inputs
+    inputs, inverse = _input_scales(rows, np.float32(power), activations)
+    scale, inverse_scale = _row_scales(_largest(rows, inverse))
+    return _rounded(rows, inverse, inverse_scale), scale, inputs
 
 
 def typical(x: Float[Array, "T inner"]) -> Float[Array, " inner"]:
@@ -151,7 +150,7 @@ def typical(x: Float[Array, "T inner"]) -> Float[Array, " inner"]:
 # keeps it from finding that in a hurry.
 
 
-@Kept
+@CachedJit
 def _input_scales(
     rows: jax.Array, power: jax.Array, activations: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -165,19 +164,19 @@ def _input_scales(
     return inputs, 1 / inputs
 
 
-@Kept
+@CachedJit
 def _largest(rows: jax.Array, inverse: jax.Array) -> jax.Array:
     return jnp.abs(rows.astype(jnp.float32) * inverse).max(axis=-1)
 
 
-@Kept
+@CachedJit
 def _row_scales(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = largest / 127
     scale = jnp.where(scale == 0, 1.0, scale)
     return scale, 1 / scale
 
 
-@Kept
+@CachedJit
 def _rounded(rows: jax.Array, inverse: jax.Array, inverse_scale: jax.Array) -> jax.Array:
     scaled = rows.astype(jnp.float32) * inverse * inverse_scale[:, None]
     return jnp.round(scaled).astype(jnp.int8)

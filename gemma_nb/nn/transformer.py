@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb import presets
 from gemma_nb.config import RotationKind, TransformerConfig
-from gemma_nb.executables import Kept, shapes_of
+from gemma_nb.executables import CachedJit
 from gemma_nb.nn.embedder import Embedder
 from gemma_nb.nn.layer import Block
 from gemma_nb.nn.layer_input import Carry, LayerInput
@@ -258,7 +258,7 @@ class Transformer(nn.Module):
         carry, positions, rotations = None, None, {}
         if int8:
             ends = {"embedder": params["embedder"]}
-            carry, positions, rotations = _compiled_sample(self)(shapes_of(ends), ends)
+            carry, positions, rotations = _compiled_sample(self)(ends)
         prepared = {}
         for i, spec in enumerate(self.config.layers):
             own = params[f"layer_{i}"]
@@ -269,12 +269,12 @@ class Transformer(nn.Module):
             shape = tuple(self.config.axis_sizes(spec).values())
             block = blocks.setdefault(shape, Block(self.config, spec, parent=None))
             compiled = _compiled_prepare(block, i not in exact, int8, columns, streams)
-            prepared[f"layer_{i}"], carry = compiled(shapes_of(given), *given)
+            prepared[f"layer_{i}"], carry = compiled(*given)
         return prepared
 
 
 @functools.cache
-def _compiled_sample(transformer: Transformer) -> Kept:
+def _compiled_sample(transformer: Transformer) -> CachedJit:
     """What the first layer takes of the sample, its positions, and rotations by kind of layer."""
 
     def sample(params: Params) -> Any:
@@ -284,13 +284,13 @@ def _compiled_sample(transformer: Transformer) -> Kept:
         carry, rotations = cast(Any, entered)
         return carry, positions, rotations
 
-    return Kept(sample, transformer)
+    return CachedJit(sample, transformer)
 
 
 @functools.cache
 def _compiled_prepare(
     block: Block, int8: bool, rounded: bool, columns: Any, streams: Streams
-) -> Kept:
+) -> CachedJit:
     """`Transformer.prepare` of one layer's params, see `pack`.
 
     With what the layer makes of the sample's carry, where that is given.
@@ -310,4 +310,4 @@ def _compiled_prepare(
         packed = pack(found, int8=int8, rounded=rounded, columns=columns, streams=streams)
         return cast(Params, packed), None if carry is None else after
 
-    return Kept(prepare, block, int8, rounded, columns, streams)
+    return CachedJit(prepare, block, int8, rounded, columns, streams)

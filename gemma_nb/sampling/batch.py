@@ -9,21 +9,23 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from gemma_nb.executables import pinned
-from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.nn import Output, Transformer
+from gemma_nb.sampling.batch_programs import (
+    EVERYBODYS,
+    NOBODYS,
+    compiled_choose,
+    compiled_feed,
+    gather,
+)
 from gemma_nb.sampling.cache import StreamCache
-from gemma_nb.sampling.choose import choose
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.feed import compiler_options
-from gemma_nb.sampling.head import Scores
-from gemma_nb.sampling.methods import Controls, Sampling, seeded
+from gemma_nb.sampling.filters import Controls, seeded
 from gemma_nb.sampling.prefill import Between
-from gemma_nb.sampling.weights import DecodingWeights, decoding_weights
+from gemma_nb.sampling.settings import Sampling
+from gemma_nb.sampling.weights import decoding_weights
 from gemma_nb.text.prefix import shared_prefix
 from gemma_nb.typing import EMPTY
 
@@ -37,9 +39,6 @@ _PIECES = (16, 64, 256)
 # The cache starts with so many slots, and is made four times as large when it is full: each size is
 # a compilation.
 _SLOTS, _MORE = 1024, 4
-
-# Whose token a slot holds: that of stream 0, 1, ...; or
-_EVERYBODYS, _NOBODYS = -1, -2
 
 
 class Batch:
@@ -62,7 +61,7 @@ class Batch:
         """A batch of no streams yet.
 
         Args:
-          model: what computes; our own module, on one device (see `Decoder.looks`).
+          model: what computes; our own module, on one device (see `EngineTraits.can_batch`).
           decoder: computes what the streams share, and keeps it cached.
           top_k: number of alternatives.
         """
@@ -73,8 +72,8 @@ class Batch:
         # Held, so that the decoder's and these stay the same arrays.
         self._weights = decoding_weights(model)
         self._leaves, structure = jax.tree.flatten(self._weights)
-        self._feed_step = _compiled_feed(model.transformer, structure)
-        self._choose_step = _compiled_choose(model.transformer, structure, top_k)
+        self._feed_step = compiled_feed(model.transformer, structure)
+        self._choose_step = compiled_choose(model.transformer, structure, top_k)
         self._cache: StreamCache | None = None
         # Of each slot; the device has the positions, too, but these are ahead of it.
         self._owners = np.zeros(0, np.int32)
@@ -174,14 +173,14 @@ class Batch:
                 return False
             held = self._decoder.cache
         size = _slots_for(count + 2 * MOST)
-        self._owners = np.full(size, _NOBODYS, np.int32)
+        self._owners = np.full(size, NOBODYS, np.int32)
         self._positions = np.full(size, EMPTY, np.int32)
-        self._owners[:count], self._positions[:count] = _EVERYBODYS, np.arange(count)
+        self._owners[:count], self._positions[:count] = EVERYBODYS, np.arange(count)
         self._end = count
         if held is None:
             self._cache = StreamCache.empty(config, size)
         else:
-            self._cache = _gather(held, np.arange(size), self._positions, np.int32(count))
+            self._cache = gather(held, np.arange(size), self._positions, np.int32(count))
         return True
 
     def _feed_rest(self, done: int, width: int, between: Between | None) -> np.ndarray | None:
@@ -214,7 +213,7 @@ class Batch:
         self._make_room(len(given), live)
         tokens = np.zeros((1, size), np.int32)
         positions = np.full((1, size), EMPTY, np.int32)
-        owners = np.full(size, _NOBODYS, np.int32)
+        owners = np.full(size, NOBODYS, np.int32)
         count = len(given)
         tokens[0, :count], positions[0, :count], owners[:count] = zip(*given, strict=True)
         place = slice(self._end, self._end + count)
@@ -247,16 +246,16 @@ class Batch:
         if self._end + count <= len(self._owners):
             return
         assert self._cache is not None
-        kept = np.flatnonzero(np.isin(self._owners[: self._end], [_EVERYBODYS, *live]))
+        kept = np.flatnonzero(np.isin(self._owners[: self._end], [EVERYBODYS, *live]))
         # Half of it free, or room would soon be wanted again.
         size = _slots_for(2 * (len(kept) + count))
         slots = np.zeros(size, np.int32)
         slots[: len(kept)] = kept
         positions, owners = np.full((2, size), EMPTY, np.int32)
-        owners[:] = _NOBODYS
+        owners[:] = NOBODYS
         positions[: len(kept)] = self._positions[kept]
         owners[: len(kept)] = self._owners[kept]
-        self._cache = _gather(self._cache, slots, positions, np.int32(len(kept)))
+        self._cache = gather(self._cache, slots, positions, np.int32(len(kept)))
         self._positions, self._owners, self._end = positions, owners, len(kept)
 
 
@@ -269,109 +268,3 @@ def _slots_for(count: int) -> int:
     while size < count:
         size *= _MORE
     return size
-
-
-@jax.jit
-def _gather(
-    cache: StreamCache, slots: jax.Array, positions: jax.Array, count: jax.Array
-) -> StreamCache:
-    """A cache without rings whose slot i holds what stands in `slots[i]` of `cache`.
-
-    In a ring that is slot `slots[i]` modulo its length: where slots are positions, the tokens that
-    it still holds are in their places, and what stands elsewhere no window reaches.
-    """
-
-    def take(x: jax.Array) -> jax.Array:
-        return x[slots % len(x)]
-
-    return StreamCache(
-        k=tuple(take(x) for x in cache.k),
-        v=tuple(take(x.T if cache.columns else x) for x in cache.v),
-        positions=positions,
-        ring_positions=None,
-        end_index=count,
-        rings=(False,) * len(cache.rings),
-    )
-
-
-@functools.cache
-def _compiled_feed(transformer: Transformer, structure: Any) -> Any:
-    """The jitted feeding of tokens; compiled per number of tokens and cache size."""
-
-    def feed(
-        leaves: Sequence[jax.Array],
-        cache: StreamCache,
-        tokens: jax.Array,
-        positions: jax.Array,
-        owners: jax.Array,
-        slot_positions: jax.Array,
-        slot_owners: jax.Array,
-        interventions: Interventions | None,
-    ) -> tuple[StreamCache, jax.Array]:
-        weights: DecodingWeights = jax.tree.unflatten(structure, leaves)
-        theirs = (slot_owners == _EVERYBODYS) | (slot_owners == owners[:, None])
-        mask = theirs & (slot_positions >= 0) & (slot_positions <= positions[0][:, None])
-        output = cast(
-            Output,
-            transformer.apply(
-                weights.variables,
-                tokens,
-                cache=cache.to_model(transformer.config),
-                positions=positions,
-                attention_mask=mask[None],
-                return_hidden_states=True,
-                interventions=interventions,
-            ),
-        )
-        assert output.cache is not None
-        assert output.hidden_states is not None
-        return cache.updated(output.cache), output.hidden_states[0].astype(jnp.float32)
-
-    return jax.jit(feed, donate_argnums=1, compiler_options=compiler_options())
-
-
-@functools.cache
-def _compiled_choose(transformer: Transformer, structure: Any, top_k: int) -> Any:
-    """The jitted choice of a token per stream; compiled per number of streams."""
-    cap = transformer.config.final_logit_soft_cap
-
-    def choose_each(
-        leaves: Sequence[jax.Array],
-        seen: jax.Array,
-        hidden: jax.Array,
-        alive: jax.Array,
-        positions: jax.Array,
-        keys: jax.Array,
-        controls: Controls,
-    ) -> tuple[jax.Array, Evidence]:
-        weights: DecodingWeights = jax.tree.unflatten(structure, leaves)
-        if weights.head is not None:
-            rows = weights.head.sums(hidden)
-        else:
-            plain = transformer.apply(weights.variables, hidden, method="unembed")
-            rows = cast(jax.Array, plain)
-
-        def one(row: Any) -> Evidence:
-            alive, state, logits, seen, position, key = row
-            own = controls.replace(key=key)  # type: ignore[attr-defined]
-
-            def chosen() -> Evidence:
-                if weights.head is None:
-                    scores = Scores.of(logits)
-                else:
-                    scores = weights.head.rescored(logits, state, weights.table, cap)
-                return choose(scores, own, seen, position, top_k)
-
-            shapes = jax.eval_shape(chosen)
-            # Stream by stream, since under `vmap` both sides of a conditional are computed.
-            return lax.cond(
-                alive,
-                chosen,
-                lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-            )
-
-        evidence = lax.map(one, (alive, hidden, rows, seen, positions, keys))
-        rows = jnp.arange(len(seen))
-        return seen.at[rows, evidence.token].set(True), evidence
-
-    return jax.jit(choose_each, donate_argnums=1, compiler_options=compiler_options())

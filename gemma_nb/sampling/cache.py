@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from gemma_nb import placement
 from gemma_nb.config import Sliding, TransformerConfig
-from gemma_nb.executables import Kept
+from gemma_nb.executables import CachedJit
 from gemma_nb.nn.kv_cache import before
 from gemma_nb.typing import EMPTY, KVCache, LayerCache
 
@@ -71,7 +71,7 @@ class StreamCache:
             else in one that any model knows.
         """
         make, rings = _empty(config, size, own)
-        made = make(())
+        made = make()
         if mesh is not None:
             k, v, *counts = jax.device_get(made)
             # Copies, since a donated buffer must not be passed twice.
@@ -171,7 +171,7 @@ class StreamCache:
         return self.replace(k=tuple(k), v=tuple(v))  # type: ignore[attr-defined]
 
 
-def _empty(config: TransformerConfig, size: int, own: bool) -> tuple[Kept, tuple[bool, ...]]:
+def _empty(config: TransformerConfig, size: int, own: bool) -> tuple[CachedJit, tuple[bool, ...]]:
     """What makes the arrays of an empty cache, and which layers have rings."""
     rings = ring_layers(config) if own else (False,) * config.num_layers
     ring = min(size, smallest_window(config))
@@ -185,7 +185,7 @@ def _empty(config: TransformerConfig, size: int, own: bool) -> tuple[Kept, tuple
 @functools.cache
 def _compiled_empty(
     shapes: tuple[tuple[int, int], ...], size: int, ring: int | None, columns: bool
-) -> Kept:
+) -> CachedJit:
     """What makes k, v, positions, ring_positions and end_index of an empty cache."""
 
     def empty() -> tuple[Any, ...]:
@@ -194,7 +194,7 @@ def _compiled_empty(
         rolled = None if ring is None else jnp.full(ring, EMPTY, jnp.int32)
         return k, v, jnp.full(size, EMPTY, jnp.int32), rolled, jnp.int32(0)
 
-    return Kept(empty, shapes, size, ring, columns)
+    return CachedJit(empty, shapes, size, ring, columns)
 
 
 # Slots of the rings that are filled anew at once.

@@ -1,4 +1,4 @@
-"""The stream of tokens that compiled steps make."""
+"""The stream of tokens that compiled steps choose."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.interventions.reach import refuse_uncached
 from gemma_nb.model import GemmaTransformer
-from gemma_nb.sampling import ahead
-from gemma_nb.sampling.cache import Archive, StreamCache, grow, next_size, rewind, size_for
-from gemma_nb.sampling.choose import may_suffice
+from gemma_nb.sampling.cache import Archive, StreamCache, grow, rewind, size_for
+from gemma_nb.sampling.compile_ahead import AheadCompiler
+from gemma_nb.sampling.draw import may_suffice
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.look import Look, look
-from gemma_nb.sampling.methods import Controls, Sampling
+from gemma_nb.sampling.filters import Controls
+from gemma_nb.sampling.inspect_position import InspectedPosition, inspect_position
 from gemma_nb.sampling.prefill import BUCKETS, Between, chunks
-from gemma_nb.sampling.programs import Programs
+from gemma_nb.sampling.programs import Programs, StepOutput
 from gemma_nb.sampling.residuals import KeptResiduals, Residuals
 from gemma_nb.sampling.rows import AttentionRows
-from gemma_nb.sampling.step import Made
+from gemma_nb.sampling.settings import Sampling
+from gemma_nb.sampling.traits import EngineTraits
 from gemma_nb.text.prefix import shared_prefix
-
-# So many steps have the processor for themselves: a reply's first words wait for them.
-_ALONE = 4
 
 # A context of up to so many tokens gets its slots at once.  In a longer one each piece would read
 # all of them, most still empty, so they come as it does: to compile a layer for one size more takes
@@ -49,6 +47,7 @@ class Decoder:
     Attributes:
       ids: the token ids in the cache, in order.
       limit: most positions that the cache may hold.
+      traits: of the engine.
     """
 
     @pinned
@@ -70,50 +69,44 @@ class Decoder:
         """
         self.limit = limit
         self.ids: list[int] = []
+        self.traits = EngineTraits.of(model)
         self._config = model.transformer.config
         refuse_uncached(model.interventions, self._config)
         self._mesh = model.mesh
         self._interventions = model.interventions
         self._rows = rows
         layers = rows.layers if rows is not None else ()
-        self._programs = Programs(model, top_k=top_k, attention_layers=layers)
-        self._steps = 0  # since it was made
-        self._alone = False  # whether the program of a first prompt has just run
-        self._settled = False  # whether the weights have been moved to where they are read faster
+        self._programs = Programs(model, self.traits, top_k=top_k, attention_layers=layers)
+        self._ahead_compiler = AheadCompiler(self._programs, self.traits, limit)
         self._cache: StreamCache | None = None
-        self._written = 0  # see `_take_back`
+        self._written = 0  # see `_rewind_to`
         self._torn = False  # see `_changing`
         self._archive = Archive()
         self._residuals = Residuals(model.config)
         self._seen: Any = None
         self._controls: Controls | None = None
-        self._short = False  # whether they may draw from the shortlist alone
+        self._short = False  # they may draw from the shortlist alone
         self._next: int | None = None  # the token chosen last, not yet fed
-        self._ahead: Made | None = None  # what the step that feeds it makes
+        self._ahead: StepOutput | None = None  # of the step that feeds it
 
     @property
     def interventions(self) -> Interventions | None:
-        """What it computes under."""
+        """The interventions that it computes under."""
         return self._interventions
 
     @property
     def cache(self) -> StreamCache | None:
-        """What is cached of `ids`, for reading: the next step takes its arrays away."""
+        """The cache of `ids`, for reading: the next step takes its arrays away."""
         return self._cache
 
     @property
-    def looks(self) -> bool:
-        """Whether `look` works: with our own module, on one device."""
-        return self._programs.looks
-
-    @property
     def full(self) -> bool:
-        """Whether no further token can be fed."""
+        """True where no further token can be fed."""
         return len(self.ids) >= self.limit
 
     @pinned
     def reset(self) -> None:
-        """Forgets everything; the next prompt is computed from its first token."""
+        """Forget everything; the next prompt is computed from its first token."""
         self.ids, self._cache, self._next, self._ahead = [], None, None, None
         self._written = 0
         self._archive = Archive()
@@ -121,19 +114,19 @@ class Decoder:
         self._torn = False
 
     def holds(self, ids: Sequence[int]) -> bool:
-        """Whether the tokens in the cache begin with `ids`."""
+        """True where the tokens in the cache begin with `ids`."""
         self._start_over_if_torn()
         return self.ids[: len(ids)] == list(ids)
 
     @pinned
-    def keep(self, ids: Sequence[int]) -> None:
-        """Takes back what is in the cache beyond the prefix that it shares with `ids`."""
+    def rewind_to(self, ids: Sequence[int]) -> None:
+        """Take back what is in the cache beyond the prefix that it shares with `ids`."""
         with self._changing():
-            self._take_back(shared_prefix(self.ids, ids))
+            self._rewind_to(shared_prefix(self.ids, ids))
 
     @pinned
     def intervene(self, interventions: Interventions | None) -> None:
-        """Computes under other interventions from now on; None takes them away.
+        """Compute under other interventions from now on; None takes them away.
 
         What is cached stays up to where the old or the new ones start to act.
 
@@ -145,19 +138,19 @@ class Decoder:
             both = (self._interventions, interventions)
             start = min(int(x.start) for x in both if x is not None)
             with self._changing():
-                self._take_back(min(start, len(self.ids)))
+                self._rewind_to(min(start, len(self.ids)))
                 self._interventions = interventions
 
     @pinned
     def begin(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
-        """Readies the stream to continue `ids`, reusing what the cache already holds of it.
+        """Ready the stream to continue `ids`, reusing what the cache already holds of it.
 
         Args:
           ids: the whole context, at least one token.
           sampling: settings of the reply; its seed is set.
 
         Returns:
-          What of `ids` is still to be fed; at least the last token, whose logits are needed.
+          The ids that are still to be fed; at least the last token, whose logits are needed.
 
         Raises:
           ValueError: the context is empty or exceeds `limit`.
@@ -167,12 +160,12 @@ class Decoder:
         config, room = self._config, min(len(ids) + 1, _AT_ONCE)
         controls = Controls.of(sampling, config.num_embed)
         with self._changing():
-            self._take_back(shared_prefix(self.ids, ids[:-1]))
+            self._rewind_to(shared_prefix(self.ids, ids[:-1]))
             if self._cache is None:
                 size = size_for(room, self.limit)
-                # Rings of a spread cache would have to be gathered; somebody else's module knows
-                # none.
-                self._cache = StreamCache.empty(config, size, self._mesh, own=self.looks)
+                self._cache = StreamCache.empty(
+                    config, size, self._mesh, own=self.traits.ring_cache
+                )
             self._make_room(room)
             self._controls, self._short = controls, may_suffice(sampling)
             seen = np.zeros(config.num_embed, bool)
@@ -189,7 +182,7 @@ class Decoder:
         *,
         token: int | None = None,
     ) -> Evidence | None:
-        """Feeds a prompt and chooses the token after it.
+        """Feed a prompt and choose the token after it.
 
         Args:
           ids: what `begin` returned.
@@ -207,24 +200,24 @@ class Decoder:
         pieces = list(chunks(ids, len(self.ids)))
         # Not the first of several: a long prompt would wait for two programs to be compiled.
         first = not self.ids and len(pieces) == 1
-        self._alone = first and self._programs.first is not self._programs.many
+        self._ahead_compiler.note_prompt(first=first)
         for i, (tokens, positions, last) in enumerate(pieces):
             fed = [int(token) for token in tokens[0, : last + 1]]
             wanted = i == len(pieces) - 1
             with self._changing():
                 if wanted:
                     self._make_room(len(self.ids) + len(fed) + 1)  # with what is chosen after it
-                made = self._feed(tokens, positions, last, controls, first=first, wanted=wanted)
-                result = self._take(fed, made)
+                output = self._feed(tokens, positions, last, controls, first=first, wanted=wanted)
+                result = self._take(fed, output)
             done += len(fed)
             if between is not None and not between(done, len(ids)) and done < len(ids):
                 return None
-        executables.started()
+        executables.end_prefetch()
         return result
 
     @pinned
     def step(self, token: int | None = None, *, last: bool = False) -> Evidence:
-        """Feeds the token chosen last, and chooses the next; evidence on the host.
+        """Feed the token chosen last, and choose the next; evidence on the host.
 
         Args:
           token: chosen whatever is drawn, with the evidence of this choice.  What follows it is not
@@ -239,46 +232,50 @@ class Decoder:
         if self._next is None or self.full:
             raise RuntimeError("step() needs a prefilled stream with room for one more token")
         controls, fed = self._forcing(token), self._next
-        self._steps += 1
-        if self._steps > _ALONE:
-            self._prepare_others()
+        assert self._cache is not None
+        self._ahead_compiler.note_step(self._cache.size, *self._settings)
         with self._changing():
             at = len(self.ids)
             if token is not None:
-                self._take_back(at)  # a step ahead has chosen already
-            made = self._ahead or self._feed_one(np.array([[fed]], np.int32), at, controls)
+                self._rewind_to(at)  # a step ahead has chosen already
+            output = self._ahead or self._feed_one(np.array([[fed]], np.int32), at, controls)
             self._ahead = None
             if token is None and not last and at + 1 < self.limit:
-                self._ahead = self._feed_one(made.token, at + 1, controls)
-            return cast(Evidence, self._take([fed], made))
+                self._ahead = self._feed_one(output.token, at + 1, controls)
+            return cast(Evidence, self._take([fed], output))
 
     @pinned
-    def look(self, position: int) -> Look:
-        """What the model computes at a position that is in the cache, in about the time of a step.
+    def inspect_position(self, position: int) -> InspectedPosition:
+        """Attention and residual stream at a cached position, in about the time of a step.
 
         It is computed from the weights that decoding runs on and from the cached keys and values,
         under the interventions that the stream has, and equals a pass over all tokens up to there
         as nearly as decoding does.  The stream is left as it is.
 
-        It is a program of its own for each cache size.  From `compile` or the first look on it is
-        compiled ahead, as the steps are; a look before that takes seconds.
+        It is a program of its own for each cache size.  From `compile` or the first call on it
+        is compiled ahead, as the steps are; a call before that takes seconds.
 
         Args:
           position: an index into `ids`.
 
         Raises:
           ValueError: no such position.
-          RuntimeError: this decoder does not show what it computes, see `looks`.
+          RuntimeError: this decoder cannot capture, see `EngineTraits`.
         """
-        if not self.looks:
+        if not self.traits.can_capture:
             raise RuntimeError("another library's module, or one on a mesh, cannot be looked into")
         self._start_over_if_torn()
         if self._cache is None or not 0 <= position < len(self.ids):
             raise ValueError(f"the cache holds positions 0 to {len(self.ids) - 1}, not {position}")
-        self._programs.looking = True
-        return look(
-            self._programs.look,
-            *(self._programs.one.ends.leaves, self._cache, self._archive, self._interventions),
+        self._ahead_compiler.capture_expected = True
+        return inspect_position(
+            self._programs.inspection,
+            *(
+                self._programs.decode_step.ends.leaves,
+                self._cache,
+                self._archive,
+                self._interventions,
+            ),
             *(self.ids[position], position),
         )
 
@@ -296,18 +293,18 @@ class Decoder:
             assert self._controls is not None
             token = np.array([ids[-1:]], np.int32)
             with self._changing():
-                self._take_back(shared)  # a step ahead may stand there
+                self._rewind_to(shared)  # a step ahead may stand there
                 self._ahead = self._feed_one(token, shared, self._controls)
                 self._residuals.write(shared, jax.device_get(self._ahead.residuals), 1)
                 kept = self._residuals.first(len(ids))
-                self._take_back(shared)
+                self._rewind_to(shared)
         return kept
 
     @pinned
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
-        """Compiles every step that a short conversation needs, and leaves the stream empty.
+        """Compile every step that a short conversation needs, and leave the stream empty.
 
-        Those of a longer one, and the looks, are compiled on another thread afterwards, while
+        Those of a longer one, and the inspection, are compiled on another thread afterwards, while
         nobody waits.
         """
         self.reset()
@@ -320,44 +317,17 @@ class Decoder:
             self.reset()
             if progress is not None:
                 progress((i + 1) / len(sizes))
-        self._steps = _ALONE
-        self.settle()
-        programs, interventions = self._programs, self._interventions
-        programs.looking = True
-        size = size_for(1, self.limit)
-        following = next_size(size, self.limit)
-        ahead.begin(
-            [
-                *programs.pieces_at(size, *self._given),
-                *programs.steps_at(following, *self._given),
-                *programs.looks_at(size, interventions),
-                *programs.looks_at(following, interventions),
-            ]
-        )
+        self._ahead_compiler.compile_the_rest(*self._settings)
 
     def settle(self) -> None:
-        """Has the weights moved to where they are read faster, on another thread.
-
-        Not before the first token is there, which would wait for it.
-        """
-        if not self._settled:
-            self._settled = True
-            ahead.begin([self._programs.use_huge_pages])
+        """Have the weights moved to where they are read faster, on another thread."""
+        self._ahead_compiler.settle()
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _prepare_others(self) -> None:
-        """Begins, on another thread, what makes later steps faster and the next prompt shorter."""
-        if self._alone and self._cache is not None:
-            self._alone = False
-            controls, _ = given = self._given
-            pieces = self._programs.pieces_at(self._cache.size, *given)
-            ahead.begin([*pieces, *self._programs.choice(controls)])
-        self.settle()
-
     @property
-    def _given(self) -> tuple[Controls, Interventions | None]:
-        """What every step is given beside the tokens."""
+    def _settings(self) -> tuple[Controls, Interventions | None]:
+        """What every step takes beside the tokens."""
         assert self._controls is not None
         return self._controls, self._interventions
 
@@ -365,7 +335,7 @@ class Decoder:
         assert self._controls is not None
         return self._controls if token is None else self._controls.forcing(int(token))
 
-    def _feed_one(self, token: Any, position: int, controls: Controls) -> Made:
+    def _feed_one(self, token: Any, position: int, controls: Controls) -> StepOutput:
         return self._feed(token, np.array([[position]], np.int32), 0, controls)
 
     def _feed(
@@ -377,8 +347,8 @@ class Decoder:
         *,
         first: bool = False,
         wanted: bool = True,
-    ) -> Made:
-        """Starts a step; what it makes is not there yet.
+    ) -> StepOutput:
+        """Start a step, whose output is not there yet.
 
         Args:
           tokens: (1, T), on the host or the device.
@@ -392,18 +362,18 @@ class Decoder:
         cache = self._make_room(end)
         program = self._programs.feeding(tokens.shape[1], first=first)
         fed = (tokens, positions, last, controls, self._interventions)
-        self._cache, self._seen, made = program.run(
+        self._cache, self._seen, output = program.run(
             cache, self._seen, *fed, wanted=wanted, short=self._short
         )
         self._written = max(self._written, end)
-        return made
+        return output
 
-    def _take(self, fed: Sequence[int], made: Made) -> Evidence | None:
-        """Waits for what a step has made of `fed`, and keeps it; None where nothing was chosen."""
+    def _take(self, fed: Sequence[int], output: StepOutput) -> Evidence | None:
+        """Wait for the output of a step that fed `fed`, and store it; its evidence, if any."""
         start = len(self.ids)
         # Not `jax.device_get`, which takes longer, and every token has these two.
-        words, rows = (None if x is None else np.asarray(x) for x in (made.words, made.rows))
-        attention, residuals = jax.device_get((made.attention, made.residuals))
+        words, rows = (None if x is None else np.asarray(x) for x in (output.words, output.kv_rows))
+        attention, residuals = jax.device_get((output.attention, output.residuals))
         evidence = None if words is None else Evidence.unpack(words)
         if rows is not None:
             self._archive.write(start, rows[:, :, : len(fed)])
@@ -416,18 +386,11 @@ class Decoder:
             kept = self._rows.keep(attention, self.ids, start, self._interventions)
             evidence = evidence.replace(attention=kept)  # type: ignore[attr-defined]
         assert self._cache is not None
-        # Nor is anything compiled between a prompt's pieces, which it would slow down, nor beside
-        # the first step after it: compiling a step takes half a gigabyte, and both cores.
-        first = len(fed) > 1 or (self._steps <= _ALONE and len(self.ids) <= BUCKETS[-1])
-        if 2 * len(self.ids) >= self._cache.size and not first:
-            following = next_size(self._cache.size, self.limit)
-            steps = self._programs.steps_at(following, *self._given)
-            looks = self._programs.looks_at(following, self._interventions)
-            ahead.begin([*steps, *looks])
+        self._ahead_compiler.note_fed(len(fed), len(self.ids), self._cache.size, *self._settings)
         return evidence
 
-    def _take_back(self, length: int) -> None:
-        """Leaves the first `length` tokens in the cache, and no step ahead.
+    def _rewind_to(self, length: int) -> None:
+        """Leave the first `length` tokens in the cache, and no step ahead.
 
         `_written` is the position behind the last one that the rings of W slots were written at, or
         were made anew up to.  They hold the W before it, except for what was taken back since, and

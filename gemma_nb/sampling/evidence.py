@@ -1,82 +1,25 @@
-"""What is known about each choice, computed in the step that makes it."""
+"""Evidence of a choice, computed in the step that makes it."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Int
 
-from gemma_nb import settings
-from gemma_nb.indices import is_mask, listed
-from gemma_nb.sites import check_layers
+from gemma_nb.sampling.filters import Distribution
+from gemma_nb.sampling.head import Scores
 
 if TYPE_CHECKING:
     from gemma_nb.sampling.rows import AttentionRow
 
-
-@dataclasses.dataclass(frozen=True)
-class Capture:
-    """What every reply token keeps.
-
-    Attributes:
-      top_k: how many alternatives.
-      attention_layers: layers whose attention weights are kept: "all", indices (negative ones count
-        from the last layer), a slice or mask of the layers, or None.  They come out of the step
-        that chooses the token, in float16; see `TokenRecord.attention`.  By default none are, since
-        they take memory: for Gemma 3 270M up to 61 kB a token in the local layers, and another 24
-        bytes for each token of the context in the global ones; what nobody looks at may as well be
-        computed when it is looked at (`chat.look`).
-      attention_bytes: most bytes that the attention rows of a session may take.  When they are
-        used up, the oldest rows are evicted; `chat.attention_kept` says how many.
-    """
-
-    top_k: int = 10
-    attention_layers: Literal["all"] | Sequence[int] | None = None
-    attention_bytes: int = 256_000_000
-
-    def __post_init__(self) -> None:
-        top_k = Capture.top_k if self.top_k is None else self.top_k
-        top_k = settings.whole("Capture.top_k", top_k, "a whole number from 1 to 256")
-        if not 1 <= top_k <= 256:
-            settings.refuse("Capture.top_k", "a whole number from 1 to 256", self.top_k)
-        most = Capture.attention_bytes if self.attention_bytes is None else self.attention_bytes
-        most = settings.whole("Capture.attention_bytes", most, "a number of bytes")
-        if most < 0:
-            settings.refuse("Capture.attention_bytes", "at least 0", self.attention_bytes)
-        layers = self.attention_layers
-        if isinstance(layers, str) and layers != "all":
-            settings.refuse(
-                "Capture.attention_layers", '"all", a list of layer indices, or None', layers
-            )
-        if layers is not None and not isinstance(layers, str | slice):
-            layers = tuple(listed(layers, "Capture.attention_layers"))
-        fields = {"top_k": top_k, "attention_bytes": most, "attention_layers": layers}
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-
-    def resolved(self, num_layers: int) -> Capture:
-        """The same for a model of so many layers, a mask or a slice of them as indices.
-
-        Raises:
-          ValueError: a mask of another length.
-        """
-        layers: Any = self.attention_layers
-        if isinstance(layers, slice) or (isinstance(layers, tuple) and is_mask(layers)):
-            return dataclasses.replace(self, attention_layers=check_layers(layers, num_layers))
-        return self
-
-    def fitting(self, num_layers: int) -> Capture:
-        """The same for a model of so many layers, without those that it does not have."""
-        if self.attention_layers is None or self.attention_layers == "all":
-            return self
-        layers = tuple(i for i in self.attention_layers if -num_layers <= i < num_layers)
-        return dataclasses.replace(self, attention_layers=layers or None)
+# In so many parts a vocabulary is added up.
+_PARTS = 64
 
 
 @flax.struct.dataclass
@@ -147,3 +90,108 @@ _LISTS: dict[str, type[np.number]] = {
     "logprobs": np.float32,
     "probabilities": np.float32,
 }
+
+
+def exact_logit(
+    token: Int[Array, ""],
+    hidden: Float[Array, " D"],
+    table: Float[Array, "V D"],
+    soft_cap: float | None,
+) -> Float[Array, ""]:
+    """The logit of one token, from one row of the embedding table.
+
+    Args:
+      token: its id; for a negative one the result means nothing.
+      hidden: the final-normed state.
+      table: the embedding table.
+      soft_cap: bound on the logit, `soft_cap * tanh(logit / soft_cap)`.
+    """
+    row = table[jnp.maximum(token, 0)]
+    logit = jnp.dot(row.astype(jnp.float32), hidden.astype(jnp.float32))
+    return logit if soft_cap is None else soft_cap * jnp.tanh(logit / soft_cap)
+
+
+@flax.struct.dataclass
+class ExactLogit:
+    """The exact logit of a forced token, where the others know only a rough one.
+
+    Attributes:
+      token: () int32; -1 where nothing is forced, or what is stands on the shortlist.
+      logit: () float32.
+      rough: () float32, what it is among all logits.
+    """
+
+    token: jax.Array
+    logit: jax.Array
+    rough: jax.Array
+
+    @classmethod
+    def of(cls, scores: Scores, forced: jax.Array, logit: jax.Array) -> ExactLogit:
+        """The exact `logit` of the token `forced`, beside what `scores` says of it."""
+        token = jnp.where((scores.ids == forced).any(), -1, forced)
+        return cls(token, logit, scores.logits[token])
+
+    def within(self, logits: jax.Array) -> jax.Array:
+        """`logits` with this one."""
+        return jnp.where(jnp.arange(len(logits)) == self.token, self.logit, logits)
+
+
+def observe(scores: Scores, dist: Distribution, token: Int[Array, ""], k: int) -> Evidence:
+    """Evidence of choosing `token` through `dist`, however it was chosen.
+
+    Args:
+      scores: the model's logits.
+      dist: what the sampler made of them.
+      token: the chosen id.
+      k: number of alternatives; at most as many as there are tokens on the shortlist.
+    """
+    logit = scores.logits[token]
+    rank = jnp.sum(scores.logits > logit)
+    p = dist.probability(token), dist.probability(scores.ids)
+    return evidence_of(scores, None, (token, logit, rank), p, k)
+
+
+def evidence_of(
+    scores: Scores,
+    exact: ExactLogit | None,
+    chosen: tuple[jax.Array, jax.Array, jax.Array],
+    probabilities: tuple[jax.Array, jax.Array],
+    k: int,
+) -> Evidence:
+    """Evidence of a token with its logit and rank; probabilities of it and of the shortlist."""
+    log_total, entropy = _totals(scores, exact)
+    token, logit, rank = chosen
+    return Evidence(
+        token=token.astype(jnp.int32),
+        logprob=logit - log_total,
+        probability=probabilities[0],
+        entropy=entropy,
+        rank=rank.astype(jnp.int32),
+        ids=scores.ids[:k],
+        logprobs=scores.values[:k] - log_total,
+        probabilities=probabilities[1][:k],
+        finite=jnp.isfinite(entropy),
+    )
+
+
+def _totals(scores: Scores, exact: ExactLogit | None) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Log-sum-exp of the logits, and the entropy of their softmax; with the `exact` one, if any."""
+    top = scores.values[0]
+    # Both sums in one loop, which takes each exponential once; and row by row, since the rounding
+    # errors of a sum grow with how much is added to one number.
+    rows = scores.logits.reshape(math.gcd(len(scores.logits), _PARTS), -1)
+    weights = jnp.exp(rows - top)
+    zero = np.float32(0)
+    sums = lax.reduce(
+        (weights, weights * rows), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (1,)
+    )
+    total, weighted = (x.sum() for x in sums)
+    if exact is not None:
+        # One term in place of another: the logits with this one would have to be written first.
+        new, old = jnp.exp(exact.logit - top), jnp.exp(exact.rough - top)
+        known = exact.token < 0
+        total += jnp.where(known, 0.0, new - old)
+        weighted += jnp.where(known, 0.0, new * exact.logit - old * exact.rough)
+    log_total = top + jnp.log(total)
+    # H = -sum p log p = log Z - sum p x.
+    return log_total, log_total - weighted / total

@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from gemma_nb.executables import Kept
+from gemma_nb.executables import CachedJit
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Output, Transformer
 from gemma_nb.nn.storage import IN_STREAMS
@@ -31,9 +31,21 @@ def compiler_options() -> dict[str, Any] | None:
     return {"xla_cpu_prefer_vector_width": 512, **(IN_STREAMS if max(streams()) > 1 else {})}
 
 
-def kept(function: Callable[..., Any], *static: object, **options: Any) -> Kept:
-    """A `Kept` that is compiled with `compiler_options`."""
-    return Kept(function, *static, compiler_options=compiler_options(), **options)
+class StepJit(CachedJit):
+    """A `CachedJit` that is compiled with `compiler_options`.
+
+    Under interventions it is the plain jitted function: they may be of anybody's classes, and no
+    stored program is found by the code of these.
+    """
+
+    def __init__(self, function: Callable[..., Any], *static: object, **options: Any) -> None:
+        super().__init__(function, *static, compiler_options=compiler_options(), **options)
+
+    def program(self, *args: Any) -> Any:
+        """What computes calls with such arguments, see `CachedJit.program`."""
+        if any(isinstance(arg, Interventions) for arg in args):
+            return self.jitted
+        return super().program(*args)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.config import LayerSpec
-from gemma_nb.executables import Kept
+from gemma_nb.executables import CachedJit
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Transformer
 from gemma_nb.nn.kv_cache import cache_of
@@ -26,15 +26,15 @@ from gemma_nb.nn.layer import Block
 from gemma_nb.nn.layer_input import Carry, LayerInput
 from gemma_nb.nn.rope import Rotation
 from gemma_nb.sampling.cache import StreamCache, ring_layers, smallest_window
-from gemma_nb.sampling.feed import Captured, kept, noted, rows_of
+from gemma_nb.sampling.feed import Captured, StepJit, noted, rows_of
 from gemma_nb.sampling.weights import Part
 from gemma_nb.sites import SITES
 
 
 class Layerwise:
-    """`Program.feed` of several tokens, for our own module on a single CPU.
+    """`StepProgram.feed` of several tokens, for our own module on a single CPU.
 
-    Called as a `Kept` is; its weights are those of the ends, and of each layer.
+    Called as a `CachedJit` is; its weights are those of the ends, and of each layer.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Layerwise:
           ends: what makes `DecodingWeights` of the leaves of what is not in a layer.
           layers: the same of each layer.
           captured: what comes with the tokens.
-          first: the cache is empty, see `Program.layerwise`.
+          first: the cache is empty, see `StepProgram.layerwise_prefill`.
         """
         config = transformer.config
         self._rotations = tuple(map(config.rotation_of, config.layers))
@@ -62,7 +62,7 @@ class Layerwise:
         windowed = (i for i, ring in enumerate(ring_layers(config)) if ring)
         within = config.layers[next(windowed, 0)]
 
-        def compiled(specs: Sequence[LayerSpec]) -> list[Kept]:
+        def compiled(specs: Sequence[LayerSpec]) -> list[CachedJit]:
             return [
                 _compiled_layer(
                     Block(config, spec, parent=None),
@@ -85,34 +85,29 @@ class Layerwise:
         )
         self._leave = _compiled_leave(transformer, ends, first)
 
-    def __call__(
-        self,
-        shapes: Hashable,
-        weights: tuple[Part, Sequence[Part]],
-        *given: Any,
-    ) -> tuple[Any, ...]:
-        """Feeds tokens, see `Program.feed`; `shapes` tells theirs, None with interventions."""
+    def __call__(self, weights: tuple[Part, Sequence[Part]], *given: Any) -> tuple[Any, ...]:
+        """Feeds tokens, see `StepProgram.feed`."""
         ready: dict[Hashable, Any] = {}
 
-        def run(program: Kept, key: Hashable, *args: Any) -> Any:
-            # What a program is found by takes long to look up, and layers of one kind share it.
-            found = ready.get((program, key))
+        def run(program: CachedJit, kind: Hashable, *args: Any) -> Any:
+            # A program takes long to look up, and layers of one kind share it.
+            found = ready.get((program, kind))
             if found is None:
-                found = ready[program, key] = program.at(None if shapes is None else key, *args)
+                found = ready[program, kind] = program.program(*args)
             return found(*args)
 
         return self._through(run, weights, *given)
 
-    def compile(self, shapes: Hashable, weights: tuple[Part, Sequence[Part]], *given: Any) -> None:
+    def compile(self, weights: tuple[Part, Sequence[Part]], *given: Any) -> None:
         """Compiles all of it for these shapes; nothing is allocated or run."""
         ready: dict[Hashable, Any] = {}
 
-        def run(program: Kept, key: Hashable, *args: Any) -> Any:
-            made = ready.get((program, key))
-            if made is None:
-                program.compile(None if shapes is None else key, *args)
-                made = ready[program, key] = program.jitted.eval_shape(*args)
-            return made
+        def run(program: CachedJit, kind: Hashable, *args: Any) -> Any:
+            result = ready.get((program, kind))
+            if result is None:
+                program.compile(*args)
+                result = ready[program, kind] = program.jitted.eval_shape(*args)
+            return result
 
         self._through(run, weights, *given)
 
@@ -132,11 +127,10 @@ class Layerwise:
         last: np.int32,
         interventions: Interventions | None,
     ) -> tuple[Any, ...]:
-        """All programs in turn; `run` is given each, what tells its shapes, and its arguments."""
+        """All programs in turn; `run` is given each, the kind of its layer, and its arguments."""
         ends, layers = weights
-        length = tokens.shape[1]
         carry, rotations, positions = run(
-            self._enter, (length, ends.dtypes), ends.leaves, tokens, positions, interventions
+            self._enter, None, ends.leaves, tokens, positions, interventions
         )
         k, v = list(cache.k), list(cache.v)
         held = {False: cache.positions, True: cache.ring_positions}
@@ -152,7 +146,7 @@ class Layerwise:
             )
             carry, residual, k[i], v[i], after[ring], end, new, weights_of_last = run(
                 program,
-                (ring or near, k[i].shape[0], length, part.dtypes),
+                (ring or near, k[i].shape[0], part.dtypes),
                 *(part.leaves, k[i], v[i], slots, carry, positions),
                 *(rotations[self._rotations[i]], last),
                 *(None if interventions is None else np.int32(i), interventions),
@@ -164,7 +158,7 @@ class Layerwise:
                 attention[ring].append(weights_of_last)
         seen, state, stacked, shown = run(
             self._leave,
-            (length, ends.dtypes, cache.size, len(attention[True]), len(attention[False])),
+            None,
             *(ends.leaves, carry, seen, tokens, positions, last),
             *(rows, attention[True], attention[False], interventions),
         )
@@ -204,7 +198,7 @@ def _batched(carry: Carry) -> Carry:
 
 
 @functools.cache
-def _compiled_enter(transformer: Transformer, weights: Any) -> Kept:
+def _compiled_enter(transformer: Transformer, weights: Any) -> CachedJit:
     """The first layer's carry without its batch, rotations, and the positions on the device."""
 
     def enter(
@@ -215,11 +209,11 @@ def _compiled_enter(transformer: Transformer, weights: Any) -> Kept:
         carry, rotations = cast(Any, transformer.apply(variables, *given, method="enter"))
         return _bare(carry), rotations, positions
 
-    return kept(enter, transformer, weights)
+    return StepJit(enter, transformer, weights)
 
 
 @functools.cache
-def _compiled_layer(block: Block, weights: Any, shown: bool, first: bool) -> Kept:
+def _compiled_layer(block: Block, weights: Any, shown: bool, first: bool) -> CachedJit:
     """One layer: the carry after it, without its batch, its cache, and what it shows."""
 
     def layer(
@@ -263,11 +257,11 @@ def _compiled_layer(block: Block, weights: Any, shown: bool, first: bool) -> Kep
             weights_of_last if shown else None,
         )
 
-    return kept(layer, block, weights, shown, first, donate_argnums=(1, 2))
+    return StepJit(layer, block, weights, shown, first, donate_argnums=(1, 2))
 
 
 @functools.cache
-def _compiled_leave(transformer: Transformer, weights: Any, first: bool) -> Kept:
+def _compiled_leave(transformer: Transformer, weights: Any, first: bool) -> CachedJit:
     """The tokens seen, the last one's final-normed state, and what the layers show as one."""
     window = smallest_window(transformer.config)
 
@@ -294,4 +288,4 @@ def _compiled_leave(transformer: Transformer, weights: Any, first: bool) -> Kept
         stacked = [jnp.stack(arrays) if arrays else None for arrays in (rows, near, far)]
         return seen, (final[0, last], positions[0, last]), stacked[0], tuple(stacked[1:])
 
-    return kept(leave, transformer, weights, first, donate_argnums=(2,))
+    return StepJit(leave, transformer, weights, first, donate_argnums=(2,))

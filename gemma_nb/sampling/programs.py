@@ -1,147 +1,322 @@
-"""The compiled programs of one stream, and which of them are compiled before they are needed."""
+"""Compiled programs of a stream: tokens in, the next one out, with the evidence of the choice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
+import flax
 import jax
 import numpy as np
 
-from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
-from gemma_nb.sampling import ahead
-from gemma_nb.sampling.cache import StreamCache, compile_rewinding
-from gemma_nb.sampling.feed import Captured
-from gemma_nb.sampling.look import can_look, compile_look, compiled_look
-from gemma_nb.sampling.methods import Controls
-from gemma_nb.sampling.prefill import BUCKETS
-from gemma_nb.sampling.step import Program
-from gemma_nb.sampling.weights import Part, decoding_weights
+from gemma_nb.sampling.cache import StreamCache
+from gemma_nb.sampling.draw import choose, suffices
+from gemma_nb.sampling.evidence import exact_logit
+from gemma_nb.sampling.feed import Captured, StepJit, feed
+from gemma_nb.sampling.filters import Controls
+from gemma_nb.sampling.head import Scores
+from gemma_nb.sampling.inspect_position import compiled_inspection
+from gemma_nb.sampling.layerwise import Layerwise, compiled_layerwise
+from gemma_nb.sampling.traits import EngineTraits
+from gemma_nb.sampling.weights import DecodingWeights, Part, decoding_weights
 
-# What compiles something, for `ahead.begin`.
-Jobs = Iterator[Callable[[], object]]
+
+@flax.struct.dataclass
+class StepOutput:
+    """The output of a step, beside the cache.
+
+    Attributes:
+      token: (1, 1) int32, the chosen id, as the next step takes it; None where none was wanted.
+      words: the packed evidence, or None.
+      kv_rows: the new tokens' keys and values on the layers whose cache is a ring,
+        (layers, 2, T, K*H) float32; None where there are none.
+      attention: see `feed.sown_attention`, in float16; None where no layers were asked for.
+      residuals: see `residuals.sown_residuals`; None where they are not kept.
+    """
+
+    token: jax.Array | None
+    words: jax.Array | None
+    kv_rows: jax.Array | None
+    attention: tuple[jax.Array | None, jax.Array | None] | None
+    residuals: jax.Array | tuple[jax.Array, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """A compiled step, and the weights that it is given.
+
+    A prefill is in two parts, so that the choice is compiled once for all numbers of
+    tokens and sizes of the cache; a decode step is not, since handing the state over takes 4 %
+    of a step.
+
+    Attributes:
+      feed: takes `weights`, a `StreamCache` and the tokens seen (V,), both given away, tokens and
+        positions (1, T), the index of the last token, and `Interventions`; returns the cache, the
+        tokens seen, the last token's final-normed state with its position, and `kv_rows`,
+        `attention` and `residuals` of `StepOutput`.  Where there is no `choose` it takes
+        `Controls`, too, and returns what that does in place of the state.
+      choose: takes the leaves of `ends`, the tokens seen, that state and position, and `Controls`;
+        returns `token` and `words` of `StepOutput`.
+      choose_short: `choose` from the shortlist alone, and whether that was right.
+      ends: the weights; where layers are apart, those that are in none.
+      layers: of each layer, where they are apart.
+    """
+
+    feed: StepJit | Layerwise
+    choose: StepJit | None
+    choose_short: StepJit | None
+    ends: Part
+    layers: tuple[Part, ...] = ()
+
+    @classmethod
+    def decode_step(
+        cls, transformer: Any, weights: DecodingWeights, top_k: int, captured: Captured
+    ) -> StepProgram:
+        """The step of single tokens.
+
+        Args:
+          transformer: the module.
+          weights: what it is given.
+          top_k: number of alternatives.
+          captured: what comes with the tokens.
+        """
+        part = Part.of(weights)
+        return cls(_compiled_step(transformer, part.structure, top_k, captured), None, None, part)
+
+    @classmethod
+    def prefill(
+        cls, transformer: Any, weights: DecodingWeights, top_k: int, captured: Captured
+    ) -> StepProgram:
+        """The step of several tokens, of any module anywhere; arguments as of `decode_step`."""
+        part = Part.of(weights)
+        feed = _compiled_feed(transformer, part.structure, captured)
+        return cls(feed, *_choices(transformer, part.structure, top_k), part)
+
+    @classmethod
+    def layerwise_prefill(
+        cls,
+        transformer: Transformer,
+        parts: tuple[Part, tuple[Part, ...]],
+        top_k: int,
+        captured: Captured,
+        *,
+        first: bool = False,
+    ) -> StepProgram:
+        """The step of several tokens, layer by layer, for our own module on a CPU.
+
+        Args:
+          transformer: the module.
+          parts: the weights of the ends, and of each layer.
+          top_k: number of alternatives.
+          captured: what comes with the tokens.
+          first: the cache that it is given is empty, so the tokens attend to each other alone (with
+            Gemma 3 270M 16, 64 and 256 tokens take 0.90, 0.97 and 0.83 of the time).
+        """
+        ends, layers = parts
+        structures = tuple(part.structure for part in layers)
+        feed = compiled_layerwise(transformer, ends.structure, structures, captured, first)
+        return cls(feed, *_choices(transformer, ends.structure, top_k), ends, layers)
+
+    def run(
+        self,
+        cache: StreamCache,
+        seen: jax.Array,
+        tokens: Any,
+        positions: np.ndarray,
+        last: int,
+        controls: Controls,
+        interventions: Interventions | None,
+        *,
+        wanted: bool = True,
+        short: bool = False,
+    ) -> tuple[StreamCache, jax.Array, StepOutput]:
+        """Feeds tokens (1, T), and chooses the one after index `last` where it is `wanted`.
+
+        `short`: the settings may need no more than the shortlist, see `draw.may_suffice`.
+
+        Returns:
+          The cache and the tokens seen, in place of those that were given away, and the output.
+        """
+        given = (cache, seen, tokens, positions, np.int32(last), interventions)
+        args = (self._weights, *given)
+        if self.choose is None:
+            cache, seen, (token, words), *captured = self.feed(*args, controls)
+        else:
+            cache, seen, state, *captured = self.feed(*args)
+            token, words = None, None
+            if wanted:
+                token, words = self._choice((self.ends.leaves, seen, state, controls), short)
+        return cache, seen, StepOutput(token, words, *captured)
+
+    def compile(
+        self,
+        cache: StreamCache,
+        seen: jax.ShapeDtypeStruct,
+        length: int,
+        controls: Controls,
+        interventions: Interventions | None,
+    ) -> None:
+        """Compiles it for so many tokens at once, from shapes; nothing is allocated or run."""
+        tokens = positions = np.zeros((1, length), np.int32)
+        given = (cache, seen, tokens, positions, np.int32(0), interventions)
+        more = (controls,) if self.choose is None else ()
+        self.feed.compile(self._weights, *given, *more)
+
+    def _choice(self, given: tuple[Any, ...], short: bool) -> tuple[jax.Array, jax.Array]:
+        assert self.choose is not None
+        assert self.choose_short is not None
+        if short:
+            token, words, enough = self.choose_short(*given)
+            # Whoever feeds several tokens waits for the choice anyway.
+            if enough:
+                return token, words
+        return cast(tuple[jax.Array, jax.Array], self.choose(*given))
+
+    def compile_choice(
+        self,
+        seen: jax.ShapeDtypeStruct,
+        state: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+        controls: Controls,
+    ) -> None:
+        """Compiles `choose`, from shapes."""
+        assert self.choose is not None
+        self.choose.compile(self.ends.leaves, seen, state, controls)
+
+    @property
+    def _weights(self) -> Any:
+        """As `feed` takes them."""
+        return (self.ends, self.layers) if self.layers else self.ends.leaves
+
+
+# Static is the module (its configuration), the tree structure of the weights and what is captured.
+# All else is traced, so no setting adds a compilation but the first that the shortlist does not
+# suffice for, see `StepProgram.choose_short`.
+
+
+@functools.cache
+def _compiled_feed(transformer: Transformer, weights: Any, captured: Captured) -> StepJit:
+    """`StepProgram.feed` of several tokens; compiled per number of tokens and cache size."""
+
+    def feed_several(leaves: Sequence[jax.Array], *args: Any) -> Any:
+        return feed(transformer, jax.tree.unflatten(weights, leaves), *args, captured=captured)
+
+    return StepJit(feed_several, transformer, weights, captured, donate_argnums=(1, 2))
+
+
+@functools.cache
+def _choices(transformer: Transformer, weights: Any, top_k: int) -> tuple[StepJit, StepJit]:
+    """`StepProgram.choose` and `.choose_short`; each is compiled once."""
+
+    def compiled(short: bool) -> StepJit:
+        def choice(leaves: Sequence[jax.Array], *args: Any) -> Any:
+            own = jax.tree.unflatten(weights, leaves)
+            return _choose(transformer, own, *args, top_k=top_k, short=short)
+
+        return StepJit(choice, transformer, weights, top_k, short)
+
+    return compiled(False), compiled(True)
+
+
+@functools.cache
+def _compiled_step(
+    transformer: Transformer, weights: Any, top_k: int, captured: Captured
+) -> StepJit:
+    """`StepProgram.feed` of a single token, with the choice; compiled per cache size."""
+
+    def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
+        own = jax.tree.unflatten(weights, leaves)
+        *given, controls = args
+        cache, seen, state, *shown = feed(transformer, own, *given, captured=captured)
+        chosen = _choose(transformer, own, seen, state, controls, top_k=top_k)
+        return cache, seen, chosen, *shown
+
+    return StepJit(step, transformer, weights, top_k, captured, donate_argnums=(1, 2))
+
+
+def _choose(
+    transformer: Transformer,
+    weights: DecodingWeights,
+    seen: jax.Array,
+    state: tuple[jax.Array, jax.Array],
+    controls: Controls,
+    *,
+    top_k: int,
+    short: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Chooses the token after a final-normed state (D,) at a position; see `StepProgram.choose`."""
+    hidden, position = state
+    forced_logit = None
+    if weights.head is not None:
+        cap = transformer.config.final_logit_soft_cap
+        scores = weights.head.scores(hidden, weights.table, cap)
+        forced_logit = exact_logit(controls.forced, hidden, weights.table, cap)
+    else:
+        logits = transformer.apply(weights.variables, hidden, method="unembed")
+        scores = Scores.of(cast(jax.Array, logits))
+    evidence = choose(scores, controls, seen, position, top_k, forced_logit, short=short)
+    chosen = evidence.token.reshape(1, 1), evidence.pack()
+    return (*chosen, suffices(scores, controls)) if short else chosen
 
 
 class Programs:
-    """What a stream runs.
-
-    What is compiled ahead is compiled from shapes, since the arrays themselves are given away by
-    the next step; once in a process, whoever asks for it.
+    """The programs that a stream of one model runs.
 
     Attributes:
-      one: feeds a single token.
-      many: feeds several tokens behind others.
-      first: feeds several tokens that have nothing before them to attend to; `many` where that is
-        all the same.
-      looks: whether `look` may be run: with our own module, on one device.
-      looking: whether somebody looks, or may soon; until then no look is compiled ahead.
+      decode_step: feeds a single token.
+      prefill: feeds several tokens behind others.
+      first_prefill: feeds several tokens that have nothing before them to attend to; `prefill`
+        where that is all the same.
     """
 
     def __init__(
-        self, model: GemmaTransformer, *, top_k: int, attention_layers: tuple[int, ...] = ()
+        self,
+        model: GemmaTransformer,
+        traits: EngineTraits,
+        *,
+        top_k: int,
+        attention_layers: tuple[int, ...] = (),
     ) -> None:
         """The programs of a model; nothing is compiled yet.
 
         Args:
           model: what computes.
+          traits: of its engine.
           top_k: number of alternatives.
           attention_layers: whose attention weights come with a choice, ascending.
         """
-        self._transformer = model.transformer
-        self._mesh = model.mesh
-        self.looks = can_look(model)
-        self.looking = False
-        # A pass is computed in the parameters' own precision.
-        exact = self.looks and model.storage == "exact"
-        captured = Captured(attention_layers, residuals=exact)
+        self.transformer = model.transformer
         # Held, since other streams of the model take them from here.
         self._weights = decoding_weights(model)
-        of = (top_k, captured)
-        if self.looks and jax.default_backend() == "cpu":
+        of = top_k, Captured(attention_layers, residuals=traits.can_capture_residuals)
+        if traits.layerwise_prefill:
             own = cast(Transformer, model.transformer)
             ends, layers = self._weights.for_several()
-            parts = Part.of(ends), tuple(map(Part.of, layers))
-            self.many = Program.layerwise(own, parts, *of)
-            self.first = Program.layerwise(own, parts, *of, first=True)
+            weights = Part.of(ends), tuple(map(Part.of, layers))
+            self.prefill = StepProgram.layerwise_prefill(own, weights, *of)
+            self.first_prefill = StepProgram.layerwise_prefill(own, weights, *of, first=True)
         else:
-            self.first = self.many = Program.several(model.transformer, self._weights, *of)
+            self.prefill = StepProgram.prefill(model.transformer, self._weights, *of)
+            self.first_prefill = self.prefill
         # One token is given less.
-        self.one = Program.single(model.transformer, self._weights.for_one_token(), *of)
+        bare = self._weights.for_one_token()
+        self.decode_step = StepProgram.decode_step(model.transformer, bare, *of)
 
     def use_huge_pages(self) -> None:
-        """See `DecodingWeights`; a second time it does nothing."""
+        """Move weights to huge pages, see `DecodingWeights`; a second time it does nothing."""
         self._weights.use_huge_pages()
 
-    def feeding(self, length: int, *, first: bool) -> Program:
-        """What feeds so many tokens at once.  `first`: nothing is cached."""
+    def feeding(self, length: int, *, first: bool) -> StepProgram:
+        """The program that feeds so many tokens at once.  `first`: nothing is cached."""
         if length == 1:
-            return self.one
-        return self.first if first else self.many
+            return self.decode_step
+        return self.first_prefill if first else self.prefill
 
     @property
-    def look(self) -> Kept:
-        """The jitted pass of `gemma_nb.sampling.look.look`, for the leaves of `one`."""
-        return compiled_look(self._transformer, self.one.ends.structure)
-
-    def steps_at(
-        self, size: int | None, controls: Controls, interventions: Interventions | None
-    ) -> Jobs:
-        """What compiles the steps that come first at a cache size, unless that was begun."""
-        if size is None or not self._is_new(self.one.feed, size, interventions):
-            return
-        yield partial(self.one.compile, *self._given(size), 1, controls, interventions)
-        yield partial(compile_rewinding, self._given(size)[0])
-        yield from self.pieces_at(size, controls, interventions)
-
-    def pieces_at(self, size: int, controls: Controls, interventions: Interventions | None) -> Jobs:
-        """What compiles the short pieces behind others at a cache size, unless that was begun."""
-        # `many` may be the program of single tokens, too, but for other shapes.
-        if not self._is_new(self.many.feed, size, interventions, several=True):
-            return
-        for length in BUCKETS[:2]:
-            yield partial(self.many.compile, *self._given(size), length, controls, interventions)
-
-    def choice(self, controls: Controls) -> Jobs:
-        """What compiles the choice after a prompt for all settings, unless that was begun.
-
-        Most need the short one, which is compiled in half the time.
-        """
-        begun = ahead.begun(self.many.choose)
-        if not self.looks or begun:
-            return
-        begun.add(True)
-        config, dtype = self._transformer.config, cast(Transformer, self._transformer).dtype
-        hidden = jax.ShapeDtypeStruct((config.embed_dim,), dtype)
-        state = hidden, jax.ShapeDtypeStruct((), np.dtype(np.int32))
-        seen = jax.ShapeDtypeStruct((config.num_embed,), np.dtype(bool))
-        yield partial(self.many.compile_choice, seen, state, controls)
-
-    def looks_at(self, size: int | None, interventions: Interventions | None) -> Jobs:
-        """What compiles the looks at a cache size, where they may be wanted."""
-        if size is None or not (self.looking and self.looks):
-            return
-        if self._is_new(self.look, size, interventions):
-            cache, _ = self._given(size)
-            yield partial(compile_look, self.look, self.one.ends.leaves, cache, interventions)
-
-    def _given(self, size: int) -> tuple[StreamCache, jax.ShapeDtypeStruct]:
-        """Shapes of the cache and of the tokens seen."""
-        config = self._transformer.config
-        seen = jax.ShapeDtypeStruct((config.num_embed,), np.dtype(bool))
-        return StreamCache.shapes(config, size, own=self.looks), seen
-
-    def _is_new(
-        self, program: Any, size: int, interventions: Interventions | None, *, several: bool = False
-    ) -> bool:
-        """Whether nobody has begun to compile a program for a cache size; notes that it is."""
-        what = (size, several, jax.tree.structure(interventions))
-        begun = ahead.begun(program)
-        # Several hosts must run the same programs in the same order.
-        if what in begun or self._mesh is not None:
-            return False
-        begun.add(what)
-        return True
+    def inspection(self) -> StepJit:
+        """The pass of `gemma_nb.sampling.inspect_position`, for the leaves of `decode_step`."""
+        return compiled_inspection(self.transformer, self.decode_step.ends.structure)

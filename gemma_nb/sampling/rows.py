@@ -14,7 +14,7 @@ import numpy as np
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.cache import ring_layers, smallest_window
-from gemma_nb.sampling.evidence import Capture
+from gemma_nb.sampling.settings import Capture
 from gemma_nb.sites import check_layers
 from gemma_nb.text.tokenizer import Tokenizer
 

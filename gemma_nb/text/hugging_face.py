@@ -17,9 +17,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from gemma_nb.checkpoints.folders import TokenizerFiles
 from gemma_nb.errors import CheckpointError
 from gemma_nb.text.added import AddedToken, Finder, in_one_pass
+from gemma_nb.text.files import TokenizerFiles
 from gemma_nb.text.tokenizer import Tokenizer
 from gemma_nb.text.tokenizer_json import (
     IMAGE,

@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from gemma_nb.checkpoints.folders import TokenizerFiles
 from gemma_nb.errors import CheckpointError
 from gemma_nb.text import merges as merging
 from gemma_nb.text.added import SPACE, AddedToken
+from gemma_nb.text.files import TokenizerFiles
 from gemma_nb.text.tokenizer import Encoder
 from gemma_nb.text.vocabulary import (
     BYTE,

@@ -60,7 +60,7 @@ class Loader:
 
     def _read(self, source: Any, job: Job) -> tuple[Any, Any]:
         """Model and tokenizer, shared with whoever has read the same files."""
-        from gemma_nb.checkpoints.load import load
+        from gemma_nb.loading import load
 
         key = _key(source)
         expected, self._expected = _found(key), None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 
 import gemma_nb as gnb
-from gemma_nb.sampling.ahead import COMPILING
+from gemma_nb.sampling.compile_ahead import COMPILING
 from gemma_nb.sampling.decode import Decoder
 from tests.bench.names import GM, GM_STREAM, LLAMA, OURS, OURS_INT8, gm_python, installed
 from tests.bench.reply import Reply

@@ -11,8 +11,8 @@ def looks(make, monkeypatch):
     """A session, and the positions that its decoder looks at."""
     chat = make()
     seen = []
-    look = chat._decoder.look
-    monkeypatch.setattr(chat._decoder, "look", lambda p: seen.append(p) or look(p))
+    inspect = chat._decoder.inspect_position
+    monkeypatch.setattr(chat._decoder, "inspect_position", lambda p: seen.append(p) or inspect(p))
     return chat, seen
 
 

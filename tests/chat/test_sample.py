@@ -175,7 +175,8 @@ def test_replies_are_made_at_once_where_that_is_faster(make, monkeypatch, unit, 
 def test_a_module_of_another_library_samples_one_after_another(make, monkeypatch):
     chat = make()
     expected = chat.sample("Hi", n=3)
-    monkeypatch.setattr(chat._decoder._programs, "looks", False)
+    traits = dataclasses.replace(chat._decoder.traits, can_batch=False)
+    monkeypatch.setattr(chat._decoder, "traits", traits)
     monkeypatch.setattr(several, "Batch", None)
     for ours, theirs in zip(chat.sample("Hi", n=3), expected, strict=True):
         assert_same_reply(ours, theirs)

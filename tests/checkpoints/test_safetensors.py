@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gemma_nb.checkpoints import layout, safetensors, sources
+from gemma_nb.checkpoints import layout, safetensors, safetensors_files, sources
 from gemma_nb.checkpoints.safetensors import HuggingFaceFolder
 from gemma_nb.errors import CheckpointError
 from tests.checkpoints import tiny, written
@@ -31,7 +31,7 @@ def test_every_float_type_is_rounded_once(tmp_path, stored, wanted):
 def test_tensors_are_read_in_pieces(tmp_path, monkeypatch, piece):
     params = written.params()
     folder = HuggingFaceFolder(written.hugging_face(tmp_path, params), VOCABULARY)
-    monkeypatch.setattr(safetensors, "_PIECE", piece)
+    monkeypatch.setattr(safetensors_files, "_PIECE", piece)
     for path, array in folder.params(np.float32):
         assert np.array_equal(array, layout.flatten(params)[path])
 

@@ -102,11 +102,11 @@ def test_values_that_change_do_not_compile_the_step_again(tiny_model):
     decoder = Decoder(model.intervene(gnb.Steer(1, VECTOR)), limit=64, top_k=8)
     decoder.prefill(decoder.begin(IDS.tolist(), Sampling(seed=0)))
     decoder.step()
-    compiled = decoder._programs.one.feed.count()
+    compiled = decoder._programs.decode_step.feed.count()
     decoder.intervene(model.intervene(gnb.Steer(2, -VECTOR, 3.0)).interventions)
     decoder.prefill(decoder.begin(IDS.tolist(), Sampling(seed=0)))
     decoder.step()
-    assert decoder._programs.one.feed.count() == compiled
+    assert decoder._programs.decode_step.feed.count() == compiled
 
 
 def test_a_change_keeps_what_it_does_not_concern_in_the_cache(tiny_model):

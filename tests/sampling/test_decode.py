@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.sampling import ahead, prefill
-from gemma_nb.sampling.ahead import COMPILING
+from gemma_nb.sampling import compile_ahead, prefill
 from gemma_nb.sampling.cache import StreamCache, grow, next_size, rewind, size_for
-from gemma_nb.sampling.choose import may_suffice
+from gemma_nb.sampling.compile_ahead import COMPILING
 from gemma_nb.sampling.decode import Decoder
+from gemma_nb.sampling.draw import may_suffice
 from gemma_nb.sampling.head import SHORTLIST
-from gemma_nb.sampling.methods import Sampling
-from gemma_nb.sampling.step import Program
+from gemma_nb.sampling.programs import StepProgram
+from gemma_nb.sampling.settings import Sampling
 
 GREEDY = Sampling(temperature=0, seed=0)
 
@@ -127,7 +127,7 @@ def test_a_failed_step_leaves_a_stream_that_starts_over(decoder, score, monkeypa
     def fail(*args, **kwargs):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(Program, "run", fail)
+    monkeypatch.setattr(StepProgram, "run", fail)
     with pytest.raises(MemoryError):
         decoder.step()
     monkeypatch.undo()
@@ -140,8 +140,8 @@ def sizes(decoder):
     programs = decoder._programs
     parts = [
         part
-        for p in (programs.one, programs.first, programs.many)
-        for part in (p.feed, p.choose, p.short)
+        for p in (programs.decode_step, programs.first_prefill, programs.prefill)
+        for part in (p.feed, p.choose, p.choose_short)
     ]
     return [part.count() for part in parts if part is not None]
 
@@ -298,7 +298,7 @@ class Asked:
     def look(self):
         if self.decoder.ids:
             position = self.draw.randrange(len(self.decoder.ids))
-            rows = self.decoder.look(position).attention
+            rows = self.decoder.inspect_position(position).attention
             np.testing.assert_allclose(rows.sum(-1), 1, atol=1e-5)
 
     def residuals(self):
@@ -309,7 +309,7 @@ class Asked:
         assert self.decoder.ids == ids
 
     def keep(self):
-        self.decoder.keep(self.decoder.ids[: self.draw.randint(0, len(self.decoder.ids))])
+        self.decoder.rewind_to(self.decoder.ids[: self.draw.randint(0, len(self.decoder.ids))])
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -325,16 +325,16 @@ def test_whatever_a_stream_is_asked_for_it_goes_on_exactly(decoder, score, seed)
 
 def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, caplog):
     monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96, 192))
-    ahead.begun.cache_clear()  # of other tests
+    compile_ahead.begun.cache_clear()  # of other tests
     decoder = Decoder(tiny_model[0], limit=150, top_k=5)
     compiled = []
-    compile_ = Program.compile
+    compile_ = StepProgram.compile
 
     def noted(program, cache, *rest):
         compiled.append((cache.size, threading.current_thread().name))
         compile_(program, cache, *rest)
 
-    monkeypatch.setattr(Program, "compile", noted)
+    monkeypatch.setattr(StepProgram, "compile", noted)
     decoder.prefill(decoder.begin(random_ids(20), GREEDY))
     for _ in range(5):
         decoder.step()
@@ -359,8 +359,8 @@ def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, 
 def test_a_long_prompt_finds_no_more_slots_than_its_pieces_need(tiny_model, score, monkeypatch):
     monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96, 148, 290, 580))
     monkeypatch.setattr("gemma_nb.sampling.decode._AT_ONCE", 48)
-    monkeypatch.setattr("gemma_nb.sampling.decode._ALONE", -1)
-    monkeypatch.setattr(ahead, "begin", lambda jobs: begun.append(list(jobs)))
+    monkeypatch.setattr("gemma_nb.sampling.compile_ahead._UNDISTURBED", -1)
+    monkeypatch.setattr(compile_ahead, "begin", lambda jobs: begun.append(list(jobs)))
     begun: list = []
     decoder, ids = Decoder(tiny_model[0], limit=580, top_k=5), random_ids(148)
     sizes = []
@@ -401,7 +401,7 @@ def test_a_token_that_is_put_there_has_its_own_evidence(decoder, score):
 def test_nothing_is_computed_after_the_last_token(decoder):
     decoder.prefill(decoder.begin([2, 5, 7], Sampling(temperature=0, seed=0)))
     expected = [int(decoder.step().token) for _ in range(3)]
-    decoder.keep([2, 5])
+    decoder.rewind_to([2, 5])
     decoder.prefill(decoder.begin([2, 5, 7], Sampling(temperature=0, seed=0)))
     tokens = [int(decoder.step(last=last).token) for last in (False, True, False)]
     assert tokens == expected  # also the one that was not the last after all
@@ -441,8 +441,10 @@ def test_a_token_that_is_put_there_does_not_recompile(decoder):
 
 def test_warming_up_compiles_the_next_size_too(tiny_model, monkeypatch):
     sizes = []
-    monkeypatch.setattr(Program, "compile", lambda program, cache, *rest: sizes.append(cache.size))
-    ahead.begun.cache_clear()  # of other tests
+    monkeypatch.setattr(
+        StepProgram, "compile", lambda program, cache, *rest: sizes.append(cache.size)
+    )
+    compile_ahead.begun.cache_clear()  # of other tests
     for _ in range(2):  # a second stream of the model finds it done
         decoder = Decoder(tiny_model[0], limit=1024, top_k=5)
         decoder.compile()

@@ -13,7 +13,7 @@ import pytest
 
 from gemma_nb.nn.storage import product
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 from gemma_nb.sampling.weights import decoding_weights
 
 pytestmark = pytest.mark.real

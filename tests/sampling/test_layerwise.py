@@ -12,12 +12,11 @@ import pytest
 from gemma_nb import processor
 from gemma_nb.config import Global, Sliding
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.evidence import Capture
 from gemma_nb.sampling.feed import Captured
 from gemma_nb.sampling.layerwise import Layerwise
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.programs import StepProgram
 from gemma_nb.sampling.rows import AttentionRows
-from gemma_nb.sampling.step import Program
+from gemma_nb.sampling.settings import Capture, Sampling
 from gemma_nb.sampling.weights import decoding_weights
 
 GREEDY = Sampling(temperature=0, seed=0)
@@ -49,14 +48,16 @@ def test_within_a_window_one_kind_of_layer_is_compiled(tiny_model):
     model = windowed(tiny_model[0], 300)
     assert {type(spec.kind) for spec in model.config.layers} == {Global, Sliding}
     decoder, ids, found = Decoder(model, limit=400, top_k=5), random_ids(40, seed=3), []
-    feed = decoder._programs.many.feed
+    feed = decoder._programs.prefill.feed
     assert set(feed._near) < set(feed._layers)
     for apart in (False, True):
         if apart:
             feed = copy.copy(feed)
             feed._window = 0
             programs = decoder._programs
-            programs.first = programs.many = dataclasses.replace(programs.many, feed=feed)
+            programs.first_prefill = programs.prefill = dataclasses.replace(
+                programs.prefill, feed=feed
+            )
         decoder.reset()
         decoder.prefill(decoder.begin(ids[:7], GREEDY))
         evidence = decoder.prefill(decoder.begin(ids, GREEDY))
@@ -112,12 +113,12 @@ def test_layer_by_layer_is_what_one_program_computes(
         rows = AttentionRows(Capture(attention_layers="all"), model, tokenizer, shown=True)
         decoder = Decoder(model, limit=200, top_k=5, rows=rows)
         programs = decoder._programs
-        assert isinstance(programs.many.feed, Layerwise)
+        assert isinstance(programs.prefill.feed, Layerwise)
         if not apart:
             captured = Captured(rows.layers, residuals=storage != "int8")
             weights = decoding_weights(model)
-            whole = Program.several(model.transformer, weights, 5, captured)
-            programs.first = programs.many = whole
+            whole = StepProgram.prefill(model.transformer, weights, 5, captured)
+            programs.first_prefill = programs.prefill = whole
         if before:
             decoder.prefill(decoder.begin(ids[:before], GREEDY))
         evidence = decoder.prefill(decoder.begin(ids, GREEDY))
@@ -147,7 +148,7 @@ def test_a_first_prompt_is_computed_as_one_behind_others(tiny_model, length):
         )
         decoder = Decoder(tiny_model[0], limit=200, top_k=5, rows=rows)
         if not own:
-            decoder._programs.first = decoder._programs.many
+            decoder._programs.first_prefill = decoder._programs.prefill
         first = decoder.prefill(decoder.begin(ids, GREEDY))
         found.append(
             (first, decoder.step(), decoder.cache, decoder._archive.rows(np.arange(length)))

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 import gemma_nb as gnb
-from gemma_nb.sampling import ahead
+from gemma_nb.sampling import compile_ahead
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.evidence import Capture
-from gemma_nb.sampling.look import compiled_look
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.inspect_position import compiled_inspection
 from gemma_nb.sampling.rows import AttentionRows, in_order
+from gemma_nb.sampling.settings import Capture, Sampling
 from tests.sampling.test_decode import GREEDY, random_ids
 
 
@@ -159,14 +158,14 @@ def test_a_ring_in_order():
 
 
 def test_looks_are_compiled_ahead(tiny_model, caplog):
-    ahead.begun.cache_clear()  # of other tests
-    compiled_look.cache_clear()
+    compile_ahead.begun.cache_clear()  # of other tests
+    compiled_inspection.cache_clear()
     decoder = Decoder(tiny_model[0], limit=300, top_k=5)
     decoder.compile()
     for thread in threading.enumerate():
-        if thread.name == ahead.COMPILING:
+        if thread.name == compile_ahead.COMPILING:
             thread.join()
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         decoder.prefill(decoder.begin(random_ids(5), GREEDY))
-        decoder.look(3)
+        decoder.inspect_position(3)
     assert "jit(look" not in caplog.text

@@ -8,8 +8,8 @@ from typing import Any
 
 import tokenizers
 
-from gemma_nb.checkpoints.folders import TokenizerFiles
 from gemma_nb.text import hugging_face
+from gemma_nb.text.files import TokenizerFiles
 from gemma_nb.text.tokenizer import Tokenizer
 from tests.checkpoints import tiny
 

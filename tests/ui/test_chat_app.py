@@ -325,7 +325,7 @@ def load(source, progress):
         time.sleep(0.1)
         progress(step / 15, "Reading weights")
     return None, None
-sys.modules["gemma_nb.checkpoints.load"] = types.SimpleNamespace(load=load)
+sys.modules["gemma_nb.loading"] = types.SimpleNamespace(load=load)
 sys.modules["gemma_nb.chat.session"] = types.SimpleNamespace(ChatSession=lambda *a: chat)
 from gemma_nb.app import ChatApp
 app = ChatApp("gemma3-270m")

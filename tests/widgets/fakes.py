@@ -19,7 +19,7 @@ import xarray as xr
 
 from gemma_nb.chat.events import Alternative, PrefillEvent, Timing, TokenEvent, TokenRecord, Turn
 from gemma_nb.errors import BusyError
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 
 WORDS = (
     *(" The", " capital", " city", " it", " of", " a", " Paris", " Rome", " that", " known"),

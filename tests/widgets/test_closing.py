@@ -133,7 +133,7 @@ def loads(monkeypatch, tmp_path):
     def resolve(source):
         return types.SimpleNamespace(name=str(source), files=(path,))
 
-    monkeypatch.setattr("gemma_nb.checkpoints.load.load", load)
+    monkeypatch.setattr("gemma_nb.loading.load", load)
     monkeypatch.setattr("gemma_nb.checkpoints.sources.resolve", resolve)
     monkeypatch.setattr("gemma_nb.chat.session.ChatSession", session)
     return types.SimpleNamespace(path=path, count=count)

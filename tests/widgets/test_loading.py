@@ -34,7 +34,7 @@ def loadable(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
 
     loading = types.SimpleNamespace(load=load)
     chatting = types.SimpleNamespace(ChatSession=lambda model, tokenizer: session)
-    monkeypatch.setitem(sys.modules, "gemma_nb.checkpoints.load", loading)
+    monkeypatch.setitem(sys.modules, "gemma_nb.loading", loading)
     monkeypatch.setitem(sys.modules, "gemma_nb.chat.session", chatting)
     return session
 

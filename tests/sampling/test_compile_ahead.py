@@ -3,15 +3,15 @@
 import logging
 import threading
 
-from gemma_nb.sampling import ahead
+from gemma_nb.sampling import compile_ahead
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.methods import Sampling
-from gemma_nb.sampling.step import Program
+from gemma_nb.sampling.programs import StepProgram
+from gemma_nb.sampling.settings import Sampling
 
 
 def joined():
     for thread in threading.enumerate():
-        if thread.name == ahead.COMPILING:
+        if thread.name == compile_ahead.COMPILING:
             thread.join()
 
 
@@ -21,8 +21,8 @@ def test_a_job_that_fails_is_logged_and_the_others_are_run(caplog, capfd):
     def fails():
         raise TypeError("no promotion path")
 
-    with caplog.at_level(logging.INFO, logger=ahead.__name__):
-        ahead.begin([lambda: done.append(1), fails, lambda: done.append(2)])
+    with caplog.at_level(logging.INFO, logger=compile_ahead.__name__):
+        compile_ahead.begin([lambda: done.append(1), fails, lambda: done.append(2)])
         joined()
     assert done == [1, 2]
     assert "compiling ahead of need failed" in caplog.text
@@ -34,7 +34,7 @@ def test_decoding_goes_on_where_the_next_size_could_not_be_compiled_ahead(
     tiny_model, score, monkeypatch
 ):
     monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96))
-    ahead.begun.cache_clear()  # of other tests
+    compile_ahead.begun.cache_clear()  # of other tests
     decoder = Decoder(tiny_model[0], limit=90, top_k=5)
     tried = []
 
@@ -42,7 +42,7 @@ def test_decoding_goes_on_where_the_next_size_could_not_be_compiled_ahead(
         tried.append(args)
         raise TypeError("no promotion path")
 
-    monkeypatch.setattr(Program, "compile", refuse)
+    monkeypatch.setattr(StepProgram, "compile", refuse)
     decoder.prefill(decoder.begin([7] * 20, Sampling(temperature=0, seed=0)))
     while decoder._cache.size == 48:
         evidence = decoder.step()
@@ -59,7 +59,7 @@ def test_python_waits_for_it_whoever_began_it():
     def job():
         daemons.append(threading.current_thread().daemon)
 
-    starter = threading.Thread(target=ahead.begin, args=([job],), daemon=True)
+    starter = threading.Thread(target=compile_ahead.begin, args=([job],), daemon=True)
     starter.start()
     starter.join()
     joined()

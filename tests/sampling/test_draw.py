@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.sampling.choose import choose, exact_logit, observe
+from gemma_nb.sampling.draw import choose
+from gemma_nb.sampling.evidence import exact_logit, observe
+from gemma_nb.sampling.filters import Controls, distribution
 from gemma_nb.sampling.head import SHORTLIST, Int8Head, Scores
-from gemma_nb.sampling.methods import Controls, Sampling, distribution
+from gemma_nb.sampling.settings import Sampling
 
 VOCABULARY = 4096 * 4
 

@@ -1,4 +1,4 @@
-"""Which programs a start needs first: they are loaded while the rest is imported."""
+"""Programs that a start needs first, loaded while the rest is imported."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from gemma_nb.executables.files import generation, load
 from gemma_nb.executables.names import traced_modules
 
 
-class Start:
-    """The programs that come first after `expect`."""
+class _Start:
+    """The programs that come first after `begin_prefetch`, this time and the last.
+
+    An index file beside the programs holds their names.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +30,6 @@ class Start:
         self._loading: dict[str, Future[jax.stages.Compiled | None]] = {}
 
     def begin(self, what: str) -> None:
-        """See `expect`."""
         place = generation()
         if place is None:
             return
@@ -44,21 +46,16 @@ class Start:
                     self._loading[name] = pool.submit(load, place / name)
                 pool.shutdown(wait=False)
 
-    def loaded(self, name: str) -> jax.stages.Compiled | None:
-        """A program that is being loaded, once it is; None where it is not, or is damaged."""
-        loading = self._loading.pop(name, None)
-        return None if loading is None else loading.result()
-
-    def note(self, name: str) -> None:
-        """Notes that a program is needed."""
+    def take(self, name: str) -> jax.stages.Compiled | None:
         with self._lock:
             if self._index is not None:
                 self._names.append(name)
                 if name not in self._before:
                     self._write(self._index)  # now, since nobody knows whether more will come
+        loading = self._loading.pop(name, None)
+        return None if loading is None else loading.result()
 
     def end(self) -> None:
-        """See `started`."""
         if self._index is None:
             return
         with self._lock:
@@ -71,20 +68,25 @@ class Start:
             file.write(json.dumps(self._names).encode())
 
 
-start = Start()
+_start = _Start()
 
 
-def expect(what: str) -> None:
-    """Begins to load, on another thread, what ran between this and `started` the last time.
+def begin_prefetch(what: str) -> None:
+    """Begin to load, on another thread, what ran between this and `end_prefetch` the last time.
 
     To load the program of a prompt takes XLA most of a second, on one core and without Python.
 
     Args:
       what: any text, a model's name say.
     """
-    start.begin(what)
+    _start.begin(what)
 
 
-def started() -> None:
-    """The first token is there: what runs from now on is not what a start waits for."""
-    start.end()
+def prefetched(name: str) -> jax.stages.Compiled | None:
+    """A needed program that is being loaded, once it is; None where it is not, or is damaged."""
+    return _start.take(name)
+
+
+def end_prefetch() -> None:
+    """Note that the first token is there: later programs are not what a start waits for."""
+    _start.end()

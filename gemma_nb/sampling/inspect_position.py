@@ -1,22 +1,20 @@
-"""A token of the stream looked at again: what the model computes there, from what is cached."""
+"""Inspection of one position of a stream: its attention and residual stream, from the cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_nb.executables import Kept, shapes_of
 from gemma_nb.interventions import Interventions
-from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import Archive, StreamCache, newest
-from gemma_nb.sampling.feed import kept, sown_attention
+from gemma_nb.sampling.feed import StepJit, sown_attention
 from gemma_nb.sampling.rows import in_order, together
 from gemma_nb.sampling.weights import DecodingWeights
 from gemma_nb.sites import SITES
@@ -24,8 +22,8 @@ from gemma_nb.summaries import summary
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-    """What the model computes at one position p, on the host.
+class InspectedPosition:
+    """Attention and residual stream at one position p, on the host.
 
     Attributes:
       attention: (L, N, p + 1) float32, weights over the positions up to its own; 0 outside a
@@ -42,7 +40,7 @@ class Look:
 
 
 @functools.cache
-def compiled_look(transformer: Transformer, weights: Any) -> Kept:
+def compiled_inspection(transformer: Transformer, weights: Any) -> StepJit:
     """The jitted pass over one token that leaves the cache as it is.
 
     Static: the module and the structure of the weights.  Everything else is traced, so a
@@ -53,40 +51,28 @@ def compiled_look(transformer: Transformer, weights: Any) -> Kept:
       weights: the tree structure of its `DecodingWeights`, whose leaves the pass takes.
     """
 
-    def look(leaves: Sequence[jax.Array], *args: Any) -> Any:
-        return _look(transformer, jax.tree.unflatten(weights, leaves), *args)
+    def inspect(leaves: Sequence[jax.Array], *args: Any) -> Any:
+        return _inspect(transformer, jax.tree.unflatten(weights, leaves), *args)
 
-    return kept(look, transformer, weights)
-
-
-def can_look(model: GemmaTransformer) -> bool:
-    """Whether a model shows what it computes while it decodes: our own module, on one device."""
-    return model.mesh is None and isinstance(model.transformer, Transformer)
+    return StepJit(inspect, transformer, weights)
 
 
-def compile_look(
-    program: Kept,
+def compile_inspection(
+    program: StepJit,
     leaves: Sequence[jax.Array],
     cache: StreamCache,
     interventions: Interventions | None,
 ) -> None:
-    """Compiles a `compiled_look` for a cache of these shapes; nothing is allocated or run."""
+    """Compile a `compiled_inspection` for a cache of these shapes; nothing is allocated or run."""
     rows, positions, size = None, None, cache.ring_size
     if size:
         rows = jax.ShapeDtypeStruct(cache.ring_rows(size), np.float32)
         positions = jax.ShapeDtypeStruct((size,), np.int32)
     given = (rows, positions, np.int32(0), np.int32(0), interventions)
-    program.compile(_shapes(leaves, cache, interventions), leaves, cache, *given)
+    program.compile(leaves, cache, *given)
 
 
-def _shapes(
-    leaves: Sequence[jax.Array], cache: StreamCache, interventions: Interventions | None
-) -> Hashable:
-    """See `Kept`."""
-    return (cache.size, shapes_of(leaves)) if interventions is None else None
-
-
-def _look(
+def _inspect(
     transformer: Transformer,
     weights: DecodingWeights,
     cache: StreamCache,
@@ -96,7 +82,7 @@ def _look(
     position: jax.Array,
     interventions: Interventions | None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
-    """Feeds one token anew where it stands; later ones are not seen, since positions decide.
+    """Feed one token anew where it stands; later ones are not seen, since positions decide.
 
     Args:
       transformer: the module.
@@ -130,16 +116,16 @@ def _look(
     return near, far, residual.astype(jnp.float32), final.astype(jnp.float32)
 
 
-def look(
-    compiled: Kept,
+def inspect_position(
+    compiled: StepJit,
     leaves: Sequence[jax.Array],
     cache: StreamCache,
     archive: Archive,
     interventions: Interventions | None,
     token: int,
     position: int,
-) -> Look:
-    """Runs `compiled_look`, and sorts what it shows by position.
+) -> InspectedPosition:
+    """Run `compiled_inspection`, and sort what it shows by position.
 
     Args:
       compiled: the pass.
@@ -156,9 +142,8 @@ def look(
         ring_positions = newest(size, position)
         rows = archive.rows(ring_positions)
     given = (rows, ring_positions, np.int32(token), np.int32(position), interventions)
-    shapes = _shapes(leaves, cache, interventions)
-    near, far, residual, final = jax.device_get(compiled(shapes, leaves, cache, *given))
+    near, far, residual, final = jax.device_get(compiled(leaves, cache, *given))
     if near is not None:
         near = in_order(near, size, position, position)
     attention = together(near, far, cache.rings, position)
-    return Look(attention, residual, final)
+    return InspectedPosition(attention, residual, final)

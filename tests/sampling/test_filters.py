@@ -9,15 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_nb.sampling.methods import (
-    Controls,
-    Sampling,
-    distribution,
-    draw,
-    invert,
-    seeded,
-    uniform_at,
-)
+from gemma_nb.sampling.draw import draw, invert, uniform_at
+from gemma_nb.sampling.filters import Controls, distribution, seeded
+from gemma_nb.sampling.settings import Sampling
 from gemma_nb.sampling.top_k import top_k
 
 VOCABULARY = 4096 * 16  # large enough for the two-level search and the shortlist

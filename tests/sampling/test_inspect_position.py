@@ -1,4 +1,4 @@
-"""Looking at a token again, against a pass without a cache."""
+"""Inspection of a cached position, against a pass without a cache."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 import gemma_nb as gnb
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 from tests.sampling.test_decode import GREEDY, assert_evidence, random_ids
 
 
@@ -23,7 +23,7 @@ def stream(tiny_model):
 def assert_looks(decoder, model, positions):
     trace = gnb.trace(model, decoder.ids, sites=("attention", "residual", "final"))
     for position in positions:
-        found = decoder.look(position)
+        found = decoder.inspect_position(position)
         expected = trace.attention.values[:, :, position, : position + 1]
         np.testing.assert_allclose(found.attention, expected, atol=1e-5)
         np.testing.assert_array_equal(found.attention == 0, expected == 0)
@@ -40,7 +40,7 @@ def test_a_look_leaves_the_stream_as_it_is(stream, score):
     before = jax.device_get(stream._cache)
     assert stream._ahead is not None
     for position in (3, 30, 49):
-        stream.look(position)
+        stream.inspect_position(position)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(stream._cache), before)
     ids = [*stream.ids, stream._next]
     evidences = [stream.step() for _ in range(12)]
@@ -67,17 +67,17 @@ def test_a_look_sees_the_interventions(stream, tiny_model):
 
 
 def test_a_look_compiles_once_for_each_cache_size(stream):
-    stream.look(5)
-    program = stream._programs.look
+    stream.inspect_position(5)
+    program = stream._programs.inspection
     compiled = program.count()
     for position in (0, 17, 49):
-        stream.look(position)
+        stream.inspect_position(position)
     assert program.count() == compiled
 
 
 def test_positions_that_are_not_held_are_refused(stream, tiny_model):
     for position in (-1, 50, 51):
         with pytest.raises(ValueError, match="positions 0 to 49"):
-            stream.look(position)
+            stream.inspect_position(position)
     with pytest.raises(ValueError, match="holds positions"):
-        Decoder(tiny_model[0], limit=20, top_k=2).look(0)
+        Decoder(tiny_model[0], limit=20, top_k=2).inspect_position(0)
