@@ -63,14 +63,21 @@ class Program:
         self._note(args, kwargs)
         return self._jitted.lower(*args, **kwargs)
 
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        self._note(args, kwargs)
+        return self._jitted.trace(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_jitted"], name)
 
     def __get__(self, instance: Any, _: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
-    def trace(self, args: Any, kwargs: Any) -> Any:
-        return self._jitted.trace(*args, **kwargs)
+    def lower_for(self, platform: str) -> None:
+        """Lowers it for another platform, for every shape that it was given."""
+        for args, kwargs in self.given.values():
+            traced = self._jitted.trace(*args, **kwargs)
+            assert "module" in traced.lower(lowering_platforms=(platform,)).as_text()
 
     def _note(self, args: Any, kwargs: Any) -> None:
         leaves, tree = jax.tree.flatten((args, kwargs))
@@ -112,14 +119,11 @@ def report() -> Report:
     """Lowers everything that was run so far."""
     lowered, failed = set(), {}
     for program in _programs:
-        for args, kwargs in program.given.values():
-            for platform in PLATFORMS:
-                try:
-                    traced = program.trace(args, kwargs)
-                    text = traced.lower(lowering_platforms=(platform,)).as_text()
-                    assert "module" in text
-                except Exception:
-                    failed[f"{program.name} for {platform}"] = traceback.format_exc()[-2000:]
+        for platform in PLATFORMS if program.given else ():
+            try:
+                program.lower_for(platform)
+            except Exception:
+                failed[f"{program.name} for {platform}"] = traceback.format_exc()[-2000:]
             lowered.add(program.name)
     made = sorted({program.name for program in _programs})
     sites = sorted({site for program in _programs for site in program.sites})
@@ -133,8 +137,10 @@ def talk(model: Any, tokenizer: Any, *, own: bool = True) -> None:
     """A conversation with all that the engine can do; of a wrapped model, what it can do there."""
     import gemma_nb as gnb
 
-    capture = gnb.Capture(top_k=3, attention_layers="all" if own else ())
-    chat = gnb.ChatSession(model, tokenizer, capture=capture, cache_length=2048)
+    capture = gnb.Capture(top_k=3, **({"attention_layers": "all"} if own else {}))
+    chat = gnb.ChatSession(
+        model, tokenizer, capture=capture, cache_length=min(2048, model.config.max_context)
+    )
     settings = [
         gnb.Sampling(temperature=0, max_new_tokens=4),
         gnb.Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, seed=1, max_new_tokens=3),
@@ -176,10 +182,11 @@ def look_inside(model: Any, tokenizer: Any, *, own: bool = True) -> None:
     for part in ({"heads": [1]}, {"positions": [2, 3]}):
         trace.get("attention", **part)
         trace.get("z", **part)
-    # In pieces; and then one that begins as the one before.
-    long = gnb.trace(model, [*ids, *ids * 20], sites=())
+    # So long a text goes through in pieces; the second one begins as the first.
+    many = min(1280, model.config.max_context // 2 + 100) // len(ids)
+    long = gnb.trace(model, ids * many, sites=())
     long.residual.sum()
-    longer = gnb.trace(model, [*ids, *ids * 20, *ids], sites=())
+    longer = gnb.trace(model, ids * (many + 1), sites=())
     longer.residual.sum()
     gnb.trace(model, ids, sites="final").final.sum()
     gnb.logit_lens(trace, k=3, watch=[5])
@@ -214,11 +221,39 @@ def look_inside(model: Any, tokenizer: Any, *, own: bool = True) -> None:
 
 
 def wrapped(model: Any) -> Any:
-    """The same model behind the interface of gm's modules."""
+    """The same model behind the interface of gm's modules, which show what they returned."""
     from gemma_nb.nn import adapt
+    from gemma_nb.sites import SITES
     from tests.nn.test_wrapped import Plain
 
-    return model.replace(transformer=adapt(Plain(model.transformer), model.config))
+    class Shown(Plain):
+        def apply(self, variables: Any, tokens: Any, **call: Any) -> Any:
+            if call.pop("capture_intermediates", None) is None:
+                return super().apply(variables, tokens, **call)
+            output, state = super().apply(variables, tokens, **call)
+
+            def called(name: str, i: int | None = None, *, cached: bool = False) -> Any:
+                value = SITES[name].value(state["intermediates"], i)
+                return {"__call__": ((None, value) if cached else value,)}
+
+            shown = {"embedder": {"encode": called("embed")["__call__"]}}
+            shown["final_norm"] = called("final")
+            for i in range(model.config.num_layers):
+                shown[f"layer_{i}"] = {
+                    **called("residual", i, cached=True),
+                    "attn": {
+                        **called("attn_raw", i, cached=True),
+                        "attention_weights": called("attention", i),
+                    },
+                    "mlp": called("mlp_raw", i),
+                    "pre_attention_norm": called("attn_in", i),
+                    "post_attention_norm": called("attn_out", i),
+                    "pre_ffw_norm": called("mlp_in", i),
+                    "post_ffw_norm": called("mlp_out", i),
+                }
+            return output, {"intermediates": shown}
+
+    return model.replace(transformer=adapt(Shown(model.transformer), model.config))
 
 
 def main(kind: str) -> None:

@@ -120,8 +120,8 @@ def real(places: Any) -> np.ndarray:
 def plain(values: Any) -> list[Any]:
     """Layers, heads or positions as Python numbers, without the padding."""
     found = np.asarray(values)
-    kept: list[Any] = found[real(found)].tolist()
-    return kept
+    numbers: list[Any] = found[real(found)].tolist()
+    return numbers
 
 
 def short(values: Sequence[Any], most: int = 6) -> str:

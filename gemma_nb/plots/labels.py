@@ -103,14 +103,14 @@ def drawable(label: str, longest: int = _LONGEST) -> str:
     """
     units = list(_units(label)) or ["∅"]
     if sum(map(_width, units)) > longest:
-        kept: list[str] = []
+        shown: list[str] = []
         room = longest - 1
         for unit in units:
             room -= _width(unit)
-            if room < 0 and kept:
+            if room < 0 and shown:
                 break
-            kept.append(unit)
-        units = [*kept, "…"]
+            shown.append(unit)
+        units = [*shown, "…"]
     return "".join(units)
 
 
