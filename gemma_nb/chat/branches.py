@@ -6,9 +6,9 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 
-from gemma_nb.chat.altered import Unread
 from gemma_nb.chat.context import Contexts, WhenFull, too_long
 from gemma_nb.chat.events import Branching, Context, Origin, TokenRecord, Turn
+from gemma_nb.chat.interventions import Unresolved
 from gemma_nb.chat.places import alternative, asked_by, spelling, turn_of, turns_to
 from gemma_nb.chat.reply import token_label, token_record
 from gemma_nb.chat.scoring import score, score_cached
@@ -86,7 +86,7 @@ class Planner:
         self._tokenizer = tokenizer
         self._template = template
         self._top_k = top_k
-        self._under: dict[int, Interventions | Unread] = {}
+        self._under: dict[int, Interventions | Unresolved] = {}
         self._never = (
             *template.forbidden_ids(tokenizer),
             # Some embeddings have rows that stand for no token.
@@ -319,7 +319,7 @@ class Planner:
             what this model does not have.
         """
         found, own = self._under.get(turn.id), self._model.interventions
-        if isinstance(found, Unread):
+        if isinstance(found, Unresolved):
             raise ValueError(
                 f"this reply was made under {'; '.join(turn.interventions)}: {found.remedy}"
             )
@@ -341,7 +341,7 @@ class Planner:
         if interventions is not None and interventions is not self._model.interventions:
             self._under[turn_id] = interventions
 
-    def remember_in(self, under: dict[int, Interventions | Unread]) -> None:
+    def remember_in(self, under: dict[int, Interventions | Unresolved]) -> None:
         """Goes on with what is noted there: id of a reply -> what it was made under."""
         self._under = under
 

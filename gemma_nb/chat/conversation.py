@@ -19,10 +19,10 @@ from gemma_nb.chat.context import WhenFull, check_policy
 from gemma_nb.chat.events import Context, PrefillEvent, TokenEvent, TokenRecord, Turn
 from gemma_nb.chat.generation import STOPPED, Generation
 from gemma_nb.chat.interrupts import between_steps
-from gemma_nb.chat.keeping import Keeper
 from gemma_nb.chat.places import turn_of
 from gemma_nb.chat.reading import Reading, close, closed_at_end
 from gemma_nb.chat.reply import Reply
+from gemma_nb.chat.saving.session_file import SessionFile
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning, InterventionWarning
 from gemma_nb.expected import expect
@@ -137,7 +137,7 @@ class Conversation:
         self._ids_given = 0
         self._told_evicted = False
         self._unreached: tuple[str, ...] = ()  # of the last reply, not yet told
-        self.keeper = Keeper()
+        self.keeper = SessionFile()
         self.keeper.autosave(self, autosave)
 
     # --- state ----------------------------------------------------------------------------------

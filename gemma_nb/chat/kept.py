@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from gemma_nb.chat import export, keeping
 from gemma_nb.chat.conversation import Conversation
 from gemma_nb.chat.recompute import Recomputation
+from gemma_nb.chat.saving import export, journal, session_file
+from gemma_nb.chat.saving import messages as imports
+from gemma_nb.chat.saving.fingerprint import Fingerprint
 from gemma_nb.interventions import Intervention
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.text.template import Template
@@ -23,7 +25,7 @@ class KeptConversation(Conversation):
         """Writes the whole conversation: every branch, all evidence, and the settings.
 
         The file is replaced in one step: it is never half written.  Its format is described in
-        `gemma_nb.chat.store`.  A reply that is being made is not in it.
+        `gemma_nb.chat.saving`.  A reply that is being made is not in it.
 
         Args:
           path: a file, conventionally "*.gnb"; one that exists is replaced.
@@ -75,17 +77,22 @@ class KeptConversation(Conversation):
           ModelMismatchError: the model or the tokenizer is another one; the message says what
             differs and what can be done.
         """
-        return keeping.load(
-            cls,
-            path,
-            model,
-            tokenizer,
-            recompute=recompute,
-            template=template,
-            interventions=interventions,
-            autosave=autosave,
-            progress=progress,
+        now = Fingerprint.of(model, tokenizer)
+        saved = session_file.read_for(
+            model, now, path, recompute=recompute, interventions=interventions
         )
+        chat = cls(model, tokenizer, **session_file.arguments(saved, model, template))
+        if recompute:
+            respell = saved.fingerprint.tokenizer != now.tokenizer
+            computation = Recomputation(model, tokenizer, chat.template, chat.capture.top_k)
+            computation.tree(saved.tree, respell=respell, progress=progress)
+        chat.adopt(saved.tree)
+        chat.keeper.opened(saved, now, recomputed=bool(recompute))
+        if autosave:
+            if saved.left_out:
+                journal.set_aside(saved.path)
+            chat.autosave = saved.path
+        return chat
 
     @property
     def autosave(self) -> Path | None:
@@ -165,7 +172,7 @@ class KeptConversation(Conversation):
           ValueError: messages of another form.
           TextError: text that cannot be tokenized.
         """
-        imported = export.read_messages(messages)
+        imported = imports.read_messages(messages)
         path = settings.pop("autosave", None)
         chat = cls(model, tokenizer, **{"system": imported.system, **settings})
         for turn in imported.tree:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from gemma_nb.chat.altered import Unread
 from gemma_nb.chat.events import Context, Role, Turn
+from gemma_nb.chat.interventions import Unresolved
 from gemma_nb.indices import number
 from gemma_nb.interventions import Interventions
 
@@ -97,7 +97,7 @@ class ConversationTree:
 
     def __init__(self) -> None:
         self.root = Node()
-        self.under: dict[int, Interventions | Unread] = {}
+        self.under: dict[int, Interventions | Unresolved] = {}
         self._by_id: dict[int, Node] = {}
         # The active path.  Never changed, only replaced: other threads may be reading it; and kept,
         # since each turn looks at it several times, and in a long conversation it is long.

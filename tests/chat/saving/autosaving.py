@@ -1,6 +1,6 @@
 """A session that talks and autosaves until it is killed; run by test_autosave.py.
 
-    python -m tests.chat.autosaving FILE TOKENIZER SEED
+    python -m tests.chat.saving.autosaving FILE TOKENIZER SEED
 
 Goes on with the conversation in FILE, if there is one.  Prints a line for each token that it was
 given, and for each turn that ended: the time, the turn's id, and how many tokens it has.

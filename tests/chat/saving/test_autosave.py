@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 import gemma_nb as gnb
-from gemma_nb.chat import archive, autosave, journal, restore
-from gemma_nb.chat.autosave import Autosave
+from gemma_nb.chat.saving import archive, autosave, journal, reader
+from gemma_nb.chat.saving.autosave import Autosave
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.text.tokenizer import Tokenizer
-from tests.chat.autosaving import model_for
+from tests.chat.saving.autosaving import model_for
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 # How often a session is killed; 50 shows it, a few guard it.
 KILLS = int(os.environ.get("GEMMA_NB_KILLS", "2"))
 SAMPLING = gnb.Sampling(seed=1, max_new_tokens=8)
@@ -50,7 +50,7 @@ def flush(chat):
 
 
 def assert_saved(chat, path):
-    saved = restore.read(path)
+    saved = reader.read(path)
     assert list(saved.tree) == list(chat.tree)
     links = [(n.id, n.active, n.undone) for n in chat.tree.nodes()]
     assert [(n.id, n.active, n.undone) for n in saved.tree.nodes()] == links
@@ -104,7 +104,7 @@ def test_a_reply_in_the_making_is_saved(make, tmp_path, tiny_model, by_hand):
     for count in (3, 5, 9):
         shown += [next(stream) for _ in range(count)]
         flush(chat)
-        saved = restore.read(path)
+        saved = reader.read(path)
         assert saved.recovered
         reply = saved.tree.turns[-1]
         assert reply.finish_reason == "interrupted"
@@ -117,7 +117,7 @@ def test_a_reply_in_the_making_is_saved(make, tmp_path, tiny_model, by_hand):
         copy.with_name(file.name.replace("talk", "copy")).write_bytes(file.read_bytes())
     rest = list(stream)
     flush(chat)
-    saved = restore.read(path)
+    saved = reader.read(path)
     assert not saved.recovered
     assert saved.tree.turns == chat.turns
     # What was broken off goes on as it would have.
@@ -157,7 +157,7 @@ def test_the_thread_saves_within_a_second(make, tmp_path):
     chat = make(autosave=path)
     turn = chat.chat("Hello")
     deadline = time.monotonic() + 30
-    while turn not in list(restore.read(path).tree):
+    while turn not in list(reader.read(path).tree):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert autosave.INTERVAL < 1
@@ -171,7 +171,7 @@ def test_a_session_that_is_dropped_is_saved(make, tiny_model, tmp_path, by_hand)
     turns = chat.turns
     del chat
     assert list(tmp_path.iterdir()) == [path]
-    assert restore.read(path).tree.turns == turns
+    assert reader.read(path).tree.turns == turns
 
 
 def test_loading_goes_on_with_the_same_file(make, tmp_path, tiny_model, by_hand):
@@ -445,7 +445,7 @@ def test_a_full_disk_is_told_and_overcome(make, tmp_path, by_hand, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     chat.chat("More")
     flush(chat)
-    assert held <= set(restore.read(path).tree)
+    assert held <= set(reader.read(path).tree)
     with pytest.warns(ConversationWarning, match="No space left on device"):
         chat.chat("Still there?")
     chat.chat("Told only once")
@@ -490,7 +490,7 @@ def test_a_tree_that_grows_meanwhile_is_saved_whole(make, tmp_path, by_hand):
     thread.start()
     while not done.is_set():
         flush(chat)
-        restore.read(path)
+        reader.read(path)
     thread.join()
     flush(chat)
     assert_saved(chat, path)
@@ -504,7 +504,7 @@ def start(path, tokenizer_file, seed, folder):
     # XLA warns on stderr where it compiles slowly, as on a busy machine.
     with (folder / f"{seed}.errors").open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.chat.autosaving", path, tokenizer_file, str(seed)],
+            [sys.executable, "-m", "tests.chat.saving.autosaving", path, tokenizer_file, str(seed)],
             cwd=REPO,
             stdout=log,
             stderr=errors,

@@ -3,7 +3,7 @@
 Nothing here knows what a conversation is: a field that is added to a record is stored from then on,
 and one that a file lacks takes its default.  What is repeated in a conversation (the text of a
 token, a long list of ids) is stored once, in `Tables`.  Many records are not JSON but columns, see
-`gemma_nb.chat.columns`.
+`gemma_nb.chat.saving.columns`.
 
 Dataclasses and mappings are objects, tuples are arrays, a float that is not finite is the string
 "nan", "inf" or "-inf", more than 16 integers in a row are `{"list": index}`, and a long text inside

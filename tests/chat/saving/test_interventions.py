@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 import gemma_nb as gnb
-from gemma_nb.chat import altered
+from gemma_nb.chat.saving import interventions
 from gemma_nb.errors import ConversationError, ConversationWarning, InterventionWarning
 from gemma_nb.interventions import Intervention, Interventions, Where
 
@@ -60,11 +60,11 @@ def _same(a, b):
 
 
 def test_every_kind_comes_back_as_it_was(kinds):
-    assert {type(item).__name__ for item in kinds} == set(altered._ARRAYS)
+    assert {type(item).__name__ for item in kinds} == set(interventions._ARRAYS)
     under = Interventions(tuple(kinds), jnp.int32(5))
-    data, columns = altered.encode(under)
+    data, columns = interventions.encode(under)
     columns = safetensors.numpy.load(safetensors.numpy.save(columns))
-    found = altered.decode(json.loads(json.dumps(data)), columns, "under")
+    found = interventions.decode(json.loads(json.dumps(data)), columns, "under")
     _same(found, under)
     assert found.describe() == under.describe()
 
@@ -205,16 +205,16 @@ def test_what_no_file_can_hold_is_kept_by_description(chat, tiny_model, tmp_path
     ],
 )
 def test_damage_is_said(kinds, change, message):
-    data, columns = altered.encode(Interventions((kinds[0],), jnp.int32(0)))
+    data, columns = interventions.encode(Interventions((kinds[0],), jnp.int32(0)))
     change(data["items"][0], columns)
     with pytest.raises(ValueError, match=message):
-        altered.decode(data, columns, "under.2")
+        interventions.decode(data, columns, "under.2")
 
 
 @pytest.mark.parametrize("data", [None, [], {}, {"start": 0, "items": []}, {"start": -1}])
 def test_no_interventions_at_all_are_damage(data):
     with pytest.raises(ValueError, match=r"under\.2"):
-        altered.decode(data, {}, "under.2")
+        interventions.decode(data, {}, "under.2")
 
 
 def test_a_damaged_file_is_a_conversation_error(chat, tiny_model, tmp_path):

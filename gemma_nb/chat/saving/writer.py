@@ -1,51 +1,4 @@
-"""A conversation as a file: every branch, the evidence of every token, and the settings.
-
-The file is a zip whose members are stored without compression, so any tool can open it:
-
-    conversation.json          the structure: settings, texts, branches
-    evidence/<id>.safetensors  the evidence of the turn with this id, where it has any
-
-conversation.json, format version 1, is one object:
-
-    format, version    "gemma_nb conversation", 1
-    written_by         "gemma_nb 0.1.0"
-    conversation       32 hexadecimal digits, drawn once: the same in every copy of a conversation
-    generation         32 hexadecimal digits, drawn anew each time that the file is written
-    previous           the generation that stood here before; null where there was none
-    identity           the model and tokenizer of the evidence: name, title, config, weights,
-                       tokenizer (see `gemma_nb.chat.identity.Identity`)
-    settings           system, sampling, template, capture, cache_length, ...: the arguments of
-                       `ChatSession`.  A template is {"name", "fields"}, or {"name", "own"} with
-                       the class of one that is not this package's
-    nodes              id -> {"children": [ids], "active": index or null, ...}.  "0" is the root;
-                       any other node has the id of its turn.  Children are in the order in which
-                       they were made; the active one is shown.  Other fields as of
-                       `gemma_nb.chat.tree.Node`
-    turns              id -> the fields of `gemma_nb.chat.events.Turn`.  A field with evidence is
-                       {"rows": n} and its rows are in the turn's safetensors file
-    under              id -> the interventions that a reply was computed under, where these are not
-                       the model's own; `gemma_nb.chat.altered` says how
-    strings            texts of tokens, to which the evidence refers by index, and others that are
-                       stored once, to which this file refers by {"string": index}
-    lists              long lists of integers, to which this file refers by {"list": index}
-
-A reply's safetensors file has one array per column: `tokens.token_id`, `tokens.logprob`,
-`tokens.entropy`, `tokens.rank`, `tokens.position`, `tokens.alternatives.count`, and so on, by the
-fields of `TokenRecord` and `Alternative`; `gemma_nb.chat.columns` says how.  Integers are in the
-smallest dtype that holds them; floats in float32, as they were computed, or in float64 where that
-would change one.
-
-While a conversation is saved as it goes on, what happened since the file was written stands in the
-journal beside it, `<file>.journal` (see `gemma_nb.chat.journal`), whose header names the generation
-that it continues.  The JSON of a record has what changed in conversation.json: new or changed
-`nodes`, `turns` and `under`, all `settings`, what `strings` and `lists` have more; its blobs are
-the turns' safetensors.  The reply being made is `partial`, {"parent", "start", "turn"}, and the
-blob "partial" has its tokens from `start` on.  Loading reads both files.  When the journal has
-grown, it is folded into the file, which is replaced as a whole.
-
-A program reads versions up to its own; a new version is given when an older program could no longer
-read a file rightly.  Nothing is pickled, no name from the file is ever imported or opened.
-"""
+"""Write a conversation down: the whole of it, and later what changed since."""
 
 from __future__ import annotations
 
@@ -53,64 +6,22 @@ import dataclasses
 import secrets
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import safetensors.numpy
 
 from gemma_nb import __version__
-from gemma_nb.chat import altered, archive, codec, journal
-from gemma_nb.chat.codec import Tables
-from gemma_nb.chat.columns import Columns, to_columns
-from gemma_nb.chat.context import WhenFull
 from gemma_nb.chat.events import Turn
-from gemma_nb.chat.identity import Identity
+from gemma_nb.chat.saving import archive, codec, interventions, journal
+from gemma_nb.chat.saving.codec import Tables
+from gemma_nb.chat.saving.columns import Columns, to_columns
+from gemma_nb.chat.saving.fingerprint import Fingerprint
+from gemma_nb.chat.saving.protocol import Partial, SavedSession, Settings
 from gemma_nb.chat.tree import ConversationTree, Node
-from gemma_nb.sampling.evidence import Capture
-from gemma_nb.sampling.methods import Sampling
 from gemma_nb.text.template import Template, template_class
 
-if TYPE_CHECKING:
-    from gemma_nb.chat.conversation import Conversation
-
 FORMAT, VERSION = "gemma_nb conversation", 1
-LINKS = ("turn", "parent", "children")  # of a node; stored by ids
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a session was made with.
-
-    Attributes:
-      system, sampling, cache_length, capture, when_full: as of `ChatSession`.
-    """
-
-    system: str | None
-    sampling: Sampling
-    cache_length: int
-    capture: Capture
-    when_full: WhenFull = "stop"
-
-    @classmethod
-    def of(cls, chat: Conversation) -> Settings:
-        """The settings of a session."""
-        return cls(**{name: getattr(chat, name) for name in codec.hints(cls)})
-
-    def fields(self) -> dict[str, Any]:
-        """Them, as the arguments of `ChatSession`."""
-        return {name: getattr(self, name) for name in codec.hints(type(self))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Partial:
-    """A reply in the making.
-
-    Attributes:
-      parent: id of the node that it follows.
-      turn: as far as it has come.
-    """
-
-    parent: int
-    turn: Turn
+NODE_FIELDS = ("active", "undone")  # of a node, beside its turn and children
 
 
 def new_id() -> str:
@@ -179,7 +90,7 @@ class Encoder:
             if node.turn is not None and self._turns.get(node.id) is not node.turn:
                 data, columns = encode_turn(node.turn, self.tables)
                 turns[str(node.id)], self._turns[node.id] = data, node.turn
-                changed, arrays = altered.encode(tree.under.get(node.id))
+                changed, arrays = interventions.encode(tree.under.get(node.id))
                 if changed is not None:
                     under[str(node.id)] = self._under[str(node.id)] = changed
                     columns |= arrays
@@ -243,8 +154,7 @@ def _links(node: Node) -> tuple[Any, ...]:
 
     Fields first: an index into the children is then never beyond those that are noted.
     """
-    names = [name for name in (f.name for f in dataclasses.fields(Node)) if name not in LINKS]
-    fields = tuple((name, getattr(node, name)) for name in names)
+    fields = tuple((name, getattr(node, name)) for name in NODE_FIELDS)
     return tuple(child.id for child in tuple(node.children)), fields
 
 
@@ -271,7 +181,7 @@ def is_evidence(hint: Any) -> bool:
 
 
 def header(
-    identity: Identity, conversation: str, generation: str, previous: str | None
+    fingerprint: Fingerprint, conversation: str, generation: str, previous: str | None
 ) -> dict[str, Any]:
     """The first members of conversation.json."""
     return {
@@ -281,20 +191,20 @@ def header(
         "conversation": conversation,
         "generation": generation,
         "previous": previous,
-        "identity": dataclasses.asdict(identity),
+        "identity": dataclasses.asdict(fingerprint),
     }
 
 
 def save(
-    chat: Conversation, path: Path, conversation: str, identity: Identity | None = None
+    session: SavedSession, path: Path, conversation: str, fingerprint: Fingerprint | None = None
 ) -> str:
     """Writes the whole conversation to `path`, which is replaced in one step.
 
     Args:
-      chat: the session.
-      path: what to write.
+      session: what to write.
+      path: the file.
       conversation: see the format.
-      identity: of the model that the evidence is of; None is the session's.
+      fingerprint: of the model that the evidence is of; None is the session's.
 
     Returns:
       The generation written.
@@ -302,11 +212,11 @@ def save(
     Raises:
       ConversationError: it cannot be written.
     """
-    changes, blobs = Encoder().changes(chat.tree, Settings.of(chat), chat.template)
+    changes, blobs = Encoder().changes(session.tree, Settings.of(session), session.template)
     structure = {"turns": {}, "strings": [], "lists": [], **changes}
     generation = new_id()
-    identity = identity or Identity.of(chat.model, chat.tokenizer)
-    head = header(identity, conversation, generation, None)
+    fingerprint = fingerprint or Fingerprint.of(session.model, session.tokenizer)
+    head = header(fingerprint, conversation, generation, None)
     archive.write(path, {**head, **structure}, ((int(i), blob) for i, blob in blobs.items()))
     # The journal of what stood here before continues nothing now.
     journal.remove(path)

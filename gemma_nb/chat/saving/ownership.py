@@ -1,4 +1,4 @@
-"""Whether what stands where a session saves is what it wrote: others may use the place, too.
+"""Ownership of the place where a session saves: others may write there, too.
 
 Files are restored from a backup, checked out, synchronised, moved, edited and deleted, and two
 sessions may be given one path.  What somebody else wrote is never replaced.
@@ -12,33 +12,33 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from gemma_nb.chat import archive, journal
+from gemma_nb.chat.saving import archive, journal
 from gemma_nb.errors import ConversationError
 
 # untouched: the two files are as they were left.
 # lost: they are not, and nothing that stands there is anybody else's.
 # continued: another session has read all of it and goes on there.
 # taken: something else stands there.
-Standing = Literal["untouched", "lost", "continued", "taken"]
+FileState = Literal["untouched", "lost", "continued", "taken"]
 Stamp = tuple[int, int, int, int]
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """What tells that a file was replaced or written to; None where there is none."""
+    """A stamp that changes when a file is replaced or written to; None where there is none."""
     with contextlib.suppress(OSError):
         found = path.stat()
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
     return None
 
 
-def standing(
+def file_state(
     path: Path,
     stamp: Stamp | None,
     beside: journal.Writer | None,
     generations: Sequence[str],
     turns: Collection[int],
-) -> Standing:
-    """How what a session wrote stands now.
+) -> FileState:
+    """State of what a session wrote, as it is found now.
 
     Args:
       path: the conversation's file.

@@ -1,13 +1,13 @@
 """Saving a conversation while it goes on: a kernel that dies loses at most its last second.
 
-A thread looks at the session twice a second, notes what is new or different, and appends it to the
-journal beside the file (see `gemma_nb.chat.store`): a few kilobytes, however long the conversation
+A thread observes the session twice a second, notes what is new or different, and appends it to the
+journal beside the file (see `gemma_nb.chat.saving`): a few kilobytes, however long the conversation
 is, and nothing that the reply has to wait for.  When the journal has grown as large as the file,
 both are folded into a new file, so each byte is rewritten a few times at most.
 
-Before it writes, it looks whether both files are as it left them (see `gemma_nb.chat.standing`).
-What was lost is written anew; where something else stands now, that is left as it is, and the
-conversation is saved beside it.
+Before it writes, it looks whether both files are as it left them (see
+`gemma_nb.chat.saving.ownership`).  What was lost is written anew; where something else stands now,
+that is left as it is, and the conversation is saved beside it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,18 @@ import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gemma_nb.chat import archive, journal, store
-from gemma_nb.chat.identity import Identity
 from gemma_nb.chat.reading import close_all
-from gemma_nb.chat.standing import Stamp, Standing, free_beside, stamp_of, standing
-from gemma_nb.chat.store import Encoder, Partial, Settings
+from gemma_nb.chat.saving import archive, journal, writer
+from gemma_nb.chat.saving.fingerprint import Fingerprint
+from gemma_nb.chat.saving.ownership import FileState, Stamp, file_state, free_beside, stamp_of
+from gemma_nb.chat.saving.protocol import Partial, SavedSession, Settings
+from gemma_nb.chat.saving.writer import Encoder
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.ending import python_ends
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.text.template import Template
-
-if TYPE_CHECKING:
-    from gemma_nb.chat.conversation import Conversation
 
 INTERVAL = 0.5  # seconds between two looks at the session
 _FOLD_FROM = 1 << 18  # bytes of a journal that is worth folding
@@ -53,20 +51,20 @@ class Autosave:
 
     def __init__(
         self,
-        chat: Conversation,
+        session: SavedSession,
         path: Path,
         conversation: str,
         previous: str | None = None,
-        identity: Identity | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> None:
         """Writes the whole conversation, and begins.
 
         Args:
-          chat: the session.
+          session: what to save; let go of when nobody else holds it.
           path: the file, which is replaced.
           conversation: see the format.
           previous: the generation that the file has now, if it is this conversation's.
-          identity: of the model that the evidence is of; None is the session's.
+          fingerprint: of the model that the evidence is of; None is the session's.
 
         Raises:
           ConversationError: the file cannot be written.
@@ -74,9 +72,9 @@ class Autosave:
         self.path = path
         self.error: Exception | None = None
         self.notice: Exception | None = None
-        self._chat = weakref.ref(chat)
-        self._seen = _state_of(chat)
-        self._identity = identity or Identity.of(chat.model, chat.tokenizer)
+        self._session = weakref.ref(session)
+        self._seen = _state_of(session)
+        self._fingerprint = fingerprint or Fingerprint.of(session.model, session.tokenizer)
         self._conversation = conversation
         self._generations = [] if previous is None else [previous]  # the last one last
         self._stamp: Stamp | None = None
@@ -94,7 +92,7 @@ class Autosave:
         self._size = 0
         self._begin()
         # Also where nobody closes it: the session is dropped, or the kernel ends in good order.
-        self._finalizer = weakref.finalize(chat, self._end)
+        self._finalizer = weakref.finalize(session, self._end)
         self._thread = threading.Thread(target=self._run, name="gemma_nb autosave", daemon=True)
         self._thread.start()
 
@@ -123,8 +121,8 @@ class Autosave:
         with self._lock:
             self._retry_at = 0.0
             try:
-                partial = self._look()
-                if self._standing() == "untouched":
+                partial = self._observe()
+                if self._file_state() == "untouched":
                     self._append(partial)
                     self._fold()
                 else:
@@ -181,7 +179,7 @@ class Autosave:
         """Writes everything where there may be room, since it will soon be nowhere."""
         try:
             self._go_to(free_beside(Path(tempfile.gettempdir(), self.path.name)))
-            self._append(self._look())
+            self._append(self._observe())
             self._finish()
         except Exception:
             return
@@ -203,17 +201,17 @@ class Autosave:
         self._journal = None
 
     def _flush(self) -> None:
-        partial = self._look()
-        stands = self._standing()
-        self._continued = stands == "continued"
+        partial = self._observe()
+        state = self._file_state()
+        self._continued = state == "continued"
         if self._continued:
             self._behind = self._behind or bool(self._encoder.changes(*self._seen, partial)[0])
             if not self._behind:
                 return
             self._go_beside("another session goes on with it")
-        elif stands == "taken":
+        elif state == "taken":
             self._go_beside("something else stands there now")
-        elif stands == "lost":
+        elif state == "lost":
             told = self.error is not None
             self._begin()
             if not told:
@@ -223,9 +221,9 @@ class Autosave:
                 )
         self._append(partial)
 
-    def _standing(self) -> Standing:
+    def _file_state(self) -> FileState:
         files = (self.path, self._stamp, self._journal)
-        return standing(*files, self._generations, self._encoder.turns)
+        return file_state(*files, self._generations, self._encoder.turns)
 
     def _append(self, partial: Partial | None) -> None:
         """Adds to the journal what is new or different, and folds it where it has grown."""
@@ -262,12 +260,12 @@ class Autosave:
             self.path, self._stamp, self._journal = before
             raise
 
-    def _look(self) -> Partial | None:
+    def _observe(self) -> Partial | None:
         """Notes the session's state, and returns the reply that it is making."""
-        chat = self._chat()
+        session = self._session()
         partial = None
-        if chat is not None:
-            self._seen, partial = _state_of(chat), _partial_of(chat)
+        if session is not None:
+            self._seen, partial = _state_of(session), _partial_of(session)
         self._replying = partial is not None
         return partial
 
@@ -300,8 +298,8 @@ class Autosave:
                 yield id_, blob
 
     def _write(self, structure: dict[str, Any], evidence: Iterator[tuple[int, bytes]]) -> None:
-        generation = store.new_id()
-        head = store.header(self._identity, self._conversation, generation, self.generation)
+        generation = writer.new_id()
+        head = writer.header(self._fingerprint, self._conversation, generation, self.generation)
         empty: dict[str, Any] = {"turns": {}, "strings": [], "lists": []}
         crcs: dict[int, int] = {}
 
@@ -329,11 +327,11 @@ class _OtherBytes(Exception):
     """What was written is not what can be read."""
 
 
-def _state_of(chat: Conversation) -> tuple[ConversationTree, Settings, Template]:
-    return chat.tree, Settings.of(chat), chat.template
+def _state_of(session: SavedSession) -> tuple[ConversationTree, Settings, Template]:
+    return session.tree, Settings.of(session), session.template
 
 
-def _partial_of(chat: Conversation) -> Partial | None:
+def _partial_of(session: SavedSession) -> Partial | None:
     """The reply being made; by the time that it is looked at, it may have ended."""
-    making = chat.making
+    making = session.making
     return None if making is None else Partial(*making)

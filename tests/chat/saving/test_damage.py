@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 import gemma_nb as gnb
-from gemma_nb.chat import archive, journal, restore, store
+from gemma_nb.chat.saving import archive, journal, protocol, reader, writer
 from gemma_nb.errors import ConversationError, ConversationWarning
 from tests.chat.checks import assert_same, assert_same_tree, rewritten
 
@@ -61,12 +61,12 @@ def test_a_changed_byte_is_noticed_or_changes_nothing(grown, saved):
         changed[place] ^= 1 << draw.randrange(8)
         saved.write_bytes(changed)
         try:
-            read = restore.read(saved)
+            read = reader.read(saved)
         except ConversationError:
             refused += 1
         else:
             assert_same_tree(grown.tree, read.tree)
-            assert read.settings == store.Settings.of(grown)
+            assert read.settings == protocol.Settings.of(grown)
     assert refused > len(places) / 2
 
 
@@ -113,7 +113,7 @@ def assert_refused_or_of_use(path, tiny_model, what):
         assert chat.tokens(turn) is not None, what
         assert turn.timing.tokens_per_second >= 0
     assert chat.context.warning is not None
-    restore.read(chat.save(path.with_name("again.gnb")))
+    reader.read(chat.save(path.with_name("again.gnb")))
     return False
 
 
@@ -292,7 +292,7 @@ def test_missing_evidence_is_refused(saved, tiny_model):
 
 
 def test_a_journal_of_another_version_is_left_out_and_said_so(grown, saved, tiny_model):
-    journal.Writer(journal.path_of(saved), store.new_id()).close()
+    journal.Writer(journal.path_of(saved), writer.new_id()).close()
     with pytest.warns(ConversationWarning, match="continues another version"):
         loaded = gnb.ChatSession.load(saved, *tiny_model)
     assert_same(grown, loaded)
@@ -306,12 +306,12 @@ def test_what_is_no_journal_is_named(saved, tiny_model):
 
 def test_a_journal_is_read_up_to_where_it_was_cut_off(tmp_path):
     path = tmp_path / "talk.gnb.journal"
-    writer = journal.Writer(path, store.new_id())
-    ends = [writer.size]
+    appender = journal.Writer(path, writer.new_id())
+    ends = [appender.size]
     for number in range(4):
-        writer.append({"number": number}, {"7": b"x" * number})
-        ends.append(writer.size)
-    writer.close()
+        appender.append({"number": number}, {"7": b"x" * number})
+        ends.append(appender.size)
+    appender.close()
     whole = path.read_bytes()
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
@@ -326,12 +326,12 @@ def test_a_journal_is_read_up_to_where_it_was_cut_off(tmp_path):
 
 def test_a_damaged_journal_is_read_up_to_the_damage(tmp_path):
     path = tmp_path / "talk.gnb.journal"
-    writer = journal.Writer(path, store.new_id())
-    writer.append({"number": 0}, {})
-    first = writer.size
-    writer.append({"number": 1}, {})
-    writer.append({"number": 2}, {})
-    writer.close()
+    appender = journal.Writer(path, writer.new_id())
+    appender.append({"number": 0}, {})
+    first = appender.size
+    appender.append({"number": 1}, {})
+    appender.append({"number": 2}, {})
+    appender.close()
     data = bytearray(path.read_bytes())
     data[first + 20] ^= 1
     path.write_bytes(data)

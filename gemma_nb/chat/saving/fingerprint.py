@@ -1,4 +1,4 @@
-"""Which model and which tokenizer a conversation was held with."""
+"""Fingerprints of models and tokenizers: which ones a conversation was held with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _pieces: dict[int, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Fingerprint:
     """A model and a tokenizer, by their content.
 
     Attributes:
@@ -42,8 +42,8 @@ class Identity:
     tokenizer: str
 
     @classmethod
-    def of(cls, model: GemmaTransformer, tokenizer: Tokenizer) -> Identity:
-        """The identity of a loaded model and its tokenizer; fast, and computed once."""
+    def of(cls, model: GemmaTransformer, tokenizer: Tokenizer) -> Fingerprint:
+        """The fingerprint of a loaded model and its tokenizer; fast, and computed once."""
         return cls(
             name=model.info.name if model.info else "",
             title=model.title if model.info or model.edits else "a Gemma model",
@@ -52,8 +52,8 @@ class Identity:
             tokenizer=_cached(_pieces, tokenizer, _hash_pieces),
         )
 
-    def differences(self, now: Identity) -> list[str]:
-        """What of the model and the tokenizer is another now, in words."""
+    def differences(self, now: Fingerprint) -> list[str]:
+        """Differences from the model and the tokenizer of `now`, in words."""
         words = []
         if self.config != now.config:
             words.append("another architecture")
@@ -63,8 +63,8 @@ class Identity:
             words.append("another tokenizer")
         return words
 
-    def beside(self, other: Identity) -> Identity:
-        """Of a conversation that two models held in part: it is neither's."""
+    def beside(self, other: Fingerprint) -> Fingerprint:
+        """The fingerprint of a conversation that two models held in part: it is neither's."""
         return dataclasses.replace(
             self, name="", title=f"{self.title} and {other.title}", weights="several"
         )

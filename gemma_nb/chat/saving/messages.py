@@ -1,4 +1,4 @@
-"""Conversations as other programs read them: Markdown, and the common list of messages."""
+"""Import of messages as other programs write them: the common list, and ChatGPT's export."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gemma_nb.cache import expanded
-from gemma_nb.chat import archive
 from gemma_nb.chat.events import Turn
+from gemma_nb.chat.saving import archive
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.errors import ConversationError
 
-if TYPE_CHECKING:
-    from gemma_nb.chat.conversation import Conversation
-
-_FORMATS = {".md": "markdown", ".markdown": "markdown", ".json": "json"}
 _SYSTEM = ("system", "developer")
 _ROLES = {"user": "user", "human": "user", "assistant": "model", "model": "model", "gpt": "model"}
 # What messages of other programs are called, and what is in them that is text.
@@ -28,59 +24,6 @@ _NOTHING = ({"content_type": "text", "parts": [""]}, {"content_type": "text", "p
 # What would be part of the conversation beside its text, and is lost if it is not read.
 _MORE = ("tool_calls", "function_call", "audio", "images", "image", "attachments", "files")
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
-# A reply that came to its end needs no remark.
-_ENDED = (None, "stop", "edited")
-
-
-def messages(chat: Conversation) -> list[dict[str, str]]:
-    """The active branch as `{"role": "system" | "user" | "assistant", "content": text}`.
-
-    The system text is there unless it is the template's own, which other programs do not need.
-    """
-    own = chat.template.default_system
-    system = chat.system if chat.system != own else None
-    lead = [{"role": "system", "content": system}] if system else []
-    roles = {"user": "user", "model": "assistant"}
-    return [*lead, *({"role": roles[turn.role], "content": turn.text} for turn in chat.turns)]
-
-
-def export(chat: Conversation, to: str | os.PathLike[str] = "markdown") -> str:
-    """See `ChatSession.export`."""
-    if to in ("markdown", "json"):
-        return _text(chat, str(to))
-    path = expanded(to)
-    form = _FORMATS.get(path.suffix.lower())
-    if form is None:
-        raise ValueError(
-            f"expected 'markdown', 'json' or a path that ends in {', '.join(_FORMATS)}; got "
-            f"{os.fspath(to)!r}"
-        )
-    text = _text(chat, form)
-    with archive.replacing(path.absolute()) as file:
-        file.write(text.encode("utf-8"))
-    return text
-
-
-def _text(chat: Conversation, form: str) -> str:
-    if form == "json":
-        return json.dumps(messages(chat), ensure_ascii=False, indent=2) + "\n"
-    return _markdown(chat)
-
-
-def _markdown(chat: Conversation) -> str:
-    title = chat.model.title
-    parts = [f"# Conversation with {title}"]
-    for message in messages(chat):
-        if message["role"] == "system":
-            parts.append("\n".join(f"> {line}".rstrip() for line in message["content"].split("\n")))
-    for turn in chat.turns:
-        parts += [f"## {'User' if turn.role == 'user' else title}", turn.text.strip()]
-        if turn.finish_reason not in _ENDED:
-            parts.append(f"*{turn.finish_detail}*")
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-# --- import ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +43,8 @@ def read_messages(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) 
     """A conversation from a list of messages.
 
     Args:
-      source: messages as `messages` gives them, by themselves or under "messages", or the path of
-        a JSON file with such a list.  A content may also be a list of text parts, `{"type":
+      source: messages as `export.messages` gives them, by themselves or under "messages", or the
+        path of a JSON file with such a list.  A content may also be a list of text parts, `{"type":
         "text", "text": ...}`.  Fields that are null, and what other programs note beside role and
         content, are left out.  The spellings "conversations", "from" and "value" are read, too, and
         a conversation as ChatGPT exports it: the branch that was shown.

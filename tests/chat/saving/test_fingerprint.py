@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import gemma_nb as gnb
-from gemma_nb.chat.identity import Identity
+from gemma_nb.chat.saving.fingerprint import Fingerprint
 from gemma_nb.errors import ModelMismatchError
 from tests.chat.checks import assert_same
 
@@ -31,8 +31,8 @@ def test_an_edited_model_is_another_one(saved, tiny_model):
 def test_the_same_weights_are_the_same_model_wherever_they_are(tiny_model):
     model, tokenizer = tiny_model
     copied = model.replace(params=jax.tree.map(lambda x: x.copy(), model.params))
-    assert Identity.of(copied, tokenizer) == Identity.of(model, tokenizer)
-    assert Identity.of(model.place("auto"), tokenizer) == Identity.of(model, tokenizer)
+    assert Fingerprint.of(copied, tokenizer) == Fingerprint.of(model, tokenizer)
+    assert Fingerprint.of(model.place("auto"), tokenizer) == Fingerprint.of(model, tokenizer)
 
 
 def test_recomputed_evidence_is_that_of_the_new_model(grown, saved, other_model, tiny_model):
@@ -110,4 +110,4 @@ def test_an_intervention_makes_another_model(saved, tiny_model):
     first, second = (model.intervene(gnb.AblateHeads({0: [head]})) for head in (0, 1))
     with pytest.raises(ModelMismatchError, match="other weights"):
         gnb.ChatSession.load(saved, first, tokenizer)
-    assert Identity.of(first, tokenizer) != Identity.of(second, tokenizer)
+    assert Fingerprint.of(first, tokenizer) != Fingerprint.of(second, tokenizer)

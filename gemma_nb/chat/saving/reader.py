@@ -1,4 +1,4 @@
-"""Reading a saved conversation back; the format is described in `gemma_nb.chat.store`."""
+"""Read a saved conversation back; `gemma_nb.chat.saving` describes the format."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Any, get_args
 import safetensors
 import safetensors.numpy
 
-from gemma_nb.chat import altered, archive, codec, journal
-from gemma_nb.chat.codec import Tables
-from gemma_nb.chat.columns import Columns, from_columns
 from gemma_nb.chat.events import Context, Origin, TokenRecord, Turn
-from gemma_nb.chat.identity import Identity
-from gemma_nb.chat.store import FORMAT, LINKS, VERSION, Settings, is_evidence
+from gemma_nb.chat.saving import archive, codec, interventions, journal
+from gemma_nb.chat.saving.codec import Tables
+from gemma_nb.chat.saving.columns import Columns, from_columns
+from gemma_nb.chat.saving.fingerprint import Fingerprint
+from gemma_nb.chat.saving.protocol import Settings
+from gemma_nb.chat.saving.writer import FORMAT, NODE_FIELDS, VERSION, is_evidence
 from gemma_nb.chat.tree import ConversationTree, Node
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.interventions import Intervention
@@ -30,12 +31,12 @@ _DAMAGE = (*archive.DAMAGE, safetensors.SafetensorError)
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a file holds.
+    """Contents of a file.
 
     Attributes:
       path: where it is.
       conversation, generation: see the format.
-      identity: model and tokenizer of its evidence.
+      fingerprint: of the model and the tokenizer of its evidence.
       settings: of its session.
       template: its template; a string names a class that is not this package's.
       tree: all branches.
@@ -46,7 +47,7 @@ class Saved:
     path: Path
     conversation: str
     generation: str
-    identity: Identity
+    fingerprint: Fingerprint
     settings: Settings
     template: Template | str
     tree: ConversationTree
@@ -151,7 +152,7 @@ def _decode(
 ) -> Saved:
     lists = [tuple(_integers(items)) for items in structure["lists"]]
     tables = Tables(codec.from_json(list[str], structure["strings"], Tables(), "strings"), lists)
-    identity = codec.from_json(Identity, structure["identity"], tables, "identity")
+    fingerprint = codec.from_json(Fingerprint, structure["identity"], tables, "identity")
     settings = dict(structure["settings"])
     template = _template(settings.pop("template"), tables)
     turns = {}
@@ -161,14 +162,14 @@ def _decode(
     tree = _tree(structure["nodes"], turns, tables)
     for key, data in structure.get("under", {}).items():
         arrays = _columns(blobs.get(turns[int(key)].id, b""))
-        tree.under[int(key)] = altered.decode(data, arrays, f"under.{key}", classes)
+        tree.under[int(key)] = interventions.decode(data, arrays, f"under.{key}", classes)
     recovered = partial is not None and _recover(tree, partial[0], partial[1], tables)
     recovered = _answer(tree) or recovered
     return Saved(
         path=path,
         conversation=_hexadecimal(structure["conversation"]),
         generation=_hexadecimal(structure["generation"]),
-        identity=identity,
+        fingerprint=fingerprint,
         settings=_settings(settings, tables),
         template=template,
         tree=tree,
@@ -178,7 +179,7 @@ def _decode(
 
 
 def _tree(nodes: dict[str, Any], turns: dict[int, Turn], tables: Tables) -> ConversationTree:
-    hints = {name: hint for name, hint in codec.hints(Node).items() if name not in LINKS}
+    hints = {name: codec.hints(Node)[name] for name in NODE_FIELDS}
     tree = ConversationTree()
     fields: list[tuple[Node, dict[str, Any]]] = []
     stack: list[tuple[Node | None, int]] = [(None, 0)]

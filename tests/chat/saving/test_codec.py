@@ -11,12 +11,12 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_nb.chat import codec
-from gemma_nb.chat.codec import Tables, from_json, to_json
-from gemma_nb.chat.columns import from_columns, to_columns
 from gemma_nb.chat.events import Alternative, TokenRecord, Turn
-from gemma_nb.chat.restore import decode_turn
-from gemma_nb.chat.store import encode_turn
+from gemma_nb.chat.saving import codec
+from gemma_nb.chat.saving.codec import Tables, from_json, to_json
+from gemma_nb.chat.saving.columns import from_columns, to_columns
+from gemma_nb.chat.saving.reader import decode_turn
+from gemma_nb.chat.saving.writer import encode_turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gemma_nb.chat import archive
+from gemma_nb.chat.saving import archive
 from gemma_nb.errors import ConversationError
 
 _MAGIC = b"gemma_nb journal 1\n"

@@ -1,48 +1,38 @@
-"""What a session does to be kept: `save`, `load`, `autosave`."""
+"""The file of a session: saved to by hand or while it goes on, and opened under a model."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
 from gemma_nb import settings
 from gemma_nb.cache import expanded
-from gemma_nb.chat import altered, archive, journal, restore, store
-from gemma_nb.chat.autosave import Autosave
-from gemma_nb.chat.identity import Identity
 from gemma_nb.chat.interrupts import between_steps
-from gemma_nb.chat.recompute import Recomputation
-from gemma_nb.chat.restore import Saved
+from gemma_nb.chat.saving import archive, journal, reader, writer
+from gemma_nb.chat.saving.autosave import Autosave
+from gemma_nb.chat.saving.fingerprint import Fingerprint
+from gemma_nb.chat.saving.interventions import warn_of_unresolved
+from gemma_nb.chat.saving.protocol import SavedSession
+from gemma_nb.chat.saving.reader import Saved
 from gemma_nb.errors import ConversationError, ConversationWarning, ModelMismatchError
 from gemma_nb.interventions import Intervention
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.text.template import Template
-from gemma_nb.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from gemma_nb.chat.conversation import Conversation
-    from gemma_nb.chat.kept import KeptConversation
 
 PathLike = str | os.PathLike[str]
-Progress = Callable[[float, str], None]
-Kept = TypeVar("Kept", bound="KeptConversation")
 
 
-class Keeper:
-    """Where one session is kept.
-
-    Attributes:
-      conversation: its name in files, the same in every copy.
-      identity: of the model that its evidence is of, where that is not the session's own.
-    """
+class SessionFile:
+    """Saves one session, to the file that it is given each time or to one while it goes on."""
 
     def __init__(self) -> None:
-        self.conversation = store.new_id()
-        self.identity: Identity | None = None
+        self._conversation = writer.new_id()  # its name in files, the same in every copy
+        # Of the model that its evidence is of, where that is not the session's own.
+        self._fingerprint: Fingerprint | None = None
         self._autosave: Autosave | None = None
         self._told: list[Exception] = []
         # What this session wrote or read, by file: it may be replaced.
@@ -53,23 +43,32 @@ class Keeper:
         """The file that the session is being saved to."""
         return None if self._autosave is None else self._autosave.path
 
-    def knows(self, saved: Saved) -> None:
-        """Notes that the session is what a file holds."""
-        self.conversation = saved.conversation
-        self._known[saved.path] = saved.generation
+    def opened(self, saved: Saved, now: Fingerprint, *, recomputed: bool) -> None:
+        """Notes that the session is what a file holds.
 
-    def save(self, chat: Conversation, path: PathLike) -> Path:
-        """See `ChatSession.save`."""
+        Args:
+          saved: what was read.
+          now: of the session's model and tokenizer.
+          recomputed: whether the evidence is theirs, rather than as it was.
+        """
+        self._conversation = saved.conversation
+        self._known[saved.path] = saved.generation
+        if not recomputed and saved.fingerprint.differences(now):
+            self._fingerprint = saved.fingerprint.beside(now)
+
+    def save(self, session: SavedSession, path: PathLike) -> Path:
+        """Writes the whole session to a file; see `ChatSession.save`."""
         target = absolute(path)
         with between_steps():
             if self._autosave is not None and target == self._autosave.path:
                 self._autosave.fold()
             else:
-                self._known[target] = store.save(chat, target, self.conversation, self.identity)
+                written = writer.save(session, target, self._conversation, self._fingerprint)
+                self._known[target] = written
         return target
 
-    def autosave(self, chat: Conversation, path: PathLike | None) -> None:
-        """See `ChatSession.autosave`."""
+    def autosave(self, session: SavedSession, path: PathLike | None) -> None:
+        """Saves the session to a file from now on, or no longer; see `ChatSession.autosave`."""
         if path is not None:
             settings.path("autosave", path, "the path of a file, or None")
         target = None if path is None else absolute(path)
@@ -86,8 +85,9 @@ class Keeper:
                 self._known[before.path] = before.generation
                 self._tell(before)
             if target is not None:
+                known = self._known.get(target)
                 self._autosave = Autosave(
-                    chat, target, self.conversation, self._known.get(target), self.identity
+                    session, target, self._conversation, known, self._fingerprint
                 )
 
     def warn(self) -> None:
@@ -122,55 +122,57 @@ def absolute(path: PathLike) -> Path:
     return expanded(path).absolute()
 
 
-def load(
-    cls: type[Kept],
-    path: PathLike,
+def read_for(
     model: GemmaTransformer,
-    tokenizer: Tokenizer,
+    now: Fingerprint,
+    path: PathLike,
     *,
     recompute: bool | None,
-    template: str | Template | None,
     interventions: Sequence[type[Intervention]],
-    autosave: bool,
-    progress: Progress | None,
-) -> Kept:
-    """See `ChatSession.load`."""
-    saved = restore.read(absolute(path), interventions)
-    altered.warn_of_unread(saved.tree)
-    now = Identity.of(model, tokenizer)
-    if recompute is None or (not recompute and saved.identity.tokenizer != now.tokenizer):
+) -> Saved:
+    """The conversation of a file, if it can go on under a model; see `ChatSession.load`.
+
+    Args:
+      model: that is to go on with it.
+      now: of that model and its tokenizer.
+      path: the file.
+      recompute: what is to become of evidence that is another model's.
+      interventions: classes of the user's own.
+
+    Raises:
+      ConversationError: there is no such file, it is damaged, or of a later version.
+      ModelMismatchError: the evidence is another model's, and `recompute` does not say what then.
+    """
+    saved = reader.read(absolute(path), interventions)
+    warn_of_unresolved(saved.tree)
+    same_tokenizer = saved.fingerprint.tokenizer == now.tokenizer
+    if recompute is None or (not recompute and not same_tokenizer):
         _check_model(saved, now)
-    if saved.identity.tokenizer == now.tokenizer:
+    if same_tokenizer:
         _check_ids(saved, model.config.num_embed)
-    length = min(saved.settings.cache_length, model.config.max_context)
-    capture = saved.settings.capture.fitting(model.config.num_layers)
-    held = dataclasses.replace(saved.settings, cache_length=length, capture=capture)
-    chat = cls(model, tokenizer, template=_template(saved, template), **held.fields())
-    if recompute:
-        respell = saved.identity.tokenizer != now.tokenizer
-        computation = Recomputation(model, tokenizer, chat.template, chat.capture.top_k)
-        computation.tree(saved.tree, respell=respell, progress=progress)
-    chat.adopt(saved.tree)
-    keeper = chat.keeper
-    keeper.knows(saved)
-    if not recompute and saved.identity.differences(now):
-        keeper.identity = saved.identity.beside(now)
-    if autosave:
-        if saved.left_out:
-            journal.set_aside(saved.path)
-        chat.autosave = saved.path
-    return chat
+    return saved
 
 
-def _template(saved: Saved, template: str | Template | None) -> str | Template:
-    if template is not None:
-        return template
-    if isinstance(saved.template, str):
+def arguments(
+    saved: Saved, model: GemmaTransformer, template: str | Template | None
+) -> dict[str, Any]:
+    """Arguments of the session that goes on with a file, as far as a model allows.
+
+    Raises:
+      ConversationError: no file can hold the template, and none is given.
+    """
+    if template is None and isinstance(saved.template, str):
         raise ConversationError(
             f"{saved.path} was written with a template of its own, {saved.template}, which no file "
             "can hold: give it as template=..."
         )
-    return saved.template
+    config, held = model.config, saved.settings
+    fitting = dataclasses.replace(
+        held,
+        cache_length=min(held.cache_length, config.max_context),
+        capture=held.capture.fitting(config.num_layers),
+    )
+    return {**fitting.arguments(), "template": saved.template if template is None else template}
 
 
 def _check_ids(saved: Saved, count: int) -> None:
@@ -183,17 +185,17 @@ def _check_ids(saved: Saved, count: int) -> None:
             )
 
 
-def _check_model(saved: Saved, now: Identity) -> None:
-    differences = saved.identity.differences(now)
+def _check_model(saved: Saved, now: Fingerprint) -> None:
+    differences = saved.fingerprint.differences(now)
     if not differences:
         return
-    name = saved.identity.name
+    name = saved.fingerprint.name
     ways = ["with recompute=True to compute it anew with this model (texts and branches stay)"]
-    if saved.identity.tokenizer == now.tokenizer:
+    if saved.fingerprint.tokenizer == now.tokenizer:
         ways.append("with recompute=False to keep it as it was")
     ways.append(f"with the model it is of{f' (gnb.load({name!r}))' if name else ''}")
     raise ModelMismatchError(
-        f"{saved.path} was held with {saved.identity.title}; this is {now.title}: "
+        f"{saved.path} was held with {saved.fingerprint.title}; this is {now.title}: "
         f"{', '.join(differences)}.  The evidence of its tokens is not this model's.  Load it "
         f"{', '.join(ways[:-1])}, or {ways[-1]}"
     )

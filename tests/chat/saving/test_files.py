@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 
 import gemma_nb as gnb
-from gemma_nb.chat import archive, journal, store
+from gemma_nb.chat import saving
 from gemma_nb.chat.events import Timing
+from gemma_nb.chat.saving import archive, journal, writer
 from gemma_nb.errors import ConversationError
 from gemma_nb.text.template import RawTemplate, TranscriptTemplate
 from tests.chat.checks import assert_same
@@ -70,7 +71,7 @@ def test_a_saved_file_is_a_zip_that_any_tool_reads(saved, grown):
 def test_the_documented_members_are_those_of_the_file(saved):
     structure, _ = archive.read(saved)
     for name in structure:
-        assert name in store.__doc__
+        assert name in saving.__doc__
 
 
 def test_saving_replaces_a_file_and_leaves_nothing_else(make, saved, tiny_model):
@@ -115,12 +116,12 @@ def test_evidence_of_the_future_is_kept(monkeypatch):
     """A field that is added to the records is stored without further ado."""
 
     @dataclasses.dataclass(frozen=True)
-    class Longer(store.Turn):
+    class Longer(writer.Turn):
         rows: tuple[Timing, ...] = ()
 
-    monkeypatch.setattr(store, "Turn", Longer)
+    monkeypatch.setattr(writer, "Turn", Longer)
     turn = Longer(id=1, role="model", text="x", rows=(Timing(3),))
-    data, columns = store.encode_turn(turn, store.Tables())
+    data, columns = writer.encode_turn(turn, writer.Tables())
     assert data["rows"] == {"rows": 1}
     assert columns["rows.prompt_tokens"].tolist() == [3]
     assert io.BytesIO(safetensors.numpy.save(columns)).getvalue()

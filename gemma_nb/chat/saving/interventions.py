@@ -7,13 +7,14 @@ item 2 is the column `under.2.a` of the reply's safetensors file; one that lies 
 
 The classes of `gemma_nb.interventions` are read with the axes that they have to have.  A class of
 the user's own ("own": true) is stored where its fields are arrays, `Where`, or plain values, and
-read where the class is given: a file names no code to run.  Until then it is `Unread`, and saved
-again as it was.  Of a reply under anything else, the file keeps the description alone.
+read where the class is given: a file names no code to run.  Until then it is `Unresolved`, and
+saved again as it was.  Of a reply under anything else, the file keeps the description alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb import interventions as known
+from gemma_nb.chat.interventions import Unresolved
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.executables import pinned
 from gemma_nb.interventions import Intervention, Interventions, Where
@@ -65,37 +67,19 @@ _ARRAYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Steer": {"layer": "i", "vector": "f ...", "scale": "f", "where": "where"},
     }
 )
+# JSON and columns, as `encode` gives them.
+_Encoded = tuple[Mapping[str, Any], Mapping[str, np.ndarray]]
 # More than any model has heads: what a file says must not take all memory.
 _MOST_PARTS = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Unread:
-    """Interventions of which a class was not given, as they are in the file.
-
-    Attributes:
-      data: of `encode`.
-      columns: of `encode`.
-      missing: names of the classes.
-    """
-
-    data: Mapping[str, Any]
-    columns: Mapping[str, np.ndarray]
-    missing: tuple[str, ...]
-
-    @property
-    def remedy(self) -> str:
-        """How to have them."""
-        given = ", ".join(self.missing)
-        return f"load it with interventions=[{given}], the class of your own that it was made with"
-
-
 def encode(
-    under: Interventions | Unread | None,
+    under: Interventions | Unresolved | None,
 ) -> tuple[Mapping[str, Any] | None, dict[str, np.ndarray]]:
     """JSON and columns; (None, {}) where there is nothing, or something that no file can hold."""
-    if isinstance(under, Unread):
-        return under.data, dict(under.columns)
+    if isinstance(under, Unresolved):
+        data, arrays = typing.cast(_Encoded, under.stored)
+        return data, dict(arrays)
     items: list[dict[str, Any]] = []
     columns: dict[str, np.ndarray] = {}
     for index, item in enumerate(() if under is None else under.items):
@@ -134,7 +118,7 @@ def decode(
     columns: Mapping[str, np.ndarray],
     where: str,
     classes: Sequence[type[Intervention]] = (),
-) -> Interventions | Unread:
+) -> Interventions | Unresolved:
     """What `encode` was given.
 
     Args:
@@ -169,7 +153,7 @@ def decode(
         items.append(_item(entry, _Columns(columns, prefix), place))
     if missing:
         kept = {name: array for name, array in columns.items() if name.startswith("under.")}
-        return Unread(data, kept, tuple(dict.fromkeys(missing)))
+        return Unresolved(tuple(dict.fromkeys(missing)), (data, kept))
     return Interventions(tuple(items), jnp.int32(start))
 
 
@@ -209,15 +193,15 @@ def _own(
     return item
 
 
-def warn_of_unread(tree: ConversationTree) -> None:
+def warn_of_unresolved(tree: ConversationTree) -> None:
     """Warns of replies whose interventions cannot be computed with, as a class was not given."""
-    unread = [under for under in tree.under.values() if isinstance(under, Unread)]
-    if unread:
-        missing = tuple(dict.fromkeys(name for under in unread for name in under.missing))
+    unresolved = [under for under in tree.under.values() if isinstance(under, Unresolved)]
+    if unresolved:
+        missing = tuple(dict.fromkeys(name for under in unresolved for name in under.missing))
         warnings.warn(
-            f"{len(unread)} of the replies were made under {', '.join(missing)}: they can be read, "
-            "but not traced or gone on with; to do that, "
-            f"{dataclasses.replace(unread[0], missing=missing).remedy}",
+            f"{len(unresolved)} of the replies were made under {', '.join(missing)}: they can be "
+            "read, but not traced or gone on with; to do that, "
+            f"{dataclasses.replace(unresolved[0], missing=missing).remedy}",
             ConversationWarning,
             stacklevel=4,
         )

@@ -1,7 +1,7 @@
 """Many values of one type to columns of numbers and back, by the types of their fields.
 
-As in `gemma_nb.chat.codec`, a field that is added to a record is stored from then on, and one that
-a file lacks takes its default.
+As in `gemma_nb.chat.saving.codec`, a field that is added to a record is stored from then on, and
+one that a file lacks takes its default.
 
 A field of n records is an array of n numbers in the smallest dtype that holds every value exactly.
 A string is its index in `Tables.strings`; `name.present` says which values are not None, and `name`
@@ -22,7 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
-from gemma_nb.chat.codec import Tables, expect, hints, required
+from gemma_nb.chat.saving.codec import Tables, expect, hints, required
 
 Columns = dict[str, np.ndarray]
 
