@@ -7,12 +7,13 @@ import secrets
 from collections.abc import Sequence
 
 from gemma_nb.chat.context import Contexts, WhenFull, too_long
-from gemma_nb.chat.events import Branching, Context, Origin, TokenRecord, Turn
 from gemma_nb.chat.interventions import Unresolved
 from gemma_nb.chat.places import alternative, asked_by, spelling, turn_of, turns_to
-from gemma_nb.chat.reply import token_label, token_record
+from gemma_nb.chat.records import token_label, token_record
 from gemma_nb.chat.scoring import score, score_cached
+from gemma_nb.chat.tokens import Tokens
 from gemma_nb.chat.tree import Node
+from gemma_nb.chat.turns import Branching, Context, Origin, Turn
 from gemma_nb.errors import ContextFullError
 from gemma_nb.interventions import Intervention, Interventions
 from gemma_nb.interventions.reach import refuse_uncached
@@ -43,8 +44,8 @@ class Plan:
     ids: Sequence[int]
     context: Context
     sampling: Sampling
-    kept: tuple[TokenRecord, ...] = ()
-    given: tuple[TokenRecord, ...] = ()
+    kept: Tokens = Tokens()  # noqa: RUF009
+    given: Tokens = Tokens()  # noqa: RUF009
     refused: frozenset[int] = frozenset()
     origin: Origin | None = None
     interventions: Interventions | None = None
@@ -52,7 +53,7 @@ class Plan:
     @property
     def all_ids(self) -> list[int]:
         """Everything that stands before the first token to draw."""
-        return [*self.ids, *(record.token_id for record in (*self.kept, *self.given))]
+        return [*self.ids, *(self.kept + self.given).token_id.tolist()]
 
 
 class Planner:
@@ -116,7 +117,7 @@ class Planner:
         turn = turn_of(node)
         before = self.contexts.before(turns_to(asked_by(node)), turn.context)
         if turn.tokens:
-            return before, [record.token_id for record in turn.tokens]
+            return before, turn.tokens.token_id.tolist()
         return before, list(self._own_ids(turn))
 
     def tokens(self, node: Node) -> list[int]:
@@ -181,7 +182,7 @@ class Planner:
             interventions=self.under(source),
         )
 
-    def records(self, node: Node, sampling: Sampling) -> tuple[TokenRecord, ...]:
+    def records(self, node: Node, sampling: Sampling) -> Tokens:
         """Records of a reply as it stays in the context, also where it has none of its own."""
         source, asked = turn_of(node), asked_by(node)
         ids = self._own_ids(source)
@@ -189,7 +190,7 @@ class Planner:
         before = self.contexts.before(turns_to(asked), source.context)
         under = self.under(source)
         rest = self.scored([*before, *ids], len(kept), len(before), sampling, under)
-        return (*kept, *rest)
+        return kept + rest
 
     def edited(self, node: Node, text: str) -> Plan:
         """A reply with another text, all of it kept or given: nothing is left to draw.
@@ -226,7 +227,7 @@ class Planner:
         begin: int,
         sampling: Sampling,
         under: Interventions | None,
-    ) -> tuple[TokenRecord, ...]:
+    ) -> Tokens:
         """Records of given tokens, with the evidence of having been chosen.
 
         Few of them are computed by the decoder from its cache, many by one pass over everything.
@@ -244,7 +245,7 @@ class Planner:
         if evidence is None:
             model = self._model.replace(interventions=under)
             evidence = score(model, ids, start, settings, self._top_k)
-        return tuple(
+        return Tokens(
             token_record(self._tokenizer, found, index=index + i, position=start + i)
             for i, found in enumerate(evidence)
         )
@@ -268,7 +269,7 @@ class Planner:
         self,
         node: Node,
         kind: Branching,
-        kept: tuple[TokenRecord, ...],
+        kept: Tokens,
         sampling: Sampling,
         *,
         given: Sequence[int] = (),
@@ -278,7 +279,7 @@ class Planner:
         source, asked = turn_of(node), asked_by(node)
         under = self.under(source)
         ids, context, moved = self._room(node, len(kept) + len(given), sampling)
-        before = [*ids, *(record.token_id for record in kept)]
+        before = [*ids, *kept.token_id.tolist()]
         if moved:
             # Seen in another context than before: what holds there is computed anew.
             kept = self.scored(before, 0, len(ids), sampling, under)
@@ -287,7 +288,7 @@ class Planner:
         if len(given) == 1 and not moved and first < len(source.tokens):
             known = alternative(source.tokens[first], given[0], self.label(given[0]))
         if known is not None:
-            put: tuple[TokenRecord, ...] = (known,)
+            put = Tokens([known])
         else:
             put = self.scored([*before, *given], first, len(ids), sampling, under)
         # A token drawn under a condition of its own counts as given.
@@ -349,7 +350,7 @@ class Planner:
         """A sibling of a reply that came to its end, in which that end is refused."""
         source = turn_of(node)
         kept = self.records(node, sampling)
-        following = {record.token_id for record in source.tokens[len(kept) : len(kept) + 1]}
+        following = set(source.tokens[len(kept) : len(kept) + 1].token_id.tolist())
         refused = self._template.stop_ids(self._tokenizer) | following
         return self._continue(node, kind, kept, sampling, refused=refused)
 

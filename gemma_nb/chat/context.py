@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from gemma_nb.chat.events import Context, Turn
+from gemma_nb.chat.turns import Context, Turn
 from gemma_nb.errors import ContextFullError
 from gemma_nb.text.template import Message, Template
 from gemma_nb.text.tokenizer import Tokenizer

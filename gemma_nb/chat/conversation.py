@@ -16,14 +16,16 @@ from typing import Any, NoReturn
 from gemma_nb import settings
 from gemma_nb.chat.branches import Plan, Planner
 from gemma_nb.chat.context import WhenFull, check_policy
-from gemma_nb.chat.events import Context, PrefillEvent, TokenEvent, TokenRecord, Turn
+from gemma_nb.chat.events import PrefillEvent, TokenEvent
 from gemma_nb.chat.generation import STOPPED, Generation
 from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.places import turn_of
 from gemma_nb.chat.reading import Reading, close, closed_at_end
+from gemma_nb.chat.records import TokenRecord
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.saving.session_file import SessionFile
 from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.chat.turns import Context, Turn
 from gemma_nb.errors import BusyError, ContextFullError, ConversationWarning, InterventionWarning
 from gemma_nb.expected import expect
 from gemma_nb.interventions.reach import warn_of_unreached

@@ -9,9 +9,9 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from gemma_nb.chat.branches import Planner
-from gemma_nb.chat.events import Turn
 from gemma_nb.chat.places import turn_of
 from gemma_nb.chat.tree import Node
+from gemma_nb.chat.turns import Turn
 from gemma_nb.text.prefix import shared_prefix
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Side:
         if self.reply is None or not self.reply.tokens:
             return "".join(token.piece for token in self.tokens)
         first = len(self.reply.tokens) - len(self.tokens)
-        return "".join(record.text for record in self.reply.tokens[first:])
+        return "".join(self.reply.tokens[first:].text.tolist())
 
     @property
     def logprob(self) -> float:

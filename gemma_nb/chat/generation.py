@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from gemma_nb.chat.branches import Plan, Planner
 from gemma_nb.chat.context import ran_full, too_long
-from gemma_nb.chat.events import PrefillEvent, TokenRecord
+from gemma_nb.chat.events import PrefillEvent
 from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.chat.records import TokenRecord
 from gemma_nb.chat.reply import Reply
 from gemma_nb.ending import Ending
 from gemma_nb.errors import NonFiniteLogitsError

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemma_nb.chat import diff as diffs
-from gemma_nb.chat.events import TokenRecord, Turn
 from gemma_nb.chat.kept import KeptConversation
 from gemma_nb.chat.places import locate
+from gemma_nb.chat.records import TokenRecord
 from gemma_nb.chat.speakers import speakers
 from gemma_nb.chat.tree import Node
+from gemma_nb.chat.turns import Turn
 from gemma_nb.errors import BusyError
 from gemma_nb.indices import Indices, number
 from gemma_nb.model import GemmaTransformer
@@ -133,7 +134,7 @@ class InspectedConversation(KeptConversation):
         if self._looked_at is None or self._looked_at[0] is not last:
             self._looked_at = last, self.trace(last, sites=())
         trace = self._looked_at[1]
-        position = last.tokens[index].position - 1
+        position = int(last.tokens.position[index]) - 1
         found = self._look(last, trace.tokens.tolist(), position)
         if found is None:
             data = {site: trace.get(site, positions=position) for site in _SITES}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from gemma_nb.chat.events import TokenRecord, Turn
+from gemma_nb.chat.records import TokenRecord
+from gemma_nb.chat.tokens import Tokens
 from gemma_nb.chat.tree import ConversationTree, Node
+from gemma_nb.chat.turns import Turn
 from gemma_nb.text.prefix import shared_prefix
 
 
@@ -41,9 +43,9 @@ def _equals(a: TokenRecord, b: TokenRecord) -> bool:
     return all(getattr(a, name) == getattr(b, name) for name in fields)
 
 
-def spelling(records: Sequence[TokenRecord], ids: Sequence[int]) -> tuple[TokenRecord, ...]:
-    """The leading records that spell the beginning of `ids`."""
-    return tuple(records[: shared_prefix([record.token_id for record in records], ids)])
+def spelling(tokens: Tokens, ids: Sequence[int]) -> Tokens:
+    """The leading tokens that spell the beginning of `ids`."""
+    return tokens[: shared_prefix(tokens.token_id.tolist(), ids)]
 
 
 def alternative(record: TokenRecord, token: int, piece: str) -> TokenRecord | None:

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from gemma_nb.chat.context import Contexts
-from gemma_nb.chat.events import TokenRecord, Turn
-from gemma_nb.chat.reply import token_record
+from gemma_nb.chat.records import token_record
 from gemma_nb.chat.scoring import score
+from gemma_nb.chat.tokens import Tokens
 from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.chat.turns import Turn
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.methods import Sampling
 from gemma_nb.text.detokenizer import StreamingDetokenizer
@@ -57,19 +58,20 @@ class Recomputation:
           respell: tokenize the texts, since the ids are another tokenizer's.
           progress: called with a fraction and a sentence.
         """
-        before: dict[int, tuple[TokenRecord, ...]] = {}
+        before: dict[int, list[int]] = {}
         for done, node in enumerate(tree.nodes()):
             if progress is not None:
                 progress(done / (len(tree) + 1), "Computing the evidence of the replies")
             if node.turn is None or node.turn.role != "model":
                 continue
             turn = self.turn([n.turn for n in node.path()[:-1] if n.turn], node.turn, respell)
+            ids = turn.tokens.token_id.tolist()
             if respell and turn.origin is not None:
-                shared = shared_prefix(_ids(before.get(turn.origin.turn, ())), _ids(turn.tokens))
+                shared = shared_prefix(before.get(turn.origin.turn, []), ids)
                 origin = dataclasses.replace(turn.origin, index=shared, given=0)
                 turn = dataclasses.replace(turn, origin=origin)
             node.turn = turn
-            before[turn.id] = turn.tokens
+            before[turn.id] = ids
         if progress is not None:
             progress(1.0, "Computed the evidence of the replies")
 
@@ -89,15 +91,15 @@ class Recomputation:
             texts = self._texts(given)
             sampling = dataclasses.replace(sampling, forbidden=())  # another vocabulary's
         else:
-            given = [record.token_id for record in turn.tokens]
-            texts = [record.text for record in turn.tokens]
+            given = turn.tokens.token_id.tolist()
+            texts = turn.tokens.text.tolist()
         evidence = score(self._model, [*context, *given], len(context), sampling, self._top_k)
         records = (
             token_record(self._tokenizer, choice, index=index, position=len(context) + index)
             for index, choice in enumerate(evidence)
         )
         pairs = zip(records, texts, strict=True)
-        tokens = tuple(dataclasses.replace(record, text=text) for record, text in pairs)
+        tokens = Tokens(dataclasses.replace(record, text=text) for record, text in pairs)
         return dataclasses.replace(turn, tokens=tokens, ids=ids)
 
     def _spell(
@@ -118,7 +120,3 @@ class Recomputation:
         if rest and texts:
             texts[-1] += rest
         return texts
-
-
-def _ids(records: Sequence[TokenRecord]) -> list[int]:
-    return [record.token_id for record in records]

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from gemma_nb.chat.branches import Plan
-from gemma_nb.chat.events import Origin, TokenEvent, TokenRecord, Turn
+from gemma_nb.chat.events import TokenEvent
 from gemma_nb.chat.inside import InspectedConversation
+from gemma_nb.chat.records import TokenRecord
 from gemma_nb.chat.several import SamplingConversation
 from gemma_nb.chat.tree import Node
+from gemma_nb.chat.turns import Origin, Turn
 from gemma_nb.interventions import Intervention
 from gemma_nb.sampling.methods import Sampling
 
@@ -206,7 +208,7 @@ class ChatSession(InspectedConversation, SamplingConversation):
         with self._alone():
             plan = self._planner.edited(node, text)
             reply = self._new_reply(plan)
-            reply.keep((*plan.kept, *plan.given))
+            reply.keep(plan.kept + plan.given)
             reply.finish("edited", "You wrote this.")
             reply.flush()
             reply.used = len(plan.all_ids)

@@ -11,12 +11,12 @@ import jax
 from gemma_nb import settings
 from gemma_nb.chat.branches import Plan
 from gemma_nb.chat.context import ran_full, too_long
-from gemma_nb.chat.events import Turn
 from gemma_nb.chat.generation import STOPPED, not_finite
 from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.kept import KeptConversation
 from gemma_nb.chat.reply import Reply
 from gemma_nb.chat.tree import Node
+from gemma_nb.chat.turns import Turn
 from gemma_nb.errors import NonFiniteLogitsError
 from gemma_nb.processor import has_matrix_unit
 from gemma_nb.sampling.batch import MOST, Batch

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from gemma_nb.chat.events import Context, Role, Turn
 from gemma_nb.chat.interventions import Unresolved
+from gemma_nb.chat.turns import Context, Role, Turn
 from gemma_nb.indices import number
 from gemma_nb.interventions import Interventions
 

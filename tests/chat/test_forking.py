@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_nb.chat import branches
-from gemma_nb.chat.events import Origin
+from gemma_nb.chat.turns import Origin
 from gemma_nb.errors import TextError
 from tests.chat.checks import SAMPLING, assert_parity, evidence, ids
 

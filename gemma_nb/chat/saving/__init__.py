@@ -21,7 +21,7 @@ conversation.json, format version 1, is one object:
                        any other node has the id of its turn.  Children are in the order in which
                        they were made; the active one is shown.  Other fields as of
                        `gemma_nb.chat.tree.Node`
-    turns              id -> the fields of `gemma_nb.chat.events.Turn`.  A field with evidence is
+    turns              id -> the fields of `gemma_nb.chat.turns.Turn`.  A field with evidence is
                        {"rows": n} and its rows are in the turn's safetensors file
     under              id -> the interventions that a reply was computed under, where these are not
                        the model's own; `gemma_nb.chat.saving.interventions` says how

@@ -201,15 +201,14 @@ def expect(holds: bool, expected: str, got: Any, where: str) -> Any:
 
 
 def hints(cls: Any) -> dict[str, Any]:
-    """Field name -> type, of a dataclass, without fields whose metadata says "stored": False."""
+    """Field name -> type, of a dataclass."""
     return _hints(cls)
 
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     known = typing.get_type_hints(cls)
-    fields = [field for field in dataclasses.fields(cls) if field.metadata.get("stored", True)]
-    return {field.name: known[field.name] for field in fields}
+    return {field.name: known[field.name] for field in dataclasses.fields(cls)}
 
 
 @functools.cache

@@ -49,20 +49,20 @@ def _write(hint: Any, values: Sequence[Any], tables: Tables, name: str, out: Col
         for place, item in enumerate(kind):
             _write(item, [value[place] for value in values], tables, f"{name}.{place}", out)
     elif kind is tuple:
-        out[f"{name}.count"] = _integers([len(value) for value in values])
+        out[f"{name}.count"] = integers([len(value) for value in values])
         items = list(itertools.chain.from_iterable(values))
         _write(get_args(inner)[0], items, tables, name, out)
     elif kind is np.ndarray:
-        out[f"{name}.ndim"] = _integers([value.ndim for value in values])
-        out[f"{name}.shape"] = _integers([size for value in values for size in value.shape])
+        out[f"{name}.ndim"] = integers([value.ndim for value in values])
+        out[f"{name}.shape"] = integers([size for value in values for size in value.shape])
         flat = [np.ravel(value) for value in values]
         out[f"{name}.data"] = np.concatenate(flat) if flat else np.zeros(0, np.uint8)
     elif kind is str:
-        out[name] = _integers([tables.string(value) for value in values])
+        out[name] = integers([tables.string(value) for value in values])
     elif kind is float:
-        out[name] = _floats(values)
+        out[name] = floats(values)
     elif kind is int:
-        out[name] = _integers(values)
+        out[name] = integers(values)
     else:
         for field, field_hint in hints(kind).items():
             column = [getattr(value, field) for value in values]
@@ -106,14 +106,10 @@ def from_columns(hint: Any, count: int, columns: Columns, tables: Tables, name: 
         expect(within, f"indices of {len(tables.strings)} strings", "others", name)
         return [tables.strings[index] for index in indices.tolist()]
     if kind is int:
-        numbers = _take(columns, name, count)
-        expect(numbers.dtype.kind in "iu", "integers", str(numbers.dtype), name)
-        values = numbers.tolist()
+        values = _numbers("iu", "integers", count, columns, name).tolist()
         return [bool(value) for value in values] if inner is bool else values
     if kind is float:
-        numbers = _take(columns, name, count)
-        expect(numbers.dtype.kind == "f", "floats", str(numbers.dtype), name)
-        return numbers.tolist()
+        return _numbers("f", "floats", count, columns, name).tolist()
     return _records(kind, count, columns, tables, name)
 
 
@@ -140,6 +136,12 @@ def _arrays(count: int, columns: Columns, name: str) -> list[np.ndarray]:
     data = _take(columns, f"{name}.data", sum(lengths))
     parts = zip(shapes, _ends(lengths), strict=True)
     return [data[end - size : end].reshape(shape) for shape, (size, end) in parts]
+
+
+def _numbers(kinds: str, wanted: str, count: int, columns: Columns, name: str) -> np.ndarray:
+    numbers = _take(columns, name, count)
+    expect(numbers.dtype.kind in kinds, wanted, str(numbers.dtype), name)
+    return numbers
 
 
 def _counts(columns: Columns, name: str, count: int) -> list[int]:
@@ -187,15 +189,18 @@ def _without_none(hint: Any) -> Any:
     return choices[0]
 
 
-def _integers(values: Sequence[int]) -> np.ndarray:
-    """In the smallest integer dtype that holds all of them."""
-    low, high = min(values, default=0), max(values, default=0)
+def integers(values: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Integers in the smallest dtype that holds all of them."""
+    if isinstance(values, np.ndarray):
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    else:
+        low, high = min(values, default=0), max(values, default=0)
     smallest = np.promote_types(np.min_scalar_type(low), np.min_scalar_type(high))
     return np.array(values, smallest if smallest.kind in "iu" else np.int64)
 
 
-def _floats(values: Sequence[float]) -> np.ndarray:
-    """float32 where that is exact, as it is for what the model computed."""
+def floats(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Floats in float32 where that is exact, as it is for what the model computed."""
     exact = np.array(values, np.float64)
     with np.errstate(over="ignore"):
         short = exact.astype(np.float32)

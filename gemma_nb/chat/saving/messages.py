@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gemma_nb.cache import expanded
-from gemma_nb.chat.events import Turn
 from gemma_nb.chat.saving import archive
 from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.chat.turns import Turn
 from gemma_nb.errors import ConversationError
 
 _SYSTEM = ("system", "developer")

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any, Protocol
 
 from gemma_nb.chat.context import WhenFull
-from gemma_nb.chat.events import Turn
 from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.chat.turns import Turn
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.evidence import Capture
 from gemma_nb.sampling.methods import Sampling

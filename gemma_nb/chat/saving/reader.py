@@ -14,14 +14,16 @@ from typing import Any, get_args
 import safetensors
 import safetensors.numpy
 
-from gemma_nb.chat.events import Context, Origin, TokenRecord, Turn
 from gemma_nb.chat.saving import archive, codec, interventions, journal
 from gemma_nb.chat.saving.codec import Tables
 from gemma_nb.chat.saving.columns import Columns, from_columns
 from gemma_nb.chat.saving.fingerprint import Fingerprint
 from gemma_nb.chat.saving.protocol import Settings
+from gemma_nb.chat.saving.token_columns import read_tokens
 from gemma_nb.chat.saving.writer import FORMAT, NODE_FIELDS, VERSION, is_evidence
+from gemma_nb.chat.tokens import Tokens
 from gemma_nb.chat.tree import ConversationTree, Node
+from gemma_nb.chat.turns import Context, Origin, Turn
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.interventions import Intervention
 from gemma_nb.text.template import Template, template_class
@@ -260,18 +262,17 @@ def _recover(tree: ConversationTree, data: Any, parts: list[Any], tables: Tables
     if any(turn.id == data["turn"].get("id") for turn in tree):
         return False  # it came to its end
     parent = tree.root if data["parent"] == 0 else tree.find(data["parent"])
-    tokens: list[TokenRecord] = []
+    tokens = Tokens()
     for start, blob in parts:
         columns = _columns(blob)
         rows = len(columns["tokens.token_id"])
-        del tokens[start:]
-        tokens += from_columns(TokenRecord, rows, columns, tables, "tokens")
+        tokens = tokens[:start] + read_tokens(rows, columns, tables, "tokens")
     rest = {name: value for name, value in data["turn"].items() if name != "tokens"}
     turn = decode_turn(rest, {}, tables, "partial")
     ended = dataclasses.replace(
         turn,
-        tokens=tuple(tokens),
-        ids=tuple(record.token_id for record in tokens),
+        tokens=tokens,
+        ids=tuple(tokens.token_id.tolist()),
         finish_reason="interrupted",
         finish_detail="The kernel ended while this reply was being made.",
     )
@@ -341,6 +342,9 @@ def decode_turn(data: Any, columns: Columns, tables: Tables, where: str) -> Turn
         count = data[name].get("rows") if isinstance(data[name], dict) else None
         if type(count) is not int or count < 0:
             raise ValueError(f"{where}.{name}: expected a number of rows, got {data[name]!r}")
-        hint = get_args(fields[name])[0]
-        rows[name] = tuple(from_columns(hint, count, columns, tables, name))
+        if fields[name] is Tokens:
+            rows[name] = read_tokens(count, columns, tables, name)
+        else:
+            hint = get_args(fields[name])[0]
+            rows[name] = tuple(from_columns(hint, count, columns, tables, name))
     return dataclasses.replace(turn, **rows)

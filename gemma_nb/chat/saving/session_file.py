@@ -178,7 +178,7 @@ def arguments(
 def _check_ids(saved: Saved, count: int) -> None:
     """Refuses token ids that there are none of: the model would compute something of them."""
     for turn in saved.tree:
-        ids = [*(turn.ids or ()), *(record.token_id for record in turn.tokens)]
+        ids = [*(turn.ids or ()), *turn.tokens.token_id.tolist()]
         if ids and not 0 <= min(ids) <= max(ids) < count:
             raise archive.damaged(
                 saved.path, f"turn {turn.id} has token ids outside of 0 to {count - 1}"

@@ -11,13 +11,15 @@ from typing import Any, get_args, get_origin
 import safetensors.numpy
 
 from gemma_nb import __version__
-from gemma_nb.chat.events import Turn
 from gemma_nb.chat.saving import archive, codec, interventions, journal
 from gemma_nb.chat.saving.codec import Tables
 from gemma_nb.chat.saving.columns import Columns, to_columns
 from gemma_nb.chat.saving.fingerprint import Fingerprint
 from gemma_nb.chat.saving.protocol import Partial, SavedSession, Settings
+from gemma_nb.chat.saving.token_columns import write_tokens
+from gemma_nb.chat.tokens import Tokens
 from gemma_nb.chat.tree import ConversationTree, Node
+from gemma_nb.chat.turns import Turn
 from gemma_nb.text.template import Template, template_class
 
 FORMAT, VERSION = "gemma_nb conversation", 1
@@ -170,13 +172,17 @@ def encode_turn(
             data[name] = codec.to_json(value, tables)
         elif value:
             data[name] = {"rows": len(value)}
-            if evidence:
+            if evidence and hint is Tokens:
+                columns |= write_tokens(value, tables, name)
+            elif evidence:
                 columns |= to_columns(get_args(hint)[0], value, tables, name)
     return data, columns
 
 
 def is_evidence(hint: Any) -> bool:
     """Whether a field of a turn is many records: those are columns, not JSON."""
+    if hint is Tokens:
+        return True
     return get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0])
 
 

@@ -11,12 +11,13 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_nb.chat.events import Alternative, TokenRecord, Turn
+from gemma_nb.chat.records import Alternative, TokenRecord
 from gemma_nb.chat.saving import codec
 from gemma_nb.chat.saving.codec import Tables, from_json, to_json
 from gemma_nb.chat.saving.columns import from_columns, to_columns
 from gemma_nb.chat.saving.reader import decode_turn
 from gemma_nb.chat.saving.writer import encode_turn
+from gemma_nb.chat.turns import Turn
 
 
 @dataclasses.dataclass(frozen=True)

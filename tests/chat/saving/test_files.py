@@ -12,8 +12,8 @@ import safetensors.numpy
 
 import gemma_nb as gnb
 from gemma_nb.chat import saving
-from gemma_nb.chat.events import Timing
 from gemma_nb.chat.saving import archive, journal, writer
+from gemma_nb.chat.turns import Timing
 from gemma_nb.errors import ConversationError
 from gemma_nb.text.template import RawTemplate, TranscriptTemplate
 from tests.chat.checks import assert_same
