@@ -27,7 +27,9 @@ from gemma_nb.errors import GemmaNbError
 
 if TYPE_CHECKING:
     from gemma_nb.chat.events import PrefillEvent
-    from gemma_nb.chat.session import ChatSession, TokenRecord, Turn
+    from gemma_nb.chat.records import TokenRecord
+    from gemma_nb.chat.session import ChatSession
+    from gemma_nb.chat.turns import Turn
 
 NOTEBOOK = "01_chat.ipynb"
 ALTERNATIVES_SHOWN = 5

@@ -42,8 +42,8 @@ ROOMS = [
 # Imports inside a function, from rooms further down: who may, and from where.
 FRONT_DOORS = {
     "checkpoints.load": {"text", "model"},  # load() returns a model and a tokenizer
-    "chat.inside": {"interp"},  # chat.trace() is a shorthand of interp's trace()
-    "chat.rows": {"interp"},  # a token's attention is named as in a trace
+    "chat.inspection": {"interp"},  # chat.trace() is a shorthand of interp's trace()
+    "chat.records": {"interp"},  # a token's attention is named as in a trace
 }
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")

@@ -1,10 +1,11 @@
-"""What of a conversation is put before the model, and what is left out when it is too long."""
+"""The context: turns that are put before the model, and those left out when they are too many."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from gemma_nb.chat.node import Node
 from gemma_nb.chat.turns import Context, Turn
 from gemma_nb.errors import ContextFullError
 from gemma_nb.text.template import Message, Template
@@ -54,6 +55,18 @@ class Contexts:
         """Token ids that a reply to `turns` saw in its `context`."""
         context = context or Context()
         return self.encode(turns, context.system, context.dropped)
+
+    def own_ids(self, turn: Turn) -> list[int]:
+        """Token ids of a reply as it stays in the context."""
+        if turn.ids is not None:
+            return list(turn.ids)
+        return list(self._template.reply_ids(self._tokenizer, turn.text))
+
+    def spoken(self, node: Node) -> tuple[list[int], list[int]]:
+        """Token ids of what stood before a reply when it was made, and its own."""
+        turn = node.said
+        before = self.before(node.asked.turns, turn.context)
+        return before, turn.tokens.token_id.tolist() if turn.tokens else self.own_ids(turn)
 
     def fit(
         self,

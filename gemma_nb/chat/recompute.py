@@ -6,17 +6,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from gemma_nb.chat.context import Contexts
+from gemma_nb.chat.core import SessionCore
 from gemma_nb.chat.records import token_record
 from gemma_nb.chat.scoring import score
 from gemma_nb.chat.tokens import Tokens
 from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.chat.turns import Turn
-from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.methods import Sampling
 from gemma_nb.text.detokenizer import StreamingDetokenizer
 from gemma_nb.text.prefix import shared_prefix
-from gemma_nb.text.template import Template
-from gemma_nb.text.tokenizer import Tokenizer
 
 
 class Recomputation:
@@ -26,23 +24,15 @@ class Recomputation:
     that stands before it.  Texts, branches and settings stay as they are.
     """
 
-    def __init__(
-        self, model: GemmaTransformer, tokenizer: Tokenizer, template: Template, top_k: int
-    ) -> None:
-        """Readies it.
-
-        Args:
-          model: what computes.
-          tokenizer: the model's.
-          template: how turns become tokens.
-          top_k: number of alternatives.
-        """
-        self._model = model
-        self._tokenizer = tokenizer
-        self._template = template
-        self._stop_ids = template.stop_ids(tokenizer)
-        self._contexts = Contexts(tokenizer, template, model.config.max_context)
-        self._top_k = top_k
+    def __init__(self, core: SessionCore) -> None:
+        """Readies it for the model, tokenizer and template of a session."""
+        self._model = core.model
+        self._tokenizer = core.tokenizer
+        self._template = core.template
+        self._stop_ids = core.template.stop_ids(core.tokenizer)
+        longest = core.model.config.max_context
+        self._contexts = Contexts(core.tokenizer, core.template, longest)
+        self._top_k = core.capture.top_k
 
     def tree(
         self,

@@ -130,6 +130,31 @@ class Deferred:
 setattr(TokenRecord, "alternatives", Deferred(vars(TokenRecord)["alternatives"]))  # noqa: B010
 
 
+def with_alternative(record: TokenRecord, token: int, piece: str) -> TokenRecord | None:
+    """Another token in the place of a record, from its own evidence; None where that lacks it.
+
+    Args:
+      record: the token that stands there.
+      token: the other one's id; may be the same.
+      piece: what a lone `token` stands for.
+    """
+    if record.token_id == token:
+        return dataclasses.replace(record, text="", key=None)
+    known = next((a for a in record.alternatives if a.token_id == token), None)
+    if known is None:
+        return None
+    return dataclasses.replace(
+        record,
+        token_id=token,
+        text="",
+        piece=piece,
+        logprob=known.logprob,
+        probability=known.probability,
+        rank=sum(a.logprob > known.logprob for a in record.alternatives),
+        key=None,
+    )
+
+
 def _labelled(row: AttentionRow) -> xarray.DataArray | None:
     """(layer, head, key) float32 with the names that `chat.trace` uses; None once it is evicted."""
     from gemma_nb.interp.labels import Labels

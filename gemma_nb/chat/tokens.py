@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast, overload
 import numpy as np
 
 from gemma_nb.chat.records import Alternative, TokenRecord
+from gemma_nb.text.prefix import shared_prefix
 
 # Of every token (n,), and of every alternative (n, k): 32 bits, or 64 where these lose something.
 _INTEGERS = ("index", "token_id", "position", "rank", "seed", "fold")
@@ -195,6 +196,10 @@ class Tokens(Sequence[TokenRecord]):
         made = Tokens()
         made._parts = tuple(parts)
         return made
+
+    def spelling(self, ids: Sequence[int]) -> Tokens:
+        """The leading tokens that spell the beginning of `ids`."""
+        return self[: shared_prefix(self.token_id.tolist(), ids)]
 
     # --- columns --------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gemma_nb.chat import reading
+from gemma_nb.chat import readers
 from gemma_nb.chat.saving import journal, reader
 
 REPO = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_a_reply_is_noted_only_while_it_is_made(make):
     for end in ("read to its end", "closed", "dropped", "stopped"):
         stream = chat.stream("Hello")
         next(stream)
-        assert [noted.stream() for noted in reading._open] == [stream], end
+        assert [noted.stream() for noted in readers._open] == [stream], end
         if end == "read to its end":
             assert list(stream)
         elif end == "closed":
@@ -92,4 +92,4 @@ def test_a_reply_is_noted_only_while_it_is_made(make):
         elif end == "stopped":
             chat.stop()
         del stream
-        assert reading._open == set(), end
+        assert readers._open == set(), end

@@ -20,7 +20,7 @@ conversation.json, format version 1, is one object:
     nodes              id -> {"children": [ids], "active": index or null, ...}.  "0" is the root;
                        any other node has the id of its turn.  Children are in the order in which
                        they were made; the active one is shown.  Other fields as of
-                       `gemma_nb.chat.tree.Node`
+                       `gemma_nb.chat.node.Node`
     turns              id -> the fields of `gemma_nb.chat.turns.Turn`.  A field with evidence is
                        {"rows": n} and its rows are in the turn's safetensors file
     under              id -> the interventions that a reply was computed under, where these are not

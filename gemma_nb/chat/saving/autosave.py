@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma_nb.chat.reading import close_all
+from gemma_nb.chat.readers import close_all
 from gemma_nb.chat.saving import archive, journal, writer
 from gemma_nb.chat.saving.fingerprint import Fingerprint
 from gemma_nb.chat.saving.ownership import FileState, Stamp, file_state, free_beside, stamp_of

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ import numpy as np
 
 from gemma_nb import interventions as known
 from gemma_nb.chat.interventions import Unresolved
+from gemma_nb.chat.user_warnings import warn_user
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.executables import pinned
 from gemma_nb.interventions import Intervention, Interventions, Where
@@ -195,15 +195,14 @@ def _own(
 
 def warn_of_unresolved(tree: ConversationTree) -> None:
     """Warns of replies whose interventions cannot be computed with, as a class was not given."""
-    unresolved = [under for under in tree.under.values() if isinstance(under, Unresolved)]
+    unresolved = [under for under in tree.interventions.values() if isinstance(under, Unresolved)]
     if unresolved:
         missing = tuple(dict.fromkeys(name for under in unresolved for name in under.missing))
-        warnings.warn(
+        warn_user(
             f"{len(unresolved)} of the replies were made under {', '.join(missing)}: they can be "
             "read, but not traced or gone on with; to do that, "
             f"{dataclasses.replace(unresolved[0], missing=missing).remedy}",
             ConversationWarning,
-            stacklevel=4,
         )
 
 

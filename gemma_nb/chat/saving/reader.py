@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import gc
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +13,7 @@ from typing import Any, get_args
 import safetensors
 import safetensors.numpy
 
+from gemma_nb.chat.node import Node
 from gemma_nb.chat.saving import archive, codec, interventions, journal
 from gemma_nb.chat.saving.codec import Tables
 from gemma_nb.chat.saving.columns import Columns, from_columns
@@ -22,8 +22,9 @@ from gemma_nb.chat.saving.protocol import Settings
 from gemma_nb.chat.saving.token_columns import read_tokens
 from gemma_nb.chat.saving.writer import FORMAT, NODE_FIELDS, VERSION, is_evidence
 from gemma_nb.chat.tokens import Tokens
-from gemma_nb.chat.tree import ConversationTree, Node
+from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.chat.turns import Context, Origin, Turn
+from gemma_nb.chat.user_warnings import warn_user
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.interventions import Intervention
 from gemma_nb.text.template import Template, template_class
@@ -114,18 +115,16 @@ def _continue(path: Path, structure: dict[str, Any], blobs: dict[int, bytes]) ->
     if more is None or more.generation == structure.get("previous"):
         return None, False  # the latter is contained: the process ended between two steps
     if more.generation != structure["generation"]:
-        warnings.warn(
+        warn_user(
             f"{beside} continues another version of {path.name} and was left out",
             ConversationWarning,
-            stacklevel=4,
         )
         return None, True
     if more.damaged:
-        warnings.warn(
+        warn_user(
             f"{beside} is damaged: {more.damaged:,} bytes at its end were left out, and with them "
             "what was said last",
             ConversationWarning,
-            stacklevel=4,
         )
     partial: Any = None
     for changes, new in more.records:
@@ -164,7 +163,7 @@ def _decode(
     tree = _tree(structure["nodes"], turns, tables)
     for key, data in structure.get("under", {}).items():
         arrays = _columns(blobs.get(turns[int(key)].id, b""))
-        tree.under[int(key)] = interventions.decode(data, arrays, f"under.{key}", classes)
+        tree.interventions[int(key)] = interventions.decode(data, arrays, f"under.{key}", classes)
     recovered = partial is not None and _recover(tree, partial[0], partial[1], tables)
     recovered = _answer(tree) or recovered
     return Saved(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 from gemma_nb import settings
 from gemma_nb.cache import expanded
 from gemma_nb.chat.interrupts import between_steps
-from gemma_nb.chat.saving import archive, journal, reader, writer
+from gemma_nb.chat.saving import archive, export, journal, reader, writer
 from gemma_nb.chat.saving.autosave import Autosave
 from gemma_nb.chat.saving.fingerprint import Fingerprint
 from gemma_nb.chat.saving.interventions import warn_of_unresolved
 from gemma_nb.chat.saving.protocol import SavedSession
 from gemma_nb.chat.saving.reader import Saved
+from gemma_nb.chat.user_warnings import warn_user
 from gemma_nb.errors import ConversationError, ConversationWarning, ModelMismatchError
 from gemma_nb.interventions import Intervention
 from gemma_nb.model import GemmaTransformer
@@ -29,7 +30,8 @@ PathLike = str | os.PathLike[str]
 class SessionFile:
     """Saves one session, to the file that it is given each time or to one while it goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: SavedSession) -> None:
+        self._session = weakref.ref(session)
         self._conversation = writer.new_id()  # its name in files, the same in every copy
         # Of the model that its evidence is of, where that is not the session's own.
         self._fingerprint: Fingerprint | None = None
@@ -56,18 +58,62 @@ class SessionFile:
         if not recomputed and saved.fingerprint.differences(now):
             self._fingerprint = saved.fingerprint.beside(now)
 
-    def save(self, session: SavedSession, path: PathLike) -> Path:
-        """Writes the whole session to a file; see `ChatSession.save`."""
+    def set_aside(self, saved: Saved) -> Path:
+        """Sets a journal aside of which something was left out; the path to go on saving to."""
+        if saved.left_out:
+            journal.set_aside(saved.path)
+        return saved.path
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the whole conversation: every branch, all evidence, and the settings.
+
+        The file is replaced in one step: it is never half written.  Its format is described in
+        `gemma_nb.chat.saving`.  A reply that is being made is not in it.
+
+        Args:
+          path: a file, conventionally "*.gnb"; one that exists is replaced.
+
+        Returns:
+          The file written.
+
+        Raises:
+          ConversationError: it cannot be written.
+        """
         target = absolute(path)
         with between_steps():
             if self._autosave is not None and target == self._autosave.path:
                 self._autosave.fold()
             else:
+                session = self._saved_session()
                 written = writer.save(session, target, self._conversation, self._fingerprint)
                 self._known[target] = written
         return target
 
-    def autosave(self, session: SavedSession, path: PathLike | None) -> None:
+    def messages(self) -> list[dict[str, str]]:
+        """The active branch in the common form, `[{"role": "user", "content": "Hello"}, ...]`.
+
+        Roles are "system" (first, where the system text is not the template's own), "user" and
+        "assistant".
+        """
+        return export.messages(self._saved_session())
+
+    def export(self, to: str | os.PathLike[str] = "markdown") -> str:
+        """The active branch for other programs.
+
+        Args:
+          to: "markdown", "json" (see `messages`), or the path of a file to write, whose ending
+            says which: ".md", ".markdown" or ".json".
+
+        Returns:
+          The text.
+
+        Raises:
+          ValueError: an unknown format.
+          ConversationError: the file cannot be written.
+        """
+        return export.export(self._saved_session(), to)
+
+    def autosave(self, path: PathLike | None) -> None:
         """Saves the session to a file from now on, or no longer; see `ChatSession.autosave`."""
         if path is not None:
             settings.path("autosave", path, "the path of a file, or None")
@@ -87,7 +133,7 @@ class SessionFile:
             if target is not None:
                 known = self._known.get(target)
                 self._autosave = Autosave(
-                    session, target, self._conversation, known, self._fingerprint
+                    *(self._saved_session(), target, self._conversation), known, self._fingerprint
                 )
 
     def warn(self) -> None:
@@ -95,11 +141,17 @@ class SessionFile:
         if self._autosave is not None:
             self._tell(self._autosave)
 
+    def _saved_session(self) -> SavedSession:
+        """The session, which holds this file and so is there."""
+        session = self._session()
+        assert session is not None
+        return session
+
     def _tell(self, autosave: Autosave) -> None:
         for said in (autosave.notice, autosave.error):
             if said is not None and said not in self._told:
                 self._told.append(said)
-                warnings.warn(f"Autosave: {said}", ConversationWarning, stacklevel=4)
+                warn_user(f"Autosave: {said}", ConversationWarning)
 
     def _check_own(self, path: Path) -> None:
         """Refuses to replace a file that may hold something else."""

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 import safetensors.numpy
 
 from gemma_nb import __version__
+from gemma_nb.chat.node import Node
 from gemma_nb.chat.saving import archive, codec, interventions, journal
 from gemma_nb.chat.saving.codec import Tables
 from gemma_nb.chat.saving.columns import Columns, to_columns
@@ -18,7 +19,7 @@ from gemma_nb.chat.saving.fingerprint import Fingerprint
 from gemma_nb.chat.saving.protocol import Partial, SavedSession, Settings
 from gemma_nb.chat.saving.token_columns import write_tokens
 from gemma_nb.chat.tokens import Tokens
-from gemma_nb.chat.tree import ConversationTree, Node
+from gemma_nb.chat.tree import ConversationTree
 from gemma_nb.chat.turns import Turn
 from gemma_nb.text.template import Template, template_class
 
@@ -92,7 +93,7 @@ class Encoder:
             if node.turn is not None and self._turns.get(node.id) is not node.turn:
                 data, columns = encode_turn(node.turn, self.tables)
                 turns[str(node.id)], self._turns[node.id] = data, node.turn
-                changed, arrays = interventions.encode(tree.under.get(node.id))
+                changed, arrays = interventions.encode(tree.interventions.get(node.id))
                 if changed is not None:
                     under[str(node.id)] = self._under[str(node.id)] = changed
                     columns |= arrays

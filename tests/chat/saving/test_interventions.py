@@ -157,7 +157,7 @@ def test_a_class_of_the_users_own_is_kept_and_read_where_it_is_given(chat, tiny_
         loaded = gnb.ChatSession.load(path, *tiny_model, interventions=[Shift])
         again = loaded.tree.find(turn.id).turn
         assert again.interventions == turn.interventions
-        assert loaded.tree.under[turn.id].items[0].sign == "minus"
+        assert loaded.tree.interventions[turn.id].items[0].sign == "minus"
         np.testing.assert_array_equal(
             loaded.trace(again, sites=("final",)).final, chat.trace(turn, sites=("final",)).final
         )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import gemma_nb as gnb
-from gemma_nb.chat import several
-from gemma_nb.chat.several import fewest
+from gemma_nb.chat import sampling_many
+from gemma_nb.chat.sampling_many import fewest
 from gemma_nb.errors import BusyError, ContextFullError, NonFiniteLogitsError, TextError
 from gemma_nb.sampling import batch
 from tests.chat.checks import SAMPLING
@@ -22,7 +22,7 @@ LONG = "A message that is longer than the window of eight tokens"
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """Replies are made at once from three on, whether or not that is faster here."""
-    monkeypatch.setattr(several, "fewest", lambda: 3)
+    monkeypatch.setattr(sampling_many, "fewest", lambda: 3)
 
 
 def assert_same_reply(ours, theirs):
@@ -119,7 +119,7 @@ def test_the_cache_grows_and_lets_go_of_replies_that_have_ended(make, monkeypatc
 
 
 def test_more_replies_than_a_batch_holds(make, monkeypatch):
-    monkeypatch.setattr(several, "MOST", 3)
+    monkeypatch.setattr(sampling_many, "MOST", 3)
     chat = make()
     for ours, theirs in zip(chat.sample("Hi", n=4), alone(chat, "Hi", 4), strict=True):
         assert_same_reply(ours, theirs)
@@ -157,15 +157,15 @@ def test_interventions_of_the_model_hold(tiny_model, make):
     ("unit", "count", "batches"), [(True, 2, 0), (True, 3, 1), (False, 3, 0), (False, 4, 1)]
 )
 def test_replies_are_made_at_once_where_that_is_faster(make, monkeypatch, unit, count, batches):
-    monkeypatch.setattr(several, "fewest", fewest)
-    monkeypatch.setattr(several, "has_matrix_unit", lambda: unit)
+    monkeypatch.setattr(sampling_many, "fewest", fewest)
+    monkeypatch.setattr(sampling_many, "has_matrix_unit", lambda: unit)
     made = []
 
     def counted(*args, **kwargs):
         made.append(batch.Batch(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(several, "Batch", counted)
+    monkeypatch.setattr(sampling_many, "Batch", counted)
     chat = make()
     assert len(chat.sample("Hi", n=count)) == count
     assert len(made) == batches
@@ -176,7 +176,7 @@ def test_a_module_of_another_library_samples_one_after_another(make, monkeypatch
     chat = make()
     expected = chat.sample("Hi", n=3)
     monkeypatch.setattr(chat._decoder._programs, "looks", False)
-    monkeypatch.setattr(several, "Batch", None)
+    monkeypatch.setattr(sampling_many, "Batch", None)
     for ours, theirs in zip(chat.sample("Hi", n=3), expected, strict=True):
         assert_same_reply(ours, theirs)
     assert chat.turns == ()
@@ -203,7 +203,7 @@ def after_steps(monkeypatch):
 
 @pytest.mark.parametrize("reason", ["cancelled", "interrupted"])
 def test_what_had_come_is_returned(make, after_steps, monkeypatch, reason):
-    monkeypatch.setattr(several, "MOST", 3)
+    monkeypatch.setattr(sampling_many, "MOST", 3)
     chat = make()
     expected = chat.sample("Hi", n=3)
     acts = {"cancelled": chat.stop, "interrupted": lambda: os.kill(os.getpid(), signal.SIGINT)}

@@ -1,4 +1,4 @@
-"""What can be seen of a conversation from the inside: differences, traces, single tokens."""
+"""Inspection of a conversation: differences, traces, single tokens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemma_nb.chat import diff as diffs
-from gemma_nb.chat.kept import KeptConversation
-from gemma_nb.chat.places import locate
+from gemma_nb.chat.core import SessionCore
+from gemma_nb.chat.plans import NewReplies
 from gemma_nb.chat.records import TokenRecord
+from gemma_nb.chat.scoring import Scorer
 from gemma_nb.chat.speakers import speakers
-from gemma_nb.chat.tree import Node
 from gemma_nb.chat.turns import Turn
 from gemma_nb.errors import BusyError
-from gemma_nb.indices import Indices, number
+from gemma_nb.indices import Indices
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.sampling.look import Look
 from gemma_nb.sites import SITES
@@ -28,14 +28,21 @@ if TYPE_CHECKING:
     from gemma_nb.interp.passes import Pass
     from gemma_nb.interp.trace import Trace
 
-# What a look at one token shows.
+# Sites that are shown of one token.
 _SITES = ("attention", "residual", "final")
 
 
-class InspectedConversation(KeptConversation):
-    """How a session is looked into; see `ChatSession`."""
+class Inspector:
+    """Computes what happened inside the model where the turns of a session were made."""
 
-    _looked_at: tuple[Turn, Trace] | None = None  # the last one, with nothing computed
+    def __init__(self, core: SessionCore, new: NewReplies, scorer: Scorer) -> None:
+        self._core = core
+        self._tree = core.tree
+        self._decoder = core.decoder
+        self._new = new
+        self._scorer = scorer
+        # The last turn that was inspected, and its trace with nothing computed.
+        self._inspected: tuple[Turn, Trace] | None = None
 
     def diff(self, a: Turn | int, b: Turn | int) -> diffs.Diff:
         """Two branches side by side from where they part.
@@ -51,7 +58,11 @@ class InspectedConversation(KeptConversation):
         Raises:
           ValueError: both turns stand on one branch.
         """
-        return diffs.compare(self._planner, self.tree.find(a), self.tree.find(b))
+        return diffs.compare(
+            *(self._core.contexts, self._scorer, self._core.made_under),
+            self._tree.find(a),
+            self._tree.find(b),
+        )
 
     def trace(
         self,
@@ -79,16 +90,16 @@ class InspectedConversation(KeptConversation):
         """
         from gemma_nb.interp.trace import captured
 
-        node = self._reply_node(None) if turn is None else self.tree.find(turn)
-        ids, last = self._planner.tokens(node), node.turn
-        assert last is not None
-        model = self.model
+        node = self._tree.reply() if turn is None else self._tree.find(turn)
+        ids, last, model = self._new.ids_of(node), node.said, self._core.model
         if last.role == "model":
-            model = model.replace(interventions=self._planner.under(last))
-        path, source = self.tree.path_to(last), self._source(model, ids)
-        turns, roles = speakers(self._planner.contexts, self.tokenizer, path, last.context, ids)
+            model = model.replace(interventions=self._core.made_under.of(last))
+        source = self._source(model, ids)
+        turns, roles = speakers(
+            self._core.contexts, self._core.tokenizer, node.turns, last.context, ids
+        )
         made = captured(
-            *(model, np.asarray(ids, np.int32), self.tokenizer),
+            *(model, np.asarray(ids, np.int32), self._core.tokenizer),
             sites=sites,
             layers=layers,
             turns=turns,
@@ -105,11 +116,10 @@ class InspectedConversation(KeptConversation):
         Raises:
           ValueError: the turn is not of this conversation, or there is none.
         """
-        node = self._reply_node(None) if turn is None else self.tree.find(turn)
-        return self._planner.tokens(node)
+        return self._new.ids_of(self._tree.reply() if turn is None else self._tree.find(turn))
 
     def look(self, at: TokenRecord | int, *, turn: Turn | int | None = None) -> Trace:
-        """What the model computed where it chose a token of a reply.
+        """Computes what the model computed where it chose a token of a reply.
 
         The trace is that of `trace`, and holds the attention weights of all layers, the residual
         stream after each layer and the final states at a single position: that of the token before
@@ -128,14 +138,13 @@ class InspectedConversation(KeptConversation):
         """
         from gemma_nb.interp.labels import dims_of
 
-        node, index = self._place(at, turn)
-        last = node.turn
-        assert last is not None
-        if self._looked_at is None or self._looked_at[0] is not last:
-            self._looked_at = last, self.trace(last, sites=())
-        trace = self._looked_at[1]
+        node, index = self._tree.token(at, turn)
+        last = node.said
+        if self._inspected is None or self._inspected[0] is not last:
+            self._inspected = last, self.trace(last, sites=())
+        trace = self._inspected[1]
         position = int(last.tokens.position[index]) - 1
-        found = self._look(last, trace.tokens.tolist(), position)
+        found = self._inspect_position(last, trace.tokens.tolist(), position)
         if found is None:
             data = {site: trace.get(site, positions=position) for site in _SITES}
             return dataclasses.replace(trace, data=data)
@@ -182,11 +191,10 @@ class InspectedConversation(KeptConversation):
         """
         from gemma_nb.interp.lens import logit_lens
 
-        node, index = self._place(at, turn)
-        assert node.turn is not None
-        record = node.turn.tokens[index]
+        node, index = self._tree.token(at, turn)
+        record = node.said.tokens[index]
         watched = [record.token_id] if watch is None else watch
-        trace = self.look(index, turn=node.turn)
+        trace = self.look(index, turn=node.said)
         return logit_lens(trace, k, positions=record.position - 1, watch=watched)
 
     # --- inside ---------------------------------------------------------------------------------
@@ -197,41 +205,16 @@ class InspectedConversation(KeptConversation):
 
         source, decoder = Pass.of(model, np.asarray(ids, np.int32)), self._decoder
         if len(ids) >= WORTH:
-            with suppress(BusyError), self._alone():
+            with suppress(BusyError), self._core.lock.alone():
                 if decoder.interventions is model.interventions:
                     source.learn(decoder.residuals(ids))
         return source
 
-    def _look(self, turn: Turn, ids: Sequence[int], position: int) -> Look | None:
+    def _inspect_position(self, turn: Turn, ids: Sequence[int], position: int) -> Look | None:
         """What the decoder shows at a position of `ids`; None where it cannot now."""
         decoder, stop = self._decoder, position + 1
-        with suppress(BusyError), self._alone():
-            same = decoder.interventions is self._planner.under(turn)
+        with suppress(BusyError), self._core.lock.alone():
+            same = decoder.interventions is self._core.made_under.of(turn)
             if decoder.looks and same and decoder.holds(ids[:stop]):
                 return decoder.look(position)
         return None
-
-    def _reply_node(self, turn: Turn | int | None) -> Node:
-        if turn is not None:
-            node = self.tree.find(turn)
-            if node.role != "model":
-                raise ValueError(f"expected a reply, got {node.turn!r}")
-            return node
-        for node in reversed(self.tree.path()):
-            if node.role == "model":
-                return node
-        raise ValueError("there is no reply yet: send a message first")
-
-    def _place(self, at: TokenRecord | int, turn: Turn | int | None) -> tuple[Node, int]:
-        """A reply's node and the index of a token of it."""
-        if isinstance(at, TokenRecord):
-            return locate(self.tree, at, turn)
-        try:
-            at = number(at, "at")
-        except ValueError as error:
-            raise TypeError(f"expected a token of a reply or its index, got {at!r:.60}") from error
-        node = self._reply_node(turn)
-        count = len(node.turn.tokens) if node.turn is not None else 0
-        if not 0 <= at < count:
-            raise ValueError(f"the reply has tokens 0 to {count - 1}, got {at}")
-        return node, at

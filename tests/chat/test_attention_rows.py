@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gemma_nb as gnb
-from gemma_nb.chat import several
+from gemma_nb.chat import sampling_many
 from gemma_nb.errors import ConversationWarning
 
 EVERYTHING = gnb.Capture(top_k=5, attention_layers="all")
@@ -16,7 +16,7 @@ def assert_attention(chat, turn, count=None):
     """Every token (or so many) has the row of a pass over the whole context."""
     ids = chat.tokens(turn)
     # With others after them, which they do not see: one compilation for all lengths.
-    model = chat.model.replace(interventions=chat._planner.under(turn))
+    model = chat.model.replace(interventions=chat._core.made_under.of(turn))
     trace = gnb.trace(model, [*ids, *[9] * (200 - len(ids))], tokenizer=chat.tokenizer)
     held = [record for record in turn.tokens if record.attention is not None]
     assert len(held) == (len(turn.tokens) if count is None else count)
@@ -65,7 +65,7 @@ def test_every_way_to_a_reply_has_its_rows(make):
 
 
 def test_what_no_step_has_chosen_has_no_row(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(several, "fewest", lambda: 3)
+    monkeypatch.setattr(sampling_many, "fewest", lambda: 3)
     chat = make(capture=EVERYTHING)
     first = chat.chat("Hello")
     edited = chat.edit(first, first.text[:2] + "quite another reply")

@@ -1,4 +1,4 @@
-"""Several replies at once, which leave the conversation as it is."""
+"""Many replies at once, which leave the conversation as it is."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import jax
 
 from gemma_nb import settings
-from gemma_nb.chat.branches import Plan
 from gemma_nb.chat.context import ran_full, too_long
-from gemma_nb.chat.generation import STOPPED, not_finite
+from gemma_nb.chat.core import SessionCore
+from gemma_nb.chat.generation import STOPPED, Generation, not_finite
 from gemma_nb.chat.interrupts import between_steps
-from gemma_nb.chat.kept import KeptConversation
+from gemma_nb.chat.plans import NewReplies, Plan
+from gemma_nb.chat.replies import Replies
 from gemma_nb.chat.reply import Reply
-from gemma_nb.chat.tree import Node
 from gemma_nb.chat.turns import Turn
 from gemma_nb.errors import NonFiniteLogitsError
 from gemma_nb.processor import has_matrix_unit
@@ -36,12 +36,21 @@ def fewest() -> int:
     return 4 if slow else 3
 
 
-class SamplingConversation(KeptConversation):
-    """How replies are sampled beside the conversation; see `ChatSession`.
+class ManySampler:
+    """Samples many replies beside the conversation.
 
     Up to 16 replies are made at the same time, a token of each per step, where that is faster than
     one after another.
     """
+
+    def __init__(
+        self, core: SessionCore, new: NewReplies, generation: Generation, replies: Replies
+    ) -> None:
+        self._core = core
+        self._decoder = core.decoder
+        self._new = new
+        self._generation = generation
+        self._replies = replies
 
     def sample(self, prompt: str, n: int = 8, *, sampling: Sampling | None = None) -> list[Turn]:
         """Makes `n` independent replies to a message, and leaves the conversation as it is.
@@ -76,10 +85,10 @@ class SamplingConversation(KeptConversation):
         n = settings.whole("n", n)
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n!r}")
-        chosen = Sampling.given(sampling) or self.sampling
+        chosen = Sampling.given(sampling) or self._core.settings.sampling
         seed = secrets.randbits(31) if chosen.seed is None else chosen.seed
         each = [dataclasses.replace(chosen, seed=(seed + i) % 2**32) for i in range(n)]
-        return self._replies([prompt] * n, each)
+        return self._sampled([prompt] * n, each)
 
     def sample_each(
         self, prompts: Sequence[str], *, sampling: Sampling | None = None
@@ -107,55 +116,47 @@ class SamplingConversation(KeptConversation):
         """
         if isinstance(prompts, str):
             raise TypeError("sample_each() takes a list of messages; for one, call sample()")
-        chosen = Sampling.given(sampling) or self.sampling
+        chosen = Sampling.given(sampling) or self._core.settings.sampling
         drawn = [secrets.randbits(31) if chosen.seed is None else chosen.seed for _ in prompts]
         each = [dataclasses.replace(chosen, seed=seed) for seed in drawn]
-        return self._replies(prompts, each)
+        return self._sampled(prompts, each)
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _replies(self, prompts: Sequence[str], samplings: Sequence[Sampling]) -> list[Turn]:
+    def _sampled(self, prompts: Sequence[str], samplings: Sequence[Sampling]) -> list[Turn]:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"a message must be a string, got {type(prompt).__name__}")
         replies: list[Reply] = []
         try:
-            with self._alone():
+            with self._core.lock.alone():
                 self._generation.stop.clear()
                 pairs = list(zip(prompts, samplings, strict=True))
-                plans = [self._aside(prompt, sampling) for prompt, sampling in pairs]
+                plans = [
+                    self._new.aside(self._core.tree.tip, prompt, each) for prompt, each in pairs
+                ]
                 self._make_all(plans, replies)
         except KeyboardInterrupt:
             if not replies:
                 raise
             # It came when they were all there.
-        self._unreached = tuple(dict.fromkeys(x for reply in replies for x in reply.unreached))
-        self._tell()
-        return [reply.turn() for reply in replies]
+        return self._replies.beside_the_tree(replies)
 
     def _make_all(self, plans: Sequence[Plan], replies: list[Reply]) -> None:
         """Makes a reply for each plan, in `replies`; an interrupt ends them."""
         try:
             for first in range(0, len(plans), MOST):
                 group = plans[first : first + MOST]
-                begun = [self._new_reply(plan, 0) for plan in group]
+                begun = [self._generation.begin(plan, 0) for plan in group]
                 replies += begun
                 self._make(list(zip(group, begun, strict=True)))
         except KeyboardInterrupt:
-            replies += [self._new_reply(plan, 0) for plan in plans[len(replies) :]]
+            replies += [self._generation.begin(plan, 0) for plan in plans[len(replies) :]]
             for reply in replies:
                 reply.finish("interrupted", "The kernel was interrupted.")
         for reply in replies:
             reply.finish("cancelled", STOPPED)  # all that have not come to an end
             reply.flush()
-
-    def _aside(self, prompt: str, sampling: Sampling) -> Plan:
-        """The plan of a reply to a message that is not in the tree."""
-        asked = Node(Turn(id=0, role="user", text=prompt), self.tree.tip)
-        turns = [node.turn for node in asked.path() if node.turn is not None]
-        room = sampling.max_new_tokens
-        ids, context = self._planner.contexts.fit(turns, self.system, self.when_full, room)
-        return Plan(asked, ids, context, sampling, interventions=self.model.interventions)
 
     def _make(self, made: Sequence[tuple[Plan, Reply]]) -> None:
         """Makes some replies, as many as a batch holds."""
@@ -175,14 +176,14 @@ class SamplingConversation(KeptConversation):
         made = [(plan, reply) for plan, reply in made if reply.finish_reason is None]
         if not made or stop.is_set():
             return
-        self._decoder.intervene(self.model.interventions)
-        batch = Batch(self.model, self._decoder, top_k=self.capture.top_k)
-        barred = [self._planner.barred(plan.sampling) for plan, _ in made]
+        self._decoder.intervene(self._core.model.interventions)
+        batch = Batch(self._core.model, self._decoder, top_k=self._core.capture.top_k)
+        barred = [self._core.settings.barred(plan.sampling) for plan, _ in made]
         with between_steps() as interrupted:
             first = batch.begin(
                 [plan.ids for plan, _ in made],
                 barred,
-                self._generation.reading(interrupted),
+                self._generation.between_pieces(interrupted),
             )
         for place, (_, reply) in enumerate(made):
             # What was computed for all of them is told once.

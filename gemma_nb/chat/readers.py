@@ -1,4 +1,4 @@
-"""Who reads a reply, and how one ends that nobody reads on."""
+"""Readers of replies, and the end of a reply that nobody reads on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _LAST_STEP_SECONDS = 60.0
 
 
 @dataclasses.dataclass(eq=False)
-class Reading:
-    """Who reads a reply.
+class Reader:
+    """The reader of a reply.
 
     Attributes:
-      stream: what is read; None before it is made.
+      stream: of the reply; None before it is made.
       thread: that read the last token; None before the first.
     """
 
@@ -43,17 +43,17 @@ def close(stream: weakref.ref[Stream] | None) -> None:
 
 # Of the replies that are being made.  No finalizers of their streams: these would run, and could be
 # interrupted, wherever a reply ends.
-_open: set[Reading] = set()
+_open: set[Reader] = set()
 
 
 @contextmanager
-def closed_at_end(reading: Reading) -> Iterator[None]:
+def closed_at_end(reader: Reader) -> Iterator[None]:
     """Ends the reply that is made in the block if Python ends first."""
-    _open.add(reading)
+    _open.add(reader)
     try:
         yield
     finally:
-        _open.discard(reading)
+        _open.discard(reader)
 
 
 @atexit.register
@@ -63,11 +63,11 @@ def close_all() -> None:
     A thread that is cut off inside of XLA takes the whole process down.
     """
     deadline = time.monotonic() + _LAST_STEP_SECONDS
-    for reading in tuple(_open):
-        assert reading.stream is not None
-        while _runs(reading.stream()) and time.monotonic() < deadline:
+    for reader in tuple(_open):
+        assert reader.stream is not None
+        while _runs(reader.stream()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        close(reading.stream)
+        close(reader.stream)
 
 
 def _runs(stream: Stream | None) -> bool:
