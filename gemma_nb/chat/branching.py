@@ -183,7 +183,7 @@ class Branching:
         with self._lock.alone():
             plan = self._continuations.edited(node, text)
             reply = self._generation.begin(plan, self._tree.new_id())
-            reply.keep(plan.kept + plan.given)
+            reply.adopt_prefix(plan.prefix + plan.given)
             reply.finish("edited", "You wrote this.")
             reply.flush()
             reply.used = len(plan.all_ids)
@@ -309,7 +309,7 @@ class Branching:
             made, finish_reason=source.finish_reason, finish_detail=source.finish_detail
         )
 
-    # --- inside ---------------------------------------------------------------------------------
+    # --- internals ------------------------------------------------------------------------------
 
     def check_text(self, text: object) -> None:
         """Refuses a message that is no text or cannot be tokenized, or that comes too early."""

@@ -75,7 +75,7 @@ class Contexts:
         policy: WhenFull,
         room: int,
         *,
-        kept: int = 0,
+        prefix: int = 0,
         dropped: int | None = None,
     ) -> tuple[list[int], Context]:
         """The context of a reply to `turns`.
@@ -88,7 +88,7 @@ class Contexts:
           system: what the model is told first.
           policy: what to do when there are too many.
           room: positions wanted for the reply; a quarter of the context at most is kept free.
-          kept: tokens of the reply that stand already.
+          prefix: tokens of the reply that stand already.
           dropped: how many turns were left out before; None: as in the last reply of the path.
 
         Returns:
@@ -109,19 +109,19 @@ class Contexts:
             dropped = last.dropped if last is not None else 0
         ids = self.encode(turns, system, dropped)
         room = min(room, self.limit // 4)
-        if policy == "drop_oldest" and len(ids) + kept + room > self.limit:
-            goal = self.limit - self.limit // 4 - room - kept
+        if policy == "drop_oldest" and len(ids) + prefix + room > self.limit:
+            goal = self.limit - self.limit // 4 - room - prefix
             # The last exchange stays, whatever its length.
             while len(ids) > goal and dropped + 2 < len(turns):
                 dropped += 2
                 ids = self.encode(turns, system, dropped)
-        if policy == "error" and len(ids) + kept > self.limit:
-            raise ContextFullError(too_long(len(ids) + kept, self.limit))
+        if policy == "error" and len(ids) + prefix > self.limit:
+            raise ContextFullError(too_long(len(ids) + prefix, self.limit))
         return ids, Context(system, dropped, 0, self.limit)
 
 
 def too_long(needed: int, limit: int) -> str:
-    """What is said when a message does not fit."""
+    """The message of an error where a message does not fit."""
     return (
         f"The context is full: with this message it needs {needed} positions and there are "
         f"{limit}.  {_WAYS_OUT}"
@@ -129,7 +129,7 @@ def too_long(needed: int, limit: int) -> str:
 
 
 def ran_full(used: int, limit: int) -> str:
-    """What is said when a reply fills the context."""
+    """The reason given where a reply fills the context."""
     return f"The context is full: {used} of {limit} positions are in use.  {_WAYS_OUT}"
 
 

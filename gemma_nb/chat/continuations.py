@@ -50,7 +50,7 @@ class Continuations:
         return self._continue(node, "fork", source.tokens[: index + 1], settings)
 
     def resume(self, node: Node, sampling: Sampling | None) -> Plan:
-        """The same reply, going on after its end."""
+        """A reply that goes on after its end."""
         source = node.said
         settings = self._settings.with_seed_of(source, sampling)
         if source.finish_reason == "stop":
@@ -58,7 +58,7 @@ class Continuations:
         return self._continue(node, "resume", self._records(node, settings), settings)
 
     def replay(self, node: Node) -> Plan:
-        """The same reply once more."""
+        """A reply once more, with the keys that it was made with."""
         source, asked = node.said, node.asked
         first = source.origin.index if source.origin else 0
         drawn = first + (source.origin.given if source.origin else 0)
@@ -70,7 +70,7 @@ class Continuations:
             self._contexts.before(asked.turns, source.context),
             source.context or Context(),
             dataclasses.replace(sampling, max_new_tokens=len(source.tokens) - drawn),
-            kept=source.tokens[:first],
+            prefix=source.tokens[:first],
             given=source.tokens[first:drawn],
             origin=source.origin,
             interventions=self._core.made_under.of(source),
@@ -83,7 +83,7 @@ class Continuations:
         items: Sequence[Intervention],
         sampling: Sampling | None,
     ) -> Plan:
-        """The same reply under interventions that act on the choice of the token at `index`."""
+        """A reply made again under interventions that act on the choice of the token at `index`."""
         source = node.said
         settings = self._settings.with_seed_of(source, sampling)
         plan = self._continue(node, "intervene", source.tokens[:index], settings)
@@ -92,7 +92,7 @@ class Continuations:
         return dataclasses.replace(plan, interventions=changed.interventions)
 
     def edited(self, node: Node, text: str) -> Plan:
-        """A reply with another text, all of it kept or given: nothing is left to draw.
+        """A reply with another text, all of it prefix or given: nothing is left to draw.
 
         Raises:
           ContextFullError: there is no room for the text.
@@ -104,52 +104,52 @@ class Continuations:
         before = self._contexts.before(asked.turns, context)
         if len(before) + len(ids) > self._contexts.limit:
             raise ContextFullError(too_long(len(before) + len(ids), self._contexts.limit))
-        kept = source.tokens.spelling(ids)
+        prefix = source.tokens.spelling(ids)
         under = self._core.model.interventions
-        rest = self._scorer.records([*before, *ids], len(kept), len(before), settings, under)
-        origin = Origin("edit", source.id, len(kept), len(rest))
+        rest = self._scorer.records([*before, *ids], len(prefix), len(before), settings, under)
+        origin = Origin("edit", source.id, len(prefix), len(rest))
         return Plan(
             asked,
             before,
             context,
             settings,
-            kept,
+            prefix,
             rest,
             origin=origin,
             interventions=under,
         )
 
-    # --- inside ---------------------------------------------------------------------------------
+    # --- internals ------------------------------------------------------------------------------
 
     def _records(self, node: Node, sampling: Sampling) -> Tokens:
         """Records of a reply as it stays in the context, also where it has none of its own."""
         source, asked = node.said, node.asked
         ids = self._contexts.own_ids(source)
-        kept = source.tokens.spelling(ids)
+        prefix = source.tokens.spelling(ids)
         before = self._contexts.before(asked.turns, source.context)
         under = self._core.made_under.of(source)
-        rest = self._scorer.records([*before, *ids], len(kept), len(before), sampling, under)
-        return kept + rest
+        rest = self._scorer.records([*before, *ids], len(prefix), len(before), sampling, under)
+        return prefix + rest
 
     def _continue(
         self,
         node: Node,
         kind: Branching,
-        kept: Tokens,
+        prefix: Tokens,
         sampling: Sampling,
         *,
         given: Sequence[int] = (),
         refused: frozenset[int] = frozenset(),
     ) -> Plan:
-        """A sibling of a reply that begins with `kept` and then `given`."""
+        """A sibling of a reply that begins with `prefix` and then `given`."""
         source, asked = node.said, node.asked
         under = self._core.made_under.of(source)
-        ids, context, moved = self._room(node, len(kept) + len(given), sampling)
-        before = [*ids, *kept.token_id.tolist()]
+        ids, context, moved = self._room(node, len(prefix) + len(given), sampling)
+        before = [*ids, *prefix.token_id.tolist()]
         if moved:
             # Seen in another context than before: what holds there is computed anew.
-            kept = self._scorer.records(before, 0, len(ids), sampling, under)
-        first = len(kept)
+            prefix = self._scorer.records(before, 0, len(ids), sampling, under)
+        first = len(prefix)
         known = None
         if len(given) == 1 and not moved and first < len(source.tokens):
             known = with_alternative(source.tokens[first], given[0], self._scorer.label(given[0]))
@@ -160,15 +160,15 @@ class Continuations:
         # A token drawn under a condition of its own counts as given.
         count = len(put) + bool(refused)
         origin = Origin(kind, source.id, first, count)
-        return Plan(asked, ids, context, sampling, kept, put, refused, origin, under)
+        return Plan(asked, ids, context, sampling, prefix, put, refused, origin, under)
 
     def _go_on(self, node: Node, kind: Branching, sampling: Sampling) -> Plan:
         """A sibling of a reply that came to its end, in which that end is refused."""
         source = node.said
-        kept = self._records(node, sampling)
-        following = set(source.tokens[len(kept) : len(kept) + 1].token_id.tolist())
+        prefix = self._records(node, sampling)
+        following = set(source.tokens[len(prefix) : len(prefix) + 1].token_id.tolist())
         refused = self._core.template.stop_ids(self._core.tokenizer) | following
-        return self._continue(node, kind, kept, sampling, refused=refused)
+        return self._continue(node, kind, prefix, sampling, refused=refused)
 
     def _room(self, node: Node, length: int, sampling: Sampling) -> tuple[list[int], Context, bool]:
         """The context of a reply that begins with `length` tokens, and whether it is a new one.
@@ -187,7 +187,7 @@ class Continuations:
             before = context.dropped
             ids, context = self._contexts.fit(
                 *(turns, context.system, self._settings.when_full, sampling.max_new_tokens),
-                kept=length,
+                prefix=length,
                 dropped=before,
             )
             moved = context.dropped != before

@@ -85,8 +85,8 @@ class SessionCore:
         warn_of_unreached(model.interventions, length, room)
         own = info.chat_templates if info else None
         chosen = resolve_template(template, info.tuning if info else "base", own, tokenizer)
-        kept = settings.record(Capture, "capture", {} if capture is None else capture)
-        kept = kept.resolved(config.num_layers)
+        evidence = settings.record(Capture, "capture", {} if capture is None else capture)
+        evidence = evidence.resolved(config.num_layers)
         lock, tree = SessionLock(), ConversationTree()
         replying = ReplySettings(
             *(tokenizer, chosen, config.num_embed, lock),
@@ -94,10 +94,10 @@ class SessionCore:
             system=system,
             when_full="stop" if when_full is None else when_full,
         )
-        rows = AttentionRows(kept, model, tokenizer, shown=can_look(model))
+        rows = AttentionRows(evidence, model, tokenizer, shown=can_look(model))
         return cls(
-            *(model, tokenizer, chosen, kept, replying, tree, lock, rows),
-            decoder=Decoder(model, limit=length, top_k=kept.top_k, rows=rows),
+            *(model, tokenizer, chosen, evidence, replying, tree, lock, rows),
+            decoder=Decoder(model, limit=length, top_k=evidence.top_k, rows=rows),
             contexts=Contexts(tokenizer, chosen, length),
             made_under=ReplyInterventions(model, tree),
         )

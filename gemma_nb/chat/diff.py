@@ -55,7 +55,7 @@ class Side:
 
     @property
     def text(self) -> str:
-        """What the reply says from where the branches part."""
+        """Text of the reply from where the branches part."""
         if self.reply is None or not self.reply.tokens:
             return "".join(token.piece for token in self.tokens)
         first = len(self.reply.tokens) - len(self.tokens)
@@ -68,7 +68,7 @@ class Side:
 
     @property
     def under_other(self) -> float:
-        """The same in the place of the other branch."""
+        """Log-probability in nats of all `tokens` together in the place of the other branch."""
         return math.fsum(token.under_other for token in self.tokens)
 
 
@@ -147,7 +147,7 @@ def compare(
     index = shared_prefix(spoken[0][1], spoken[1][1]) if same_message else 0
 
     def logprobs(where: int, ids: list[int]) -> list[float]:
-        """Of `ids[index:]` in the place of a branch; NaN where nothing was said there."""
+        """Log-probabilities of `ids[index:]` in the place of a branch; NaN where it says nothing."""
         before, reply = spoken[where][0], replies[where]
         if reply is None or reply.turn is None:
             return [math.nan] * len(ids[index:])

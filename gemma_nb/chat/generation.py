@@ -66,7 +66,7 @@ class Generation:
         self.out_of_room = False
         self._decoder.intervene(plan.interventions)
         reply.used = len(plan.ids)
-        reply.keep(plan.kept)
+        reply.adopt_prefix(plan.prefix)
         for record in plan.given:
             if reply.finish_reason is None:
                 yield reply.give(record)

@@ -197,7 +197,7 @@ class Inspector:
         trace = self.look(index, turn=node.said)
         return logit_lens(trace, k, positions=record.position - 1, watch=watched)
 
-    # --- inside ---------------------------------------------------------------------------------
+    # --- internals ------------------------------------------------------------------------------
 
     def _source(self, model: GemmaTransformer, ids: Sequence[int]) -> Pass:
         """The pass of `ids`, which knows what replying has computed and the session still holds."""
@@ -211,7 +211,7 @@ class Inspector:
         return source
 
     def _inspect_position(self, turn: Turn, ids: Sequence[int], position: int) -> Look | None:
-        """What the decoder shows at a position of `ids`; None where it cannot now."""
+        """The decoder's view of a position of `ids`; None where it has none now."""
         decoder, stop = self._decoder, position + 1
         with suppress(BusyError), self._core.lock.alone():
             same = decoder.interventions is self._core.made_under.of(turn)

@@ -56,7 +56,7 @@ class Node:
 
     @property
     def role(self) -> Role | None:
-        """Who speaks; None for the root."""
+        """The speaker; None for the root."""
         return None if self.turn is None else self.turn.role
 
     @property

@@ -27,7 +27,7 @@ class Plan:
       ids: token ids that stand before the reply.
       context: what they are made of.
       sampling: the settings, with a seed.
-      kept: tokens that the reply begins with and that stand already.
+      prefix: tokens that the reply begins with and that stand already.
       given: tokens after them that the user puts there.
       refused: ids that must not come right after these.
       origin: see `Turn`.
@@ -38,7 +38,7 @@ class Plan:
     ids: Sequence[int]
     context: Context
     sampling: Sampling
-    kept: Tokens = _NONE
+    prefix: Tokens = _NONE
     given: Tokens = _NONE
     refused: frozenset[int] = frozenset()
     origin: Origin | None = None
@@ -47,7 +47,7 @@ class Plan:
     @property
     def all_ids(self) -> list[int]:
         """Everything that stands before the first token to draw."""
-        return [*self.ids, *(self.kept + self.given).token_id.tolist()]
+        return [*self.ids, *(self.prefix + self.given).token_id.tolist()]
 
 
 class NewReplies:

@@ -103,7 +103,7 @@ class Recomputation:
         return ids, [*ids, *end]
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text."""
+        """The text that each token adds."""
         stream = StreamingDetokenizer(self._tokenizer)
         texts = ["" if id_ in self._stop_ids else stream.feed(id_) for id_ in ids]
         rest = stream.finish()

@@ -69,7 +69,7 @@ class Reply:
         """Notes how many prompt tokens have to be computed."""
         self._prompt_tokens += tokens
 
-    def keep(self, tokens: Tokens) -> None:
+    def adopt_prefix(self, tokens: Tokens) -> None:
         """Takes over tokens that stand already, with their evidence; they do not end the reply."""
         texts = [self._text.feed(token) for token in tokens.token_id.tolist()]
         self._count += len(tokens)
@@ -130,7 +130,7 @@ class Reply:
 
     @property
     def unreached(self) -> tuple[str, ...]:
-        """What the finished reply did not reach of its interventions, a sentence for each."""
+        """Sentences on the interventions that the finished reply did not reach."""
         if self.finish_reason is None:
             return ()
         return tuple(f"{each}." for each in unreached(self._under, self.used))

@@ -121,7 +121,7 @@ class ManySampler:
         each = [dataclasses.replace(chosen, seed=seed) for seed in drawn]
         return self._sampled(prompts, each)
 
-    # --- inside ---------------------------------------------------------------------------------
+    # --- internals ------------------------------------------------------------------------------
 
     def _sampled(self, prompts: Sequence[str], samplings: Sequence[Sampling]) -> list[Turn]:
         for prompt in prompts:

@@ -165,7 +165,7 @@ def score(
 def score_cached(
     decoder: Decoder, ids: Sequence[int], start: int, sampling: Sampling
 ) -> list[Evidence] | None:
-    """As `score`, by a step for each token, after what the decoder holds already of the others.
+    """The evidence as of `score`, by a step for each token, after what the decoder holds of `ids`.
 
     It is the evidence that the decoder's own choices come with, under the interventions that it
     has.  Afterwards the decoder holds all but the last of `ids`.

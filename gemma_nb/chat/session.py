@@ -122,7 +122,7 @@ class ChatSession:
         self.autosave = autosave
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
-        """Says how a message is sent."""
+        """Raises TypeError, which says how a message is sent."""
         raise TypeError(
             "a ChatSession is no function: chat.chat(text) returns a reply, chat.stream(text) "
             "yields it token by token"

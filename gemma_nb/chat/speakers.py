@@ -1,4 +1,4 @@
-"""Who speaks at each position of a context."""
+"""Speakers: whose words stand at each position of a context."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ class ConversationTree:
         self.interventions: dict[int, Interventions | Unresolved] = {}
         self._by_id: dict[int, Node] = {}
         self._ids_given = 0
-        # The active path.  Never changed, only replaced: other threads may be reading it; and kept,
-        # since each turn looks at it several times, and in a long conversation it is long.
+        # The active path.  Never changed, only replaced: other threads may be reading it; and held,
+        # since each turn asks for it several times, and in a long conversation it is long.
         self._path: list[Node] = []
 
     def __repr__(self) -> str:

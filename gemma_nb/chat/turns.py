@@ -27,7 +27,7 @@ WARN_FROM = 0.8
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Timing:
-    """How long a reply took.
+    """Durations of a reply.
 
     Attributes:
       prompt_tokens: tokens that had to be computed before the reply (not those still cached).
@@ -51,7 +51,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a turn branched off another one.
+    """The place where a turn branched off another one.
 
     A reply's tokens before `index` are those of the turn it came from, with their evidence; the
     `given` tokens from there on were put there by the user; the rest was drawn.
@@ -71,7 +71,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
-    """What a reply was made in.
+    """The context that a reply was made in.
 
     Attributes:
       system: what the model was told before the conversation.
@@ -97,7 +97,7 @@ class Context:
 
     @property
     def warning(self) -> str:
-        """What to tell the user about the context; empty while there is nothing to tell."""
+        """Advice to the user about the context; empty while there is nothing to tell."""
         told = []
         if self.nearly_full:
             state = "full" if self.used >= self.length else f"{self.fraction:.0%} full"

@@ -194,7 +194,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def unreadable(path: Path, error: OSError) -> ConversationError:
-    """What to say of a file that cannot be opened."""
+    """The error for a file that cannot be opened."""
     if isinstance(error, FileNotFoundError):
         return ConversationError(
             f"there is no file {path}; expected a conversation that chat.save(path) wrote"
@@ -203,7 +203,7 @@ def unreadable(path: Path, error: OSError) -> ConversationError:
 
 
 def damaged(path: Path, problem: object) -> ConversationError:
-    """What to say of a file that is not what was written."""
+    """The error for a file that is not what was written."""
     problem = f"nothing is at {problem} in it" if isinstance(problem, LookupError) else problem
     problem = kinds.in_place_of(path) or problem
     inside = (

@@ -34,7 +34,7 @@ from gemma_nb.ending import python_ends
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.text.template import Template
 
-INTERVAL = 0.5  # seconds between two looks at the session
+INTERVAL = 0.5  # seconds between two observations of the session
 _FOLD_FROM = 1 << 18  # bytes of a journal that is worth folding
 _RETRY_SECONDS = 10.0  # between attempts, where the disk takes nothing
 
@@ -98,7 +98,7 @@ class Autosave:
 
     @property
     def generation(self) -> str | None:
-        """Of the file as it is now."""
+        """The generation of the file as it is now."""
         return self._generations[-1] if self._generations else None
 
     def flush(self) -> None:
@@ -109,7 +109,7 @@ class Autosave:
             try:
                 self._flush()
                 self.error = self._moved
-            except Exception as error:  # whatever it is: the next look may be luckier
+            except Exception as error:  # whatever it is: the next attempt may be luckier
                 self._failed(error)
 
     def fold(self) -> None:
@@ -153,7 +153,7 @@ class Autosave:
             self._let_go()
             self._closed = True
 
-    # --- inside ---------------------------------------------------------------------------------
+    # --- internals ------------------------------------------------------------------------------
 
     def _end(self) -> None:
         """`close`, where nobody is left to be told what went wrong but who reads the output."""
@@ -324,7 +324,7 @@ class Autosave:
 
 
 class _OtherBytes(Exception):
-    """What was written is not what can be read."""
+    """Raised when what is read is not what was written."""
 
 
 def _state_of(session: SavedSession) -> tuple[ConversationTree, Settings, Template]:

@@ -29,7 +29,7 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 
 class Tables:
-    """What is stored once and referred to by its index.  It only grows.
+    """Strings and lists that are stored once and referred to by index.  They only grow.
 
     Attributes:
       strings: texts of tokens.
@@ -88,7 +88,7 @@ def _once(value: Any, tables: Tables) -> Any:
 
 
 def from_json(hint: Any, data: Any, tables: Tables, where: str = "") -> Any:
-    """What `to_json` was given, by the type that it has to be.
+    """The value that `to_json` was given, by the type that it has to be.
 
     Args:
       hint: a type as in annotations.

@@ -70,7 +70,7 @@ def _write(hint: Any, values: Sequence[Any], tables: Tables, name: str, out: Col
 
 
 def from_columns(hint: Any, count: int, columns: Columns, tables: Tables, name: str) -> list[Any]:
-    """What `to_columns` was given.
+    """The values that `to_columns` was given.
 
     Args:
       hint: the type of the values.
@@ -164,7 +164,7 @@ def _take(columns: Columns, name: str, count: int) -> np.ndarray:
 
 
 def _kind(hint: Any) -> Any:
-    """How a type is stored: tuple, np.ndarray, str, int, float, a dataclass, or a list of types."""
+    """The form of a type: tuple, np.ndarray, str, int, float, a dataclass, or a list of types."""
     origin = get_origin(hint) or hint
     if origin is Literal:
         return _kind(type(get_args(hint)[0]))

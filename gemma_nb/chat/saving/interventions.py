@@ -119,7 +119,7 @@ def decode(
     where: str,
     classes: Sequence[type[Intervention]] = (),
 ) -> Interventions | Unresolved:
-    """What `encode` was given.
+    """The interventions that `encode` was given.
 
     Args:
       data: the JSON.

@@ -1,4 +1,4 @@
-"""What happened since a conversation's file was written: records that are only ever appended.
+"""The journal: records, only ever appended, of changes since a conversation's file was written.
 
     header   b"gemma_nb journal 1\\n", then the generation of the file that it continues and b"\\n"
     record   <u64 length of the payload> <u32 CRC-32 of the payload> payload
@@ -31,7 +31,7 @@ Record = tuple[dict[str, Any], dict[str, bytes]]
 
 
 def path_of(path: Path) -> Path:
-    """Where the journal of the file at `path` is: beside the file itself, not a link to it."""
+    """Path of the journal of the file at `path`: beside the file itself, not a link to it."""
     real = archive.real(path)
     return real.with_name(f"{real.name}.journal")
 
@@ -53,7 +53,7 @@ def set_aside(path: Path) -> None:
 
 
 def generation_of(path: Path) -> str | None:
-    """What the journal at `path` continues; None where there is none, or something else."""
+    """The generation that the journal at `path` continues; None where there is none."""
     with contextlib.suppress(OSError), archive.opened(path) as file:
         header = file.read(_HEADER_SIZE)
         if len(header) == _HEADER_SIZE and header.startswith(_MAGIC):

@@ -80,15 +80,13 @@ class Settings:
     @classmethod
     def of(cls, session: SavedSession) -> Settings:
         """The settings of a session."""
-        return cls(**{field.name: getattr(session, field.name) for field in _fields(cls)})
+        return cls(
+            **{field.name: getattr(session, field.name) for field in dataclasses.fields(cls)}
+        )
 
     def arguments(self) -> dict[str, Any]:
         """The settings by their names, as arguments of `ChatSession`."""
-        return {field.name: getattr(self, field.name) for field in _fields(type(self))}
-
-
-def _fields(cls: type[Settings]) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(cls)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -326,7 +326,7 @@ def _hexadecimal(value: Any) -> str:
 
 
 def decode_turn(data: Any, columns: Columns, tables: Tables, where: str) -> Turn:
-    """What `encode_turn` was given.
+    """The turn that `encode_turn` was given.
 
     Raises:
       ValueError: `data` or `columns` are not of a turn.

@@ -137,7 +137,7 @@ class SessionFile:
                 )
 
     def warn(self) -> None:
-        """Says so, once, if the conversation is not being saved."""
+        """Warns the user, once, if the conversation is not being saved."""
         if self._autosave is not None:
             self._tell(self._autosave)
 

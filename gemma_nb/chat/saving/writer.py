@@ -75,7 +75,7 @@ class Encoder:
         template: Template,
         partial: Partial | None = None,
     ) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """What is new or different since the last call, and its evidence.
+        """Everything new or different since the last call, and its evidence.
 
         The tree may grow meanwhile, on another thread: what comes too late comes the next time.
         """
