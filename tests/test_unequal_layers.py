@@ -19,7 +19,7 @@ from gemma_nb.config import Global, LayerSpec, Sliding, TransformerConfig, inter
 from gemma_nb.interventions.base import shape_of
 from gemma_nb.sampling.cache import ring_layers
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 
 LOCAL, WIDE = Sliding(6), {"head_dim": 12, "num_kv_heads": 2, "hidden_dim": 40}
 CONFIG = TransformerConfig(

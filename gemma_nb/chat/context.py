@@ -1,11 +1,12 @@
-"""What of a conversation is put before the model, and what is left out when it is too long."""
+"""The context: turns that are put before the model, and those left out when they are too many."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from gemma_nb.chat.events import Context, Turn
+from gemma_nb.chat.node import Node
+from gemma_nb.chat.turns import Context, Turn
 from gemma_nb.errors import ContextFullError
 from gemma_nb.text.template import Message, Template
 from gemma_nb.text.tokenizer import Tokenizer
@@ -55,6 +56,18 @@ class Contexts:
         context = context or Context()
         return self.encode(turns, context.system, context.dropped)
 
+    def own_ids(self, turn: Turn) -> list[int]:
+        """Token ids of a reply as it stays in the context."""
+        if turn.ids is not None:
+            return list(turn.ids)
+        return list(self._template.reply_ids(self._tokenizer, turn.text))
+
+    def spoken(self, node: Node) -> tuple[list[int], list[int]]:
+        """Token ids of what stood before a reply when it was made, and its own."""
+        turn = node.said
+        before = self.before(node.asked.turns, turn.context)
+        return before, turn.tokens.token_id.tolist() if turn.tokens else self.own_ids(turn)
+
     def fit(
         self,
         turns: Sequence[Turn],
@@ -62,7 +75,7 @@ class Contexts:
         policy: WhenFull,
         room: int,
         *,
-        kept: int = 0,
+        prefix: int = 0,
         dropped: int | None = None,
     ) -> tuple[list[int], Context]:
         """The context of a reply to `turns`.
@@ -75,7 +88,7 @@ class Contexts:
           system: what the model is told first.
           policy: what to do when there are too many.
           room: positions wanted for the reply; a quarter of the context at most is kept free.
-          kept: tokens of the reply that stand already.
+          prefix: tokens of the reply that stand already.
           dropped: how many turns were left out before; None: as in the last reply of the path.
 
         Returns:
@@ -96,19 +109,19 @@ class Contexts:
             dropped = last.dropped if last is not None else 0
         ids = self.encode(turns, system, dropped)
         room = min(room, self.limit // 4)
-        if policy == "drop_oldest" and len(ids) + kept + room > self.limit:
-            goal = self.limit - self.limit // 4 - room - kept
+        if policy == "drop_oldest" and len(ids) + prefix + room > self.limit:
+            goal = self.limit - self.limit // 4 - room - prefix
             # The last exchange stays, whatever its length.
             while len(ids) > goal and dropped + 2 < len(turns):
                 dropped += 2
                 ids = self.encode(turns, system, dropped)
-        if policy == "error" and len(ids) + kept > self.limit:
-            raise ContextFullError(too_long(len(ids) + kept, self.limit))
+        if policy == "error" and len(ids) + prefix > self.limit:
+            raise ContextFullError(too_long(len(ids) + prefix, self.limit))
         return ids, Context(system, dropped, 0, self.limit)
 
 
 def too_long(needed: int, limit: int) -> str:
-    """What is said when a message does not fit."""
+    """The message of an error where a message does not fit."""
     return (
         f"The context is full: with this message it needs {needed} positions and there are "
         f"{limit}.  {_WAYS_OUT}"
@@ -116,7 +129,7 @@ def too_long(needed: int, limit: int) -> str:
 
 
 def ran_full(used: int, limit: int) -> str:
-    """What is said when a reply fills the context."""
+    """The reason given where a reply fills the context."""
     return f"The context is full: {used} of {limit} positions are in use.  {_WAYS_OUT}"
 
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from gemma_nb.chat.branches import Planner
-from gemma_nb.chat.events import Turn
-from gemma_nb.chat.places import turn_of
-from gemma_nb.chat.tree import Node
+from gemma_nb.chat.context import Contexts
+from gemma_nb.chat.interventions import ReplyInterventions
+from gemma_nb.chat.node import Node
+from gemma_nb.chat.scoring import Scorer
+from gemma_nb.chat.turns import Turn
 from gemma_nb.text.prefix import shared_prefix
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ class Side:
 
     @property
     def text(self) -> str:
-        """What the reply says from where the branches part."""
+        """Text of the reply from where the branches part."""
         if self.reply is None or not self.reply.tokens:
             return "".join(token.piece for token in self.tokens)
         first = len(self.reply.tokens) - len(self.tokens)
-        return "".join(record.text for record in self.reply.tokens[first:])
+        return "".join(self.reply.tokens[first:].text.tolist())
 
     @property
     def logprob(self) -> float:
@@ -67,7 +68,7 @@ class Side:
 
     @property
     def under_other(self) -> float:
-        """The same in the place of the other branch."""
+        """Log-probability in nats of all `tokens` together in the place of the other branch."""
         return math.fsum(token.under_other for token in self.tokens)
 
 
@@ -123,7 +124,9 @@ def _cells(token: DiffToken | None) -> list[object]:
     return [token.piece, math.exp(token.logprob), math.exp(token.under_other)]
 
 
-def compare(planner: Planner, a: Node, b: Node) -> Diff:
+def compare(
+    contexts: Contexts, scorer: Scorer, made_under: ReplyInterventions, a: Node, b: Node
+) -> Diff:
     """The difference between the branches of two turns; see `ChatSession.diff`.
 
     Raises:
@@ -133,22 +136,22 @@ def compare(planner: Planner, a: Node, b: Node) -> Diff:
     together = shared_prefix(*([node.id for node in path] for path in paths))
     if together == min(map(len, paths)):
         raise ValueError(
-            f"turns {turn_of(a).id} and {turn_of(b).id} stand on one branch, which does not part "
+            f"turns {a.said.id} and {b.said.id} stand on one branch, which does not part "
             "between them: give turns of two branches, such as two of chat.siblings(turn)"
         )
     firsts = [path[together] for path in paths]
     replies = [_reply_from(path[together:]) for path in paths]
-    spoken = [planner.spoken(node) if node is not None else ([], []) for node in replies]
+    spoken = [contexts.spoken(node) if node is not None else ([], []) for node in replies]
     # Two replies to the same message part at a token, all others at the message.
     same_message = firsts == replies
     index = shared_prefix(spoken[0][1], spoken[1][1]) if same_message else 0
 
     def logprobs(where: int, ids: list[int]) -> list[float]:
-        """Of `ids[index:]` in the place of a branch; NaN where nothing was said there."""
+        """Log-probabilities of `ids[index:]` in the place of a branch, NaN where it has none."""
         before, reply = spoken[where][0], replies[where]
         if reply is None or reply.turn is None:
             return [math.nan] * len(ids[index:])
-        return planner.logprobs([*before, *ids], len(before) + index, reply.turn)
+        return scorer.logprobs([*before, *ids], len(before) + index, made_under.of(reply.turn))
 
     def side(own: int, other: int) -> Side:
         (_, ids), (_, others) = spoken[own], spoken[other]
@@ -162,7 +165,7 @@ def compare(planner: Planner, a: Node, b: Node) -> Diff:
         turn, reply = firsts[own].turn, replies[own]
         assert turn is not None
         tokens = tuple(
-            DiffToken(index + i, token, planner.label(token), here[i], under[i])
+            DiffToken(index + i, token, scorer.label(token), here[i], under[i])
             for i, token in enumerate(ids[index:])
         )
         return Side(turn, reply.turn if reply is not None else None, tokens)

@@ -1,20 +1,24 @@
-"""How a reply is made: the decoder driven by a plan, stoppable between any two tokens."""
+"""The making of a reply: the decoder driven by a plan, stoppable between any two tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from gemma_nb.chat.branches import Plan, Planner
 from gemma_nb.chat.context import ran_full, too_long
-from gemma_nb.chat.events import PrefillEvent, TokenRecord
+from gemma_nb.chat.events import PrefillEvent
 from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.chat.interventions import ReplyInterventions
+from gemma_nb.chat.plans import Plan
+from gemma_nb.chat.records import TokenRecord
 from gemma_nb.chat.reply import Reply
+from gemma_nb.chat.reply_settings import ReplySettings
 from gemma_nb.ending import Ending
 from gemma_nb.errors import NonFiniteLogitsError
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.prefill import Between
 from gemma_nb.sampling.settings import Sampling
+from gemma_nb.text.tokenizer import Tokenizer
 
 STOPPED = "The reply was stopped."
 
@@ -29,19 +33,40 @@ class Generation:
       out_of_room: whether the last reply ended because the context was full.
     """
 
-    def __init__(self, decoder: Decoder, planner: Planner) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        settings: ReplySettings,
+        made_under: ReplyInterventions,
+    ) -> None:
         self.stop = Ending()
         self.listeners: list[Callable[[PrefillEvent], None]] = []
         self.out_of_room = False
         self._decoder = decoder
-        self._planner = planner
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._made_under = made_under
+
+    def begin(self, plan: Plan, turn_id: int) -> Reply:
+        """A reply of which nothing is made yet."""
+        self._made_under.remember(turn_id, plan.interventions)
+        return Reply(
+            turn_id,
+            self._tokenizer,
+            self._settings.template,
+            plan.sampling,
+            origin=plan.origin,
+            context=plan.context,
+            under=plan.interventions,
+        )
 
     def run(self, plan: Plan, reply: Reply) -> Iterator[list[TokenRecord]]:
         """Makes the reply; yields the records that became certain, after each token."""
         self.out_of_room = False
         self._decoder.intervene(plan.interventions)
         reply.used = len(plan.ids)
-        reply.keep(plan.kept)
+        reply.adopt_prefix(plan.prefix)
         for record in plan.given:
             if reply.finish_reason is None:
                 yield reply.give(record)
@@ -71,7 +96,7 @@ class Generation:
 
     def _drawn(self, ids: list[int], plan: Plan, reply: Reply) -> Iterator[tuple[Evidence, int]]:
         if plan.refused:
-            strict = self._planner.barred(plan.sampling, also=plan.refused)
+            strict = self._settings.barred(plan.sampling, also=plan.refused)
             evidence = self._prefill(ids, strict, reply)
             if evidence is None:
                 return
@@ -80,7 +105,7 @@ class Generation:
             self._end_from_outside(reply)
             if reply.finish_reason is not None:
                 return
-        evidence = self._prefill(ids, self._planner.barred(plan.sampling), reply)
+        evidence = self._prefill(ids, self._settings.barred(plan.sampling), reply)
         while evidence is not None:
             yield self._checked(evidence)
             self._end_from_outside(reply)
@@ -94,11 +119,11 @@ class Generation:
         rest = self._decoder.begin(ids, sampling)
         reply.prompt(len(rest))
         with between_steps() as interrupted:
-            evidence = self._decoder.prefill(rest, self.reading(interrupted))
+            evidence = self._decoder.prefill(rest, self.between_pieces(interrupted))
         self._end_from_outside(reply)
         return evidence
 
-    def reading(self, interrupted: Callable[[], bool]) -> Between:
+    def between_pieces(self, interrupted: Callable[[], bool]) -> Between:
         """Tells the listeners of each piece of a prompt, and goes on unless that is to end.
 
         Args:
@@ -131,7 +156,7 @@ class Generation:
 
 
 def not_finite(position: int) -> str:
-    """What is said when the model computed NaN or infinity."""
+    """The message of an error where the model computed NaN or infinity."""
     return (
         f"the logits at position {position} are not finite: the weights hold NaN or infinity, or "
         'the activations overflowed.  Reload the model, or load it with dtype="float32".'

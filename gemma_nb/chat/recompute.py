@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from gemma_nb.chat.context import Contexts
-from gemma_nb.chat.events import TokenRecord, Turn
-from gemma_nb.chat.reply import token_record
+from gemma_nb.chat.core import SessionCore
+from gemma_nb.chat.records import token_record
 from gemma_nb.chat.scoring import score
+from gemma_nb.chat.tokens import Tokens
 from gemma_nb.chat.tree import ConversationTree
-from gemma_nb.model import GemmaTransformer
+from gemma_nb.chat.turns import Turn
 from gemma_nb.sampling.settings import Sampling
 from gemma_nb.text.detokenizer import StreamingDetokenizer
 from gemma_nb.text.prefix import shared_prefix
-from gemma_nb.text.template import Template
-from gemma_nb.text.tokenizer import Tokenizer
 
 
 class Recomputation:
@@ -25,23 +24,15 @@ class Recomputation:
     that stands before it.  Texts, branches and settings stay as they are.
     """
 
-    def __init__(
-        self, model: GemmaTransformer, tokenizer: Tokenizer, template: Template, top_k: int
-    ) -> None:
-        """Readies it.
-
-        Args:
-          model: what computes.
-          tokenizer: the model's.
-          template: how turns become tokens.
-          top_k: number of alternatives.
-        """
-        self._model = model
-        self._tokenizer = tokenizer
-        self._template = template
-        self._stop_ids = template.stop_ids(tokenizer)
-        self._contexts = Contexts(tokenizer, template, model.config.max_context)
-        self._top_k = top_k
+    def __init__(self, core: SessionCore) -> None:
+        """Readies it for the model, tokenizer and template of a session."""
+        self._model = core.model
+        self._tokenizer = core.tokenizer
+        self._template = core.template
+        self._stop_ids = core.template.stop_ids(core.tokenizer)
+        longest = core.model.config.max_context
+        self._contexts = Contexts(core.tokenizer, core.template, longest)
+        self._top_k = core.capture.top_k
 
     def tree(
         self,
@@ -57,19 +48,20 @@ class Recomputation:
           respell: tokenize the texts, since the ids are another tokenizer's.
           progress: called with a fraction and a sentence.
         """
-        before: dict[int, tuple[TokenRecord, ...]] = {}
+        before: dict[int, list[int]] = {}
         for done, node in enumerate(tree.nodes()):
             if progress is not None:
                 progress(done / (len(tree) + 1), "Computing the evidence of the replies")
             if node.turn is None or node.turn.role != "model":
                 continue
             turn = self.turn([n.turn for n in node.path()[:-1] if n.turn], node.turn, respell)
+            ids = turn.tokens.token_id.tolist()
             if respell and turn.origin is not None:
-                shared = shared_prefix(_ids(before.get(turn.origin.turn, ())), _ids(turn.tokens))
+                shared = shared_prefix(before.get(turn.origin.turn, []), ids)
                 origin = dataclasses.replace(turn.origin, index=shared, given=0)
                 turn = dataclasses.replace(turn, origin=origin)
             node.turn = turn
-            before[turn.id] = turn.tokens
+            before[turn.id] = ids
         if progress is not None:
             progress(1.0, "Computed the evidence of the replies")
 
@@ -89,15 +81,15 @@ class Recomputation:
             texts = self._texts(given)
             sampling = dataclasses.replace(sampling, forbidden=())  # another vocabulary's
         else:
-            given = [record.token_id for record in turn.tokens]
-            texts = [record.text for record in turn.tokens]
+            given = turn.tokens.token_id.tolist()
+            texts = turn.tokens.text.tolist()
         evidence = score(self._model, [*context, *given], len(context), sampling, self._top_k)
         records = (
             token_record(self._tokenizer, choice, index=index, position=len(context) + index)
             for index, choice in enumerate(evidence)
         )
         pairs = zip(records, texts, strict=True)
-        tokens = tuple(dataclasses.replace(record, text=text) for record, text in pairs)
+        tokens = Tokens(dataclasses.replace(record, text=text) for record, text in pairs)
         return dataclasses.replace(turn, tokens=tokens, ids=ids)
 
     def _spell(
@@ -111,14 +103,10 @@ class Recomputation:
         return ids, [*ids, *end]
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text."""
+        """The text that each token adds."""
         stream = StreamingDetokenizer(self._tokenizer)
         texts = ["" if id_ in self._stop_ids else stream.feed(id_) for id_ in ids]
         rest = stream.finish()
         if rest and texts:
             texts[-1] += rest
         return texts
-
-
-def _ids(records: Sequence[TokenRecord]) -> list[int]:
-    return [record.token_id for record in records]

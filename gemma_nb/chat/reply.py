@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import time
-from collections.abc import Sequence
 
-from gemma_nb.chat.events import (
-    Alternative,
-    Context,
-    FinishReason,
-    Origin,
-    Timing,
-    TokenRecord,
-    Turn,
-)
+from gemma_nb.chat.records import TokenRecord, token_record
 from gemma_nb.chat.stops import StopMatcher
+from gemma_nb.chat.tokens import GrowingTokens, Tokens
+from gemma_nb.chat.turns import Context, FinishReason, Origin, Timing, Turn
 from gemma_nb.interventions import Interventions
 from gemma_nb.interventions.reach import unreached
 from gemma_nb.sampling.evidence import Evidence
@@ -64,7 +58,7 @@ class Reply:
             (*template.stop_strings, *sampling.stop), skip_leading_space=template.strip_reply
         )
         self._uncertain: list[TokenRecord] = []
-        self._records: list[TokenRecord] = []
+        self._tokens = GrowingTokens()
         self._ended_by_token = False
         self._count = 0  # tokens, of which
         self._drawn = 0
@@ -75,12 +69,17 @@ class Reply:
         """Notes how many prompt tokens have to be computed."""
         self._prompt_tokens += tokens
 
-    def keep(self, records: Sequence[TokenRecord]) -> None:
+    def adopt_prefix(self, tokens: Tokens) -> None:
         """Takes over tokens that stand already, with their evidence; they do not end the reply."""
-        texts = [self._text.feed(record.token_id) for record in records]
-        self._uncertain += records
-        self._count += len(records)
-        self._certain(self._stops.resume(texts))
+        texts = [self._text.feed(token) for token in tokens.token_id.tolist()]
+        self._count += len(tokens)
+        certain = self._stops.resume(texts)
+        # Siblings share the rows of what they have in common.
+        pairs = zip(certain, tokens.text.tolist(), strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._tokens.extend(tokens[:same])
+        self._uncertain.extend(tokens[same:])
+        self._certain(certain[same:])
 
     @property
     def one_left(self) -> bool:
@@ -131,20 +130,21 @@ class Reply:
 
     @property
     def unreached(self) -> tuple[str, ...]:
-        """What the finished reply did not reach of its interventions, a sentence for each."""
+        """Sentences on the interventions that the finished reply did not reach."""
         if self.finish_reason is None:
             return ()
         return tuple(f"{each}." for each in unreached(self._under, self.used))
 
     def turn(self) -> Turn:
         """The reply as a turn, as far as it has come."""
-        text = "".join(record.text for record in self._records)
+        tokens = self._tokens.tokens
+        text = "".join(tokens.text.tolist())
         return Turn(
             id=self._id,
             role="model",
             text=text.lstrip() if self._template.strip_reply else text,
-            tokens=tuple(self._records),
-            ids=self._context_ids(),
+            tokens=tokens,
+            ids=self._context_ids(tokens.token_id.tolist(), text),
             finish_reason=self.finish_reason,
             finish_detail="  ".join([*filter(None, [self.finish_detail]), *self.unreached]),
             timing=Timing(
@@ -159,16 +159,19 @@ class Reply:
             interventions=() if self._under is None else self._under.describe(),
         )
 
-    def _context_ids(self) -> tuple[int, ...]:
-        """The reply as it stays in the context: what ended it belongs to the template."""
-        ids = [record.token_id for record in self._records]
+    def _context_ids(self, ids: list[int], shown: str) -> tuple[int, ...]:
+        """The reply as it stays in the context: what ended it belongs to the template.
+
+        Args:
+          ids: of its tokens.
+          shown: its text.
+        """
         if self._ended_by_token:
             return tuple(ids[:-1])
         if self._stops.matched is None:
             return tuple(ids)
         # The stop string may begin inside a token, and text may lag behind the bytes it is made of:
         # keep the tokens that spell the beginning of what is shown, and spell the rest anew.
-        shown = "".join(record.text for record in self._records)
         while not shown.startswith(spelled := self._tokenizer.decode(ids)):
             ids.pop()
         return (*ids, *self._tokenizer.encode(shown[len(spelled) :]))
@@ -179,55 +182,18 @@ class Reply:
         texts = self._stops.flush()
         if rest and texts:
             texts[-1] += rest
-        elif rest and self._records:
-            last = self._records[-1]
-            self._records[-1] = dataclasses.replace(last, text=last.text + rest)
+        elif rest and (tokens := self._tokens.tokens):
+            last = tokens[-1]
+            self._tokens.replace_last(dataclasses.replace(last, text=last.text + rest))
         return texts
 
     def _certain(self, texts: list[str]) -> list[TokenRecord]:
         """The next uncertain records with their `texts`."""
         records = [
-            # Siblings share the records of what they have in common.
-            record if record.text == text else dataclasses.replace(record, text=text)
+            # A conversation repeats few texts many times.
+            dataclasses.replace(record, text=sys.intern(text))
             for record, text in zip(self._uncertain, texts, strict=False)
         ]
         del self._uncertain[: len(records)]
-        self._records += records
+        self._tokens.extend(records)
         return records
-
-
-def token_record(
-    tokenizer: Tokenizer,
-    evidence: Evidence,
-    *,
-    index: int,
-    position: int,
-    key: tuple[int, int] | None = None,
-) -> TokenRecord:
-    """The record of a choice, its text still to come."""
-    token = int(evidence.token)
-    columns = (evidence.ids, evidence.logprobs, evidence.probabilities)
-    return TokenRecord(
-        index=index,
-        token_id=token,
-        text="",
-        piece=token_label(tokenizer, token),
-        position=position,
-        logprob=float(evidence.logprob),
-        probability=float(evidence.probability),
-        entropy=float(evidence.entropy),
-        rank=int(evidence.rank),
-        alternatives=tuple(
-            Alternative(int(i), token_label(tokenizer, int(i)), float(logprob), float(probability))
-            for i, logprob, probability in zip(*columns, strict=True)
-        ),
-        key=key,
-        attention_row=evidence.attention,
-    )
-
-
-def token_label(tokenizer: Tokenizer, token: int) -> str:
-    """What a lone token stands for; some embeddings have rows that stand for none."""
-    known = token < tokenizer.vocab_size
-    # A conversation repeats few tokens many times.
-    return sys.intern(tokenizer.token_text(token)) if known else f"<row {token}>"

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.chat.records import token_label, token_record
+from gemma_nb.chat.reply_settings import ReplySettings
+from gemma_nb.chat.tokens import Tokens
 from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
@@ -22,6 +25,7 @@ from gemma_nb.sampling.evidence import Evidence, observe
 from gemma_nb.sampling.filters import Controls, distribution
 from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.settings import Sampling
+from gemma_nb.text.tokenizer import Tokenizer
 from gemma_nb.typing import EMPTY, KVCache, Params
 
 # Tokens fed at once.  The logits of so many are materialised, 130 MB for Gemma 3's vocabulary.
@@ -30,6 +34,71 @@ _SMALLEST_CACHE = 512
 
 # A step takes as long as the plain pass takes for so many tokens.
 _STEP = 8
+
+
+class Scorer:
+    """Computes the evidence of tokens that are given, as records."""
+
+    def __init__(
+        self,
+        model: GemmaTransformer,
+        tokenizer: Tokenizer,
+        decoder: Decoder,
+        settings: ReplySettings,
+        *,
+        top_k: int,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._decoder = decoder
+        self._settings = settings
+        self._top_k = top_k
+
+    def records(
+        self,
+        ids: Sequence[int],
+        index: int,
+        begin: int,
+        sampling: Sampling,
+        under: Interventions | None,
+    ) -> Tokens:
+        """Records of given tokens, with the evidence of having been chosen.
+
+        Few of them are computed by the decoder from its cache, many by one pass over everything.
+
+        Args:
+          ids: everything, up to the last of these tokens.
+          index: of the first of them in the reply.
+          begin: where in `ids` the reply begins.
+          sampling: for the probabilities after the sampler.
+          under: what is changed in the model.
+        """
+        start, settings = begin + index, self._settings.barred(sampling)
+        self._decoder.intervene(under)
+        evidence = score_cached(self._decoder, ids, start, settings)
+        if evidence is None:
+            model = self._model.replace(interventions=under)
+            evidence = score(model, ids, start, settings, self._top_k)
+        return Tokens(
+            token_record(self._tokenizer, found, index=index + i, position=start + i)
+            for i, found in enumerate(evidence)
+        )
+
+    def logprobs(self, ids: Sequence[int], start: int, under: Interventions | None) -> list[float]:
+        """Log-probabilities in nats of `ids[start:]`, each after all that stand before it.
+
+        Args:
+          ids: everything, up to the last of these tokens.
+          start: index of the first of them.
+          under: what is changed in the model.
+        """
+        model = self._model.replace(interventions=under)
+        evidence = score(model, ids, start, Sampling(seed=0), 1)
+        return [float(found.logprob) for found in evidence]
+
+    def label(self, token: int) -> str:
+        """The text of a lone token."""
+        return token_label(self._tokenizer, token)
 
 
 @pinned
@@ -96,7 +165,7 @@ def score(
 def score_cached(
     decoder: Decoder, ids: Sequence[int], start: int, sampling: Sampling
 ) -> list[Evidence] | None:
-    """As `score`, by a step for each token, after what the decoder holds already of the others.
+    """The evidence as of `score`, by a step for each token, after what the decoder holds of `ids`.
 
     It is the evidence that the decoder's own choices come with, under the interventions that it
     has.  Afterwards the decoder holds all but the last of `ids`.

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import NoReturn
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
-from gemma_nb.chat.branches import Plan
-from gemma_nb.chat.events import Origin, TokenEvent, TokenRecord, Turn
-from gemma_nb.chat.inside import InspectedConversation
-from gemma_nb.chat.several import SamplingConversation
-from gemma_nb.chat.tree import Node
+from gemma_nb.chat.branching import Branching
+from gemma_nb.chat.context import WhenFull
+from gemma_nb.chat.continuations import Continuations
+from gemma_nb.chat.core import LENGTH, SessionCore
+from gemma_nb.chat.delegation import delegated
+from gemma_nb.chat.events import TokenEvent
+from gemma_nb.chat.generation import Generation
+from gemma_nb.chat.inspection import Inspector
+from gemma_nb.chat.plans import NewReplies
+from gemma_nb.chat.recompute import Recomputation
+from gemma_nb.chat.replies import Replies
+from gemma_nb.chat.sampling_many import ManySampler
+from gemma_nb.chat.saving import messages as imports
+from gemma_nb.chat.saving import session_file
+from gemma_nb.chat.saving.fingerprint import Fingerprint
+from gemma_nb.chat.saving.session_file import SessionFile
+from gemma_nb.chat.scoring import Scorer
+from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.chat.turns import Context, Turn
 from gemma_nb.interventions import Intervention
-from gemma_nb.sampling.settings import Sampling
+from gemma_nb.model import GemmaTransformer
+from gemma_nb.sampling.rows import AttentionKept
+from gemma_nb.sampling.settings import Capture, Sampling
+from gemma_nb.text.template import Template
+from gemma_nb.text.tokenizer import Tokenizer
 
 
-class ChatSession(InspectedConversation, SamplingConversation):
+class ChatSession:
     """Chats with a model, and keeps the evidence of every token of its replies.
 
         chat = gnb.ChatSession(model, tokenizer)
@@ -30,10 +49,79 @@ class ChatSession(InspectedConversation, SamplingConversation):
     ContextFullError where there is no room and `when_full` does not provide for it.  Each has a
     streaming variant, `stream` or `stream_...`, which yields the new tokens as they are made and
     raises the same.
+
+    Attributes:
+      model: what computes.
+      tokenizer: what reads and writes text.
+      template: how turns become tokens.
+      capture: what evidence each token keeps.
+      tree: all branches of the conversation.
     """
 
+    def __init__(
+        self,
+        model: GemmaTransformer,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        cache_length: int | None = LENGTH,
+        capture: Capture | Mapping[str, Any] | None = None,
+        template: str | Template | None = "auto",
+        when_full: WhenFull | None = "stop",
+        autosave: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Starts an empty conversation.  None for an argument is its default.
+
+        Args:
+          model: from `gnb.load`.
+          tokenizer: from `gnb.load`.
+          system: what the model is told before the conversation; None takes the template's own.
+          sampling: a `Sampling`, or a mapping of its fields as JSON has them; None takes what is
+            recommended for the model.
+          cache_length: most positions (tokens) of context.
+          capture: evidence to keep, likewise; by default ten alternatives per token, and no
+            attention.
+          template: "gemma" for instruction-tuned models, "transcript" for base models, "none" for
+            raw text, "auto" to choose by the model: the chat template of its files, where these
+            have one; or your own, as a `Template` or a Jinja text.
+          when_full: what happens when the context is full.  "stop": the reply ends there.
+            "drop_oldest": the oldest exchanges are left out of the context, never of the tree; the
+            system text stays.  "error": ContextFullError.  The conversation goes on after each.
+          autosave: a file to save to while the conversation goes on; see the property.
+
+        Raises:
+          ValueError: a cache longer than the model's context, an unknown template or policy.
+          TemplateError: the chat template of the model's files cannot be followed.
+          ConversationError: the file to save to cannot be written, or exists already.
+        """
+        core = SessionCore.of(
+            model,
+            tokenizer,
+            system=system,
+            sampling=sampling,
+            cache_length=cache_length,
+            capture=capture,
+            template=template,
+            when_full=when_full,
+        )
+        self.model, self.tokenizer, self.template = model, tokenizer, core.template
+        self.capture, self.tree = core.capture, core.tree
+        self._core = core
+        self._decoder = core.decoder
+        scorer = Scorer(model, tokenizer, core.decoder, core.settings, top_k=core.capture.top_k)
+        generation = Generation(core.decoder, tokenizer, core.settings, core.made_under)
+        self._new = new = NewReplies(model, core.contexts, core.settings)
+        self._file = SessionFile(self)
+        self._replies = replies = Replies(self, core, generation, self._file)
+        continuations = Continuations(core, new, scorer)
+        self._branching = Branching(core, replies, generation, new, continuations)
+        self._inspector = Inspector(core, new, scorer)
+        self._many = ManySampler(core, new, generation, replies)
+        self.autosave = autosave
+
     def __call__(self, *_: object, **__: object) -> NoReturn:
-        """Says how a message is sent."""
+        """Raises TypeError, which says how a message is sent."""
         raise TypeError(
             "a ChatSession is no function: chat.chat(text) returns a reply, chat.stream(text) "
             "yields it token by token"
@@ -43,7 +131,7 @@ class ChatSession(InspectedConversation, SamplingConversation):
 
     def chat(self, text: str) -> Turn:
         """Says `text` and returns the whole reply; raises as `stream` does."""
-        return self._exhaust(self.stream(text))
+        return self._replies.exhaust(self.stream(text))
 
     def stream(self, text: str) -> Iterator[TokenEvent]:
         """Says `text` and yields the reply's tokens as they are made.
@@ -60,299 +148,254 @@ class ChatSession(InspectedConversation, SamplingConversation):
           ContextFullError: there is no room and `when_full` is "error"; when the message itself
             does not fit, nothing is said.
         """
-        self._check_text(text)
-        return self._start(lambda: self._say(self.tree.tip, text))
+        self._branching.check_text(text)
+        return self._replies.start(lambda: self._new.message(self.tree, self.tree.tip, text))
 
-    def new_conversation(self) -> None:
-        """Starts over with an empty conversation; the old one stays in `tree`.
+    stop = delegated("_replies", Replies.stop)
+    on_prefill = delegated("_replies", Replies.on_prefill)
+    warmup = delegated("_replies", Replies.warmup)
+    sample = delegated("_many", ManySampler.sample)
+    sample_each = delegated("_many", ManySampler.sample_each)
 
-        `redo` brings it back as long as nothing else is said.
+    # --- branching off, and moving about ---------------------------------------------------------
 
-        Raises:
-          BusyError: a reply is being made.
+    new_conversation = delegated("_branching", Branching.new_conversation)
+    regenerate = delegated("_branching", Branching.regenerate)
+    stream_regenerate = delegated("_branching", Branching.stream_regenerate)
+    fork = delegated("_branching", Branching.fork)
+    stream_fork = delegated("_branching", Branching.stream_fork)
+    intervene = delegated("_branching", Branching.intervene)
+    edit = delegated("_branching", Branching.edit)
+    stream_edit = delegated("_branching", Branching.stream_edit)
+    resume = delegated("_branching", Branching.resume)
+    stream_resume = delegated("_branching", Branching.stream_resume)
+    undo = delegated("_branching", Branching.undo)
+    redo = delegated("_branching", Branching.redo)
+    select = delegated("_branching", Branching.select)
+    siblings = delegated("tree", ConversationTree.siblings)
+    replay = delegated("_branching", Branching.replay)
+    adopt = delegated("_branching", Branching.adopt)
+
+    # --- inspection -----------------------------------------------------------------------------
+
+    diff = delegated("_inspector", Inspector.diff)
+    trace = delegated("_inspector", Inspector.trace)
+    tokens = delegated("_inspector", Inspector.tokens)
+    look = delegated("_inspector", Inspector.look)
+    lens = delegated("_inspector", Inspector.lens)
+
+    # --- state ----------------------------------------------------------------------------------
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation so far, on the active branch."""
+        return self.tree.turns
+
+    @property
+    def partial(self) -> Turn | None:
+        """The reply being made right now, as far as it has come; it follows `turns`."""
+        making = self.making
+        return None if making is None else making[1]
+
+    @property
+    def making(self) -> tuple[int, Turn] | None:
+        """The id of the message that is being replied to, and the reply as far as it has come."""
+        return self._replies.making
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reply is being made."""
+        return self._core.lock.busy
+
+    @property
+    def cache_length(self) -> int:
+        """Most positions of context."""
+        return self._decoder.limit
+
+    @property
+    def cache_used(self) -> int:
+        """Positions of context in use, on the active branch."""
+        return self._replies.used
+
+    @property
+    def context(self) -> Context:
+        """How full the context is: `fraction`, `nearly_full`, and a `warning` to show."""
+        return self._replies.context
+
+    @property
+    def attention_kept(self) -> AttentionKept:
+        """How many tokens have their `attention`, what it takes, and how many rows were evicted.
+
+        Its `warning` is what there is to tell; the first time that something is evicted, it is also
+        a ConversationWarning, at the end of the reply or before the next one.
         """
-        with self._alone():
-            self.tree.hide_after(self.tree.root)
+        return self._core.rows.kept
 
-    # --- branching off --------------------------------------------------------------------------
+    @property
+    def sampling(self) -> Sampling:
+        """How the next reply is sampled."""
+        return self._core.settings.sampling
 
-    def regenerate(self, turn: Turn | int | None = None) -> Turn:
-        """Makes another reply to a message, beside the one there is.
+    @sampling.setter
+    def sampling(self, sampling: Sampling | Mapping[str, Any]) -> None:
+        self._core.settings.sampling = sampling
 
-        With a fixed seed the n-th attempt uses seed + n, so it differs and can be repeated.
+    @property
+    def system(self) -> str | None:
+        """What the model is told before the conversation; a change holds from the next reply on."""
+        return self._core.settings.system
 
-        Args:
-          turn: a message or a reply to it, on any branch; None for the last one.
+    @system.setter
+    def system(self, system: str | None) -> None:
+        self._core.settings.system = system
 
-        Raises:
-          ValueError: nothing was said yet, or the turn is not of this conversation.
-        """
-        return self._exhaust(self.stream_regenerate(turn))
+    @property
+    def when_full(self) -> WhenFull:
+        """What happens when the context is full; a change holds from the next reply on."""
+        return self._core.settings.when_full
 
-    def stream_regenerate(self, turn: Turn | int | None = None) -> Iterator[TokenEvent]:
-        """`regenerate`, token by token."""
-        self._refuse_if_busy()
-        if turn is None and not self.turns:
-            raise ValueError("there is no reply to regenerate: send a message first")
-        node = self.tree.tip if turn is None else self.tree.find(turn)
+    @when_full.setter
+    def when_full(self, when_full: WhenFull) -> None:
+        self._core.settings.when_full = when_full
 
-        asked = node.parent if node.role == "model" else node
-        assert asked is not None
-        beside = node if asked is not node else asked.shown or asked.newest
-        origin = None if beside is None else Origin("regenerate", beside.id)
-        return self._start(lambda: self._planner.reply(asked, origin))
-
-    def fork(
-        self,
-        at: TokenRecord | int,
-        with_token: int | str | None = None,
-        *,
-        turn: Turn | int | None = None,
-        sampling: Sampling | None = None,
-    ) -> Turn:
-        """Makes another end of a reply, from some token on.
-
-        The new reply stands beside the old one, begins with the same tokens and their evidence,
-        and computes nothing of them again.
-
-        - With a token (or a text, which may be several): it takes the place of the one at `at`.
-          The new reply has the seed of the old one, and so the same random key in each place: it
-          differs only by what was put there, and repeats the old one if that is the same token.
-        - Without: the token stays and what follows is drawn with a seed of its own.  At the token
-          that ended the reply, that end is refused once and the reply goes on.
-
-        At most `max_new_tokens` are drawn, not counting those that stand already.
-
-        Args:
-          at: a token of any reply on any branch, or the event that told of it; or, with `turn`, its
-            index.
-          with_token: a token id, or a text.
-          turn: the reply, where it is not clear from `at`; None with an index: the last reply.
-          sampling: settings in place of the session's; a seed in it is used as it is.
-
-        Raises:
-          ValueError: no such token or turn, or an id or text that stands for no token of a reply.
-        """
-        return self._exhaust(self.stream_fork(at, with_token, turn=turn, sampling=sampling))
-
-    def stream_fork(
-        self,
-        at: TokenRecord | int,
-        with_token: int | str | None = None,
-        *,
-        turn: Turn | int | None = None,
-        sampling: Sampling | None = None,
-    ) -> Iterator[TokenEvent]:
-        """`fork`, token by token, from the first that is not certain yet; see `partial`."""
-        self._refuse_if_busy()
-        node, index = self._place(at, turn)
-        given = self._given(with_token)
-        return self._start(lambda: self._planner.fork(node, index, given, sampling))
-
-    def intervene(
-        self,
-        *interventions: Intervention,
-        at: TokenRecord | int = 0,
-        turn: Turn | int | None = None,
-        sampling: Sampling | None = None,
-    ) -> Turn:
-        """Makes a reply once more while the model is changed, from some token on.
-
-            chat.intervene(gnb.AblateHeads({5: [1]}), at=12)
-
-        The new reply stands beside the old one, the baseline, with the same tokens before `at`, the
-        same seed and so the same random key in each place: whatever differs is what the
-        interventions do.  They act from the position that chooses the token at `at` on; what is
-        cached before it is used as it is.  `Turn.interventions` lists them, and `trace` of the turn
-        is computed under them.  Later messages are answered by the session's own model again.
-
-        Args:
-          *interventions: see `gemma_nb.interventions`.
-          at: a token of the reply, or its index.
-          turn: the reply; None is that of `at`, or the last one.
-          sampling: settings in place of the reply's; a seed in it is used as it is.
-
-        Raises:
-          ValueError: no interventions, no such token or turn, or something that the model does not
-            have.
-        """
-        if not interventions:
-            raise ValueError("name at least one intervention, such as gnb.AblateHeads({5: [1]})")
-        self._refuse_if_busy()
-        node, index = self._place(at, turn)
-        return self._exhaust(
-            self._start(lambda: self._planner.intervene(node, index, interventions, sampling))
+    def __repr__(self) -> str:
+        return (
+            f"<ChatSession {self.model.title}, {self.template.name}: {len(self.turns)} turns, "
+            f"{self.cache_used} of {self.cache_length} positions>"
         )
 
-    def edit(self, turn: Turn | int, text: str) -> Turn:
-        """Says something else in the place of a turn, on a branch of its own.
-
-        A message is sent again with the new text, and the new reply returned.  A reply gets the new
-        text: tokens that it shares with the old one keep their evidence, the others get that of
-        having been chosen there; `resume` goes on from it.
-
-        Args:
-          turn: of any branch.
-          text: the new text.
-
-        Raises:
-          ValueError: the turn is not of this conversation.
-          ContextFullError: also where the new text of a reply does not fit.
-        """
-        node = self.tree.find(turn)
-        if node.role == "user":
-            return self._exhaust(self.stream_edit(turn, text))
-        self._check_text(text)
-        with self._alone():
-            plan = self._planner.edited(node, text)
-            reply = self._new_reply(plan)
-            reply.keep((*plan.kept, *plan.given))
-            reply.finish("edited", "You wrote this.")
-            reply.flush()
-            reply.used = len(plan.all_ids)
-            self.tree.add(plan.parent, reply.turn())
-        return self.turns[-1]
-
-    def stream_edit(self, turn: Turn | int, text: str) -> Iterator[TokenEvent]:
-        """`edit` of a message, token by token of the new reply.
-
-        Raises:
-          ValueError: the turn is a reply: call `edit`, then `stream_resume`.
-        """
-        self._check_text(text)
-        node = self.tree.find(turn)
-        if node.role != "user" or node.parent is None:
-            raise ValueError(
-                "stream_edit() sends a message again; for a reply call edit(), and then "
-                "stream_resume() to let it go on"
-            )
-        parent = node.parent
-        return self._start(lambda: self._say(parent, text, Origin("edit", node.id)))
-
-    def resume(self, turn: Turn | int | None = None, *, sampling: Sampling | None = None) -> Turn:
-        """Goes on with a reply that was stopped, interrupted, edited, or ended too early.
-
-        The old reply stays beside the new one, which begins with the same text.  Its seed is that
-        of the old one: a stopped reply goes on exactly as it would have.  Where the model had come
-        to its end, that end is refused once.
-
-        Args:
-          turn: a reply of any branch; None for the last one.
-          sampling: settings in place of the session's; a seed in it is used as it is.
-
-        Raises:
-          ValueError: there is no reply, or the turn is not one.
-        """
-        return self._exhaust(self.stream_resume(turn, sampling=sampling))
-
-    def stream_resume(
-        self, turn: Turn | int | None = None, *, sampling: Sampling | None = None
-    ) -> Iterator[TokenEvent]:
-        """`resume`, token by token, from the first that is not certain yet; see `partial`."""
-        self._refuse_if_busy()
-        node = self._reply_node(turn)
-        return self._start(lambda: self._planner.resume(node, sampling))
-
-    # --- moving about ---------------------------------------------------------------------------
-
-    def undo(self) -> tuple[Turn, ...]:
-        """Takes the last message and its reply back; returns them.  They stay in `tree`.
-
-        Raises:
-          ValueError: nothing was said.
-        """
-        with self._alone():
-            hidden = self.tree.undo()
-        return hidden
-
-    def redo(self) -> tuple[Turn, ...]:
-        """Brings back what the last `undo` took; returns it.
-
-        Raises:
-          ValueError: nothing was undone, or something else was said since.
-        """
-        with self._alone():
-            shown = self.tree.redo()
-        return shown
-
-    def select(self, branch: Turn | int) -> tuple[Turn, ...]:
-        """Shows the branch of a turn, and what was last shown after it; returns `turns`.
-
-        Raises:
-          ValueError: the turn is not of this conversation.
-        """
-        node = self.tree.find(branch)
-        with self._alone():
-            self.tree.select(node)
-        return self.turns
-
-    def siblings(self, turn: Turn | int) -> tuple[Turn, ...]:
-        """The turns tried in the same place, `turn` included, in the order they were made."""
-        return self.tree.siblings(turn)
-
-    # --- looking --------------------------------------------------------------------------------
-
-    def replay(self, turn: Turn | int | None = None) -> Turn:
-        """Makes a reply once more with the random keys that it was made with.
-
-        Nothing is added to the tree.  What is cached of the text before it is used as it is: then
-        the tokens and all of their evidence come out the same, bit for bit.  What had to be
-        computed anew since may differ in the last bits of a rounding.
-
-        Args:
-          turn: a reply of any branch; None for the last one.
-
-        Raises:
-          ValueError: none of the turn's tokens was drawn.
-        """
-        node = self._reply_node(turn)
-        source = node.turn
-        assert source is not None
-        with self._alone():
-            self._generation.stop.clear()
-            plan = self._planner.replay(node)
-            reply = self._new_reply(plan, source.id)
-            # The same pieces of the prompt in the same compiled steps.
-            ids = plan.all_ids
-            self._decoder.rewind_to(ids[: len(ids) - source.timing.prompt_tokens])
-            for _ in self._generation.run(plan, reply):
-                pass
-            reply.flush()
-        made = dataclasses.replace(reply.turn(), sampling=source.sampling)
-        if len(made.tokens) < len(source.tokens):
-            return made
-        # It ends there because the other one did.
-        return dataclasses.replace(
-            made, finish_reason=source.finish_reason, finish_detail=source.finish_detail
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(
+            f"a {name} holds locks and what is cached on the device, and cannot be pickled or "
+            f"copied: chat.save(path) writes it, gnb.{name}.load(path, model, tokenizer) reads it"
         )
 
-    # --- inside ---------------------------------------------------------------------------------
+    # --- files ----------------------------------------------------------------------------------
 
-    def _say(self, parent: Node, text: str, origin: Origin | None = None) -> Plan:
-        """Puts a message into the tree, if it fits, and plans the reply."""
-        turn = Turn(id=self._new_id(), role="user", text=text, origin=origin)
-        before = [node.turn for node in parent.path() if node.turn is not None]
-        ids, context = self._planner.fit([*before, turn])
-        asked = self.tree.add(parent, turn)
-        under = self.model.interventions
-        return Plan(asked, ids, context, self._planner.seeded(asked), interventions=under)
+    save = delegated("_file", SessionFile.save)
+    messages = delegated("_file", SessionFile.messages)
+    export = delegated("_file", SessionFile.export)
 
-    def _check_text(self, text: object) -> None:
-        if not isinstance(text, str):
-            raise TypeError(f"a message must be a string, got {type(text).__name__}")
-        self.tokenizer.encode(text)
-        self._refuse_if_busy()
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: GemmaTransformer,
+        tokenizer: Tokenizer,
+        *,
+        recompute: bool | None = None,
+        template: str | Template | None = None,
+        interventions: Sequence[type[Intervention]] = (),
+        autosave: bool = False,
+        progress: Callable[[float, str], None] | None = None,
+    ) -> Self:
+        """The conversation that `save` or `autosave` wrote, ready to go on.
 
-    def _given(self, with_token: int | str | None) -> tuple[int, ...] | None:
-        """The tokens to put there, checked."""
-        if with_token is None:
-            return None
-        if isinstance(with_token, str):
-            if not with_token:
-                raise ValueError("with_token is an empty text: give a token, or None to keep it")
-            return tuple(self.tokenizer.encode(with_token))
-        token = int(with_token)
-        never = self.template.forbidden_ids(self.tokenizer)
-        if not 0 <= token < self.tokenizer.vocab_size or token in never:
-            raise ValueError(f"token id {with_token} stands for nothing that a reply can hold")
-        return (token,)
+        A reply that its kernel did not live to finish is there as far as it had come, with
+        `finish_reason` "interrupted"; `resume` goes on with it.
+
+        Args:
+          path: the file.  What stands in the journal beside it is read as well.
+          model: from `gnb.load`; the one that the conversation was held with.
+          tokenizer: from `gnb.load`.
+          recompute: what to do under another model, or after an edit or intervention.  None
+            refuses.  True computes the evidence of every reply anew, by one pass of this model
+            over each (texts and branches stay; where the tokenizer is another one, replies are
+            tokenized anew).  False keeps the evidence as it was.
+          template: in place of the one that the conversation was held in; needed where that is a
+            class of your own.
+          interventions: classes of your own that replies were made under (`intervene`).  Without
+            them a ConversationWarning names them, and these replies can be read and saved again,
+            but not traced or gone on with.
+          autosave: go on saving to the same file.
+          progress: called with a fraction and a sentence while evidence is recomputed.
+
+        Raises:
+          ConversationError: there is no such file, it is damaged, or of a later version.
+          ModelMismatchError: the model or the tokenizer is another one; the message says what
+            differs and what can be done.
+        """
+        now = Fingerprint.of(model, tokenizer)
+        saved = session_file.read_for(
+            model, now, path, recompute=recompute, interventions=interventions
+        )
+        chat = cls(model, tokenizer, **session_file.arguments(saved, model, template))
+        if recompute:
+            respell = saved.fingerprint.tokenizer != now.tokenizer
+            Recomputation(chat._core).tree(saved.tree, respell=respell, progress=progress)
+        chat.adopt(saved.tree)
+        chat._file.opened(saved, now, recomputed=bool(recompute))
+        if autosave:
+            chat.autosave = chat._file.set_aside(saved)
+        return chat
+
+    @property
+    def autosave(self) -> Path | None:
+        """The file that the conversation is saved to while it goes on; None to save by hand.
+
+        A path begins it: the file is written, and what is said is appended to a journal beside it
+        within a second, also in the middle of a reply, on a thread of its own.  A kernel that dies
+        loses no more than that; `load` reads both.  None ends it and folds the journal into the
+        file, as happens too when the session or the kernel ends in good order.
+
+        If the file cannot be written later on, the next reply begins with a ConversationWarning.
+        So it does when somebody else has changed something there: what was deleted is written
+        again; what was put there instead (another file, an older version, another session's) is
+        left as it is, and the conversation is saved to a file beside it, which this property then
+        names.  What cannot be written there at the end is written to the folder for temporary
+        files.  Where the path is a link, what it leads to is written.
+
+        Raises:
+          ConversationError: when set: the file cannot be written, or exists and is not this
+            conversation's.
+        """
+        return self._file.path
+
+    @autosave.setter
+    def autosave(self, path: str | os.PathLike[str] | None) -> None:
+        self._file.autosave(path)
+
+    @classmethod
+    def from_messages(
+        cls,
+        model: GemmaTransformer,
+        tokenizer: Tokenizer,
+        messages: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+        *,
+        evidence: bool = False,
+        progress: Callable[[float, str], None] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """A conversation from messages in the common form, ready to go on.
+
+        Args:
+          model: from `gnb.load`.
+          tokenizer: from `gnb.load`.
+          messages: as `messages()` gives them, or the path of a JSON file with them; those of other
+            programs, too, of which only roles and texts are read.  User and assistant speak by
+            turns, the user first; a system message may lead.
+          evidence: compute the evidence of the replies' tokens, by one pass over each.
+          progress: called with a fraction and a sentence while that is done.
+          **settings: further arguments of `ChatSession`; its `system` stands before the messages'.
+
+        Raises:
+          ConversationError: the file cannot be read, or has no such messages.
+          ValueError: messages of another form.
+          TextError: text that cannot be tokenized.
+        """
+        imported = imports.read_messages(messages)
+        path = settings.pop("autosave", None)
+        chat = cls(model, tokenizer, **{"system": imported.system, **settings})
+        for turn in imported.tree:
+            tokenizer.encode(turn.text)
+        if evidence:
+            Recomputation(chat._core).tree(imported.tree, progress=progress)
+        chat.adopt(imported.tree)
+        chat.autosave = path
+        return chat
+
+    @property
+    def keeper(self) -> SessionFile:
+        """The file of the session, by the name that scripts know."""
+        return self._file

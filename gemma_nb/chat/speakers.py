@@ -1,11 +1,11 @@
-"""Who speaks at each position of a context."""
+"""Speakers: whose words stand at each position of a context."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from gemma_nb.chat.context import Contexts
-from gemma_nb.chat.events import Context, Turn
+from gemma_nb.chat.turns import Context, Turn
 from gemma_nb.text.tokenizer import Tokenizer
 
 _NOBODY = -1

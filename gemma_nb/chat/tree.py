@@ -2,77 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from collections.abc import Iterator
 
-from gemma_nb.chat.altered import Unread
-from gemma_nb.chat.events import Context, Role, Turn
+from gemma_nb.chat.interventions import Unresolved
+from gemma_nb.chat.node import Node
+from gemma_nb.chat.records import TokenRecord
+from gemma_nb.chat.turns import Context, Turn
 from gemma_nb.indices import number
 from gemma_nb.interventions import Interventions
 
 _OUTLINED = 100  # turns that an outline has at most
-
-
-@dataclasses.dataclass(eq=False)
-class Node:
-    """A turn and what followed it.
-
-    Attributes:
-      turn: None for the root only.
-      parent: None for the root only.
-      children: the turns that were tried after this one, in the order in which they were made.
-      active: index into `children` of the branch that is shown; None shows none of them.
-      undone: index of the child that `undo` hid and `redo` shows again; None where there is none.
-      depth: turns up to and including this one; 0 for the root.
-
-    What changes `active` and `undone` is the tree, which knows the active path.
-    """
-
-    turn: Turn | None = None
-    parent: Node | None = None
-    children: list[Node] = dataclasses.field(default_factory=list)
-    active: int | None = None
-    undone: int | None = None
-
-    def __post_init__(self) -> None:
-        # No field, since it is not saved.
-        self.depth: int = 0 if self.parent is None else self.parent.depth + 1
-
-    @property
-    def id(self) -> int:
-        """The turn's id; 0 for the root."""
-        return 0 if self.turn is None else self.turn.id
-
-    @property
-    def role(self) -> Role | None:
-        """Who speaks; None for the root."""
-        return None if self.turn is None else self.turn.role
-
-    @property
-    def index(self) -> int:
-        """Its place among its siblings."""
-        return 0 if self.parent is None else self.parent.children.index(self)
-
-    @property
-    def shown(self) -> Node | None:
-        """The child that is shown."""
-        return None if self.active is None else self.children[self.active]
-
-    @property
-    def newest(self) -> Node | None:
-        """The child that was made last."""
-        return self.children[-1] if self.children else None
-
-    def path(self) -> list[Node]:
-        """The nodes from the first turn to this one, without the root."""
-        nodes, node = [], self
-        while node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
-
-    def __repr__(self) -> str:
-        return f"<Node {self.id}: {len(self.children)} children, active {self.active}>"
 
 
 def _outlined(node: Node) -> str:
@@ -91,16 +31,17 @@ class ConversationTree:
 
     Attributes:
       root: what comes before the first turn.
-      under: id of a reply -> the interventions that it was computed under, where these are others
-        than the session's model has.
+      interventions: id of a reply -> the interventions that it was computed under, where these are
+        others than the session's model has.
     """
 
     def __init__(self) -> None:
         self.root = Node()
-        self.under: dict[int, Interventions | Unread] = {}
+        self.interventions: dict[int, Interventions | Unresolved] = {}
         self._by_id: dict[int, Node] = {}
-        # The active path.  Never changed, only replaced: other threads may be reading it; and kept,
-        # since each turn looks at it several times, and in a long conversation it is long.
+        self._ids_given = 0
+        # The active path.  Never changed, only replaced: other threads may be reading it; and held,
+        # since each turn asks for it several times, and in a long conversation it is long.
         self._path: list[Node] = []
 
     def __repr__(self) -> str:
@@ -137,7 +78,7 @@ class ConversationTree:
 
     @property
     def context(self) -> Context | None:
-        """Of the last reply on the active path; None where none has one."""
+        """Context of the last reply on the active path; None where none has one."""
         turns = (node.turn for node in reversed(self._path))
         return next((turn.context for turn in turns if turn is not None and turn.context), None)
 
@@ -158,7 +99,59 @@ class ConversationTree:
         Raises:
           ValueError: the turn is not in this conversation.
         """
-        return [node.turn for node in self.find(turn).path() if node.turn is not None]
+        return self.find(turn).turns
+
+    def reply(self, turn: Turn | int | None = None) -> Node:
+        """The node of a reply; None for the last one that is shown.
+
+        Raises:
+          ValueError: there is no reply, or the turn is not one.
+        """
+        if turn is not None:
+            node = self.find(turn)
+            if node.role != "model":
+                raise ValueError(f"expected a reply, got {node.turn!r}")
+            return node
+        for node in reversed(self._path):
+            if node.role == "model":
+                return node
+        raise ValueError("there is no reply yet: send a message first")
+
+    def token(self, at: TokenRecord | int, turn: Turn | int | None = None) -> tuple[Node, int]:
+        """The place of a token: a reply's node, and the token's index in it.
+
+        Siblings share tokens; then it is the one that is shown, or else the newest.
+
+        Args:
+          at: a token of any reply, or the event that told of it, or its index.
+          turn: the reply, where it is not clear from `at`; None with an index: the last reply.
+
+        Raises:
+          ValueError: no such token or turn.
+        """
+        if not isinstance(at, TokenRecord):
+            return self._token_at(at, turn)
+        if turn is not None:
+            nodes = [self.find(turn)]
+        else:
+            nodes = [*self._path[::-1], *sorted(self.nodes(), key=lambda node: -node.id)]
+        held = [n for n in nodes if n.turn is not None and at.index < len(n.turn.tokens)]
+        for is_it in (operator.is_, _is_same_choice):
+            for node in held:
+                if is_it(node.said.tokens[at.index], at):
+                    return node, at.index
+        raise ValueError(f"no reply of this conversation holds the token {at.piece!r} ({at.index})")
+
+    def _token_at(self, at: int, turn: Turn | int | None) -> tuple[Node, int]:
+        try:
+            at = number(at, "at")
+        except ValueError as error:
+            raise TypeError(f"expected a token of a reply or its index, got {at!r:.60}") from error
+        node = self.reply(turn)
+        count = len(node.said.tokens)
+        if not 0 <= at < count:
+            raise ValueError(f"the reply has tokens 0 to {count - 1}, got {at}")
+        return node, at
 
     def siblings(self, turn: Turn | int) -> tuple[Turn, ...]:
         """The turns tried in the same place, `turn` included, in the order they were made.
@@ -197,6 +190,17 @@ class ConversationTree:
         return max(self._by_id, default=0)
 
     # --- changing -------------------------------------------------------------------------------
+
+    def new_id(self) -> int:
+        """An id for the next turn."""
+        self._ids_given += 1
+        return self._ids_given
+
+    def adopt(self, other: ConversationTree) -> None:
+        """Becomes what another tree is, whose nodes both have then."""
+        self.root, self.interventions = other.root, other.interventions
+        self._by_id, self._path = other._by_id, other._path
+        self._ids_given = other.last_id
 
     def add(self, parent: Node, turn: Turn) -> Node:
         """Appends `turn` after `parent` and shows it.
@@ -282,3 +286,9 @@ class ConversationTree:
             raise ValueError("there is nothing to redo: use select() to show another branch")
         self.select(tip.children[tip.undone])
         return self.turns[tip.depth :]
+
+
+def _is_same_choice(a: TokenRecord, b: TokenRecord) -> bool:
+    """Whether two records are of one choice; one may be the event that told of it."""
+    fields = ("token_id", "position", "logprob", "entropy", "key")
+    return all(getattr(a, name) == getattr(b, name) for name in fields)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gemma_nb.chat.session import TokenRecord, Turn
+    from gemma_nb.chat.records import TokenRecord
+    from gemma_nb.chat.turns import Turn
 
 ALTERNATIVES_SHOWN = 5
 VISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥"})

@@ -40,7 +40,7 @@ from gemma_nb.plots.tokens import Tokens, nice_step
 if TYPE_CHECKING:
     import xarray
 
-    from gemma_nb.chat.events import Turn
+    from gemma_nb.chat.turns import Turn
     from gemma_nb.interp.trace import Trace
 
 # Longer texts are cells without letters.
@@ -213,14 +213,14 @@ def _read(source: Any, by: str) -> tuple[list[str], np.ndarray, str, list[str]]:
 def _of_turn(turn: Any, by: str) -> tuple[list[str], np.ndarray]:
     if not turn.tokens:
         raise ValueError(f"{turn!r} has no tokens with evidence: pass a reply of the model")
-    records = turn.tokens
-    number = {
-        "probability": lambda r: math.exp(r.logprob),
-        "surprisal": lambda r: -r.logprob,
-        "entropy": lambda r: r.entropy,
-        "rank": lambda r: r.rank + 1,
-    }[by]
-    return [r.piece for r in records], np.array([number(r) for r in records], float)
+    tokens = turn.tokens
+    values = {
+        "probability": lambda: np.array([math.exp(x) for x in tokens.logprob.tolist()]),
+        "surprisal": lambda: -tokens.logprob.astype(float),
+        "entropy": lambda: tokens.entropy.astype(float),
+        "rank": lambda: tokens.rank + 1.0,
+    }[by]()
+    return tokens.piece.tolist(), values
 
 
 def _of_statistics(source: Any, by: str) -> np.ndarray:

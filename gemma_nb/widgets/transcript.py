@@ -8,10 +8,11 @@ alternatives as `[id, text, lp, p]`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Turn = dict[str, Any]
@@ -29,23 +30,44 @@ def log_number(value: float) -> float | None:
     return round(value, 6) if math.isfinite(value) else None
 
 
+_OF_TOKEN = ("token_id", "text", "position", "logprob", "probability", "entropy", "rank", "piece")
+_OF_ALTERNATIVE = ("token_id", "text", "logprob", "probability")
+
+
 def encode_token(record: Any) -> dict[str, Any]:
     """A `TokenRecord` (or `TokenEvent`) with compact keys."""
+    others = ([getattr(other, name) for name in _OF_ALTERNATIVE] for other in record.alternatives)
+    return _encoded([getattr(record, name) for name in _OF_TOKEN], others)
+
+
+def encode_tokens(tokens: Any) -> list[dict[str, Any]]:
+    """Many tokens (`Turn.tokens`) with compact keys, from their columns."""
+    columns = [getattr(tokens, name).tolist() for name in _OF_TOKEN]
+    others = [getattr(tokens.alternatives, name).tolist() for name in _OF_ALTERNATIVE]
+    counts = tokens.alternatives.count.tolist()
+    return [
+        _encoded(row, itertools.islice(zip(*of_alternatives, strict=True), count))
+        for *row, count, of_alternatives in zip(
+            *columns, counts, zip(*others, strict=True), strict=True
+        )
+    ]
+
+
+def _encoded(values: Sequence[Any], others: Iterable[Iterable[Any]]) -> dict[str, Any]:
+    """A token with compact keys, of values as in `_OF_TOKEN` and `_OF_ALTERNATIVE`."""
+    token_id, text, position, logprob, probability, entropy, rank, piece = values
     token: dict[str, Any] = {
-        "id": record.token_id,
-        "t": record.text,
-        "at": record.position,
-        "lp": log_number(record.logprob),
-        "p": number(record.probability),
-        "h": number(record.entropy),
-        "r": record.rank,
-        "a": [
-            [other.token_id, other.text, log_number(other.logprob), number(other.probability)]
-            for other in record.alternatives
-        ],
+        "id": token_id,
+        "t": text,
+        "at": position,
+        "lp": log_number(logprob),
+        "p": number(probability),
+        "h": number(entropy),
+        "r": rank,
+        "a": [[other, said, log_number(lp), number(p)] for other, said, lp, p in others],
     }
-    if record.piece != record.text:
-        token["w"] = record.piece
+    if piece != text:
+        token["w"] = piece
     return token
 
 
@@ -67,7 +89,7 @@ def encode_head(turn: Any) -> Turn:
 def _tokens_in_common(have: Turn, turn: Any) -> int | None:
     """Number of the turn's tokens that `have` holds; None where it is not that turn's beginning."""
     ids = [token["id"] for token in have["tokens"]]
-    if have["role"] != turn.role or ids != [token.token_id for token in turn.tokens[: len(ids)]]:
+    if have["role"] != turn.role or ids != turn.tokens[: len(ids)].token_id.tolist():
         return None
     return len(ids) if turn.tokens or have.get("text", "") == turn.text else None
 
@@ -147,10 +169,10 @@ class TranscriptFeed:
             if common == len(turn.tokens) and have == {**head, "tokens": self.turns[at]["tokens"]}:
                 continue
             if common is None or at < len(self.turns) - 1:
-                self.place(at, head, [encode_token(token) for token in turn.tokens])
+                self.place(at, head, encode_tokens(turn.tokens))
                 continue
-            for token in turn.tokens[common:]:
-                self.append(encode_token(token))
+            for token in encode_tokens(turn.tokens[common:]):
+                self.append(token)
             self.rehead(head)
         self.truncate(len(turns))
 

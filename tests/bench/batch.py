@@ -4,7 +4,7 @@
 
 The same prompt, on the default model: one reply by `chat.chat`, and n by `chat.sample`, all with
 full evidence and of so many tokens, in turns within each round.  Fewer replies than are faster at
-once are made one after another, see `gemma_nb.chat.several.fewest`.
+once are made one after another, see `gemma_nb.chat.sampling_many.fewest`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import gemma_nb as gnb
-from gemma_nb.chat.events import TokenRecord
+from gemma_nb.chat.records import TokenRecord
 from tests.bench.contestants import settle
 
 TOKENS, AT, ROUNDS = 600, 300, 9

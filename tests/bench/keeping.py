@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 import gemma_nb as gnb
-from gemma_nb.chat import journal
-from gemma_nb.chat.autosave import Autosave
-from gemma_nb.chat.events import Alternative, TokenRecord, Turn
+from gemma_nb.chat.records import Alternative, TokenRecord
+from gemma_nb.chat.saving import journal
+from gemma_nb.chat.saving.autosave import Autosave
 from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.chat.turns import Turn
 
 TURNS, TOKENS, ALTERNATIVES = 1000, 100, 10
 _VOCABULARY = 30_000  # token texts in use

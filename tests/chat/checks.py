@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import gemma_nb as gnb
-from gemma_nb.chat import archive
+from gemma_nb.chat.saving import archive
 
 SAMPLING = gnb.Sampling(seed=1, max_new_tokens=12)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gemma_nb.chat.events import Origin
+from gemma_nb.chat.turns import Origin
 from gemma_nb.errors import BusyError, TextError
 from tests.chat.checks import SAMPLING, assert_parity, ids
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from gemma_nb.chat.events import Context
+from gemma_nb.chat.turns import Context
 from gemma_nb.errors import ContextFullError
 from tests.chat.checks import SAMPLING, assert_parity
 

@@ -4,14 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gemma_nb.chat import journal, reading, restore
+from gemma_nb.chat import readers
+from gemma_nb.chat.saving import journal, reader
 
 REPO = Path(__file__).parents[2]
 _ENDS = """
 import sys
 import gemma_nb as gnb
 from gemma_nb.text.tokenizer import Tokenizer
-from tests.chat.autosaving import model_for
+from tests.chat.saving.autosaving import model_for
 
 tokenizer = Tokenizer.from_file(sys.argv[1])
 model = model_for(tokenizer)
@@ -29,7 +30,7 @@ import gemma_nb as gnb
 from gemma_nb.app import ChatApp
 from gemma_nb.checkpoints.load import use_compilation_cache
 from gemma_nb.text.tokenizer import Tokenizer
-from tests.chat.autosaving import model_for
+from tests.chat.saving.autosaving import model_for
 
 use_compilation_cache()
 tokenizer = Tokenizer.from_file(sys.argv[1])
@@ -61,7 +62,7 @@ def test_replies_on_other_threads_end_when_python_does(tiny_tokenizer, tmp_path)
     assert ended.returncode == 3, ended.stderr
     for path in paths:
         assert not journal.path_of(path).exists()
-        _, reply = restore.read(path).tree.turns
+        _, reply = reader.read(path).tree.turns
         assert reply.finish_reason == "cancelled"
         assert 3 <= len(reply.tokens) < 900
 
@@ -71,7 +72,7 @@ def test_a_reply_that_is_open_when_python_ends_is_saved(tiny_tokenizer, tmp_path
     run = [sys.executable, "-c", _ENDS, str(tokenizer), str(path)]
     ended = subprocess.run(run, cwd=REPO, capture_output=True, text=True, check=True)
     assert "Exception ignored" not in ended.stderr
-    _, reply = restore.read(path).tree.turns
+    _, reply = reader.read(path).tree.turns
     assert reply.finish_reason == "cancelled"
     read = [int(line) for line in ended.stdout.split()]
     assert [token.token_id for token in reply.tokens][:3] == read, "what was read is not there"
@@ -83,7 +84,7 @@ def test_a_reply_is_noted_only_while_it_is_made(make):
     for end in ("read to its end", "closed", "dropped", "stopped"):
         stream = chat.stream("Hello")
         next(stream)
-        assert [noted.stream() for noted in reading._open] == [stream], end
+        assert [noted.stream() for noted in readers._open] == [stream], end
         if end == "read to its end":
             assert list(stream)
         elif end == "closed":
@@ -91,4 +92,4 @@ def test_a_reply_is_noted_only_while_it_is_made(make):
         elif end == "stopped":
             chat.stop()
         del stream
-        assert reading._open == set(), end
+        assert readers._open == set(), end

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from gemma_nb.chat import branches
-from gemma_nb.chat.events import Origin
+from gemma_nb.chat import scoring
+from gemma_nb.chat.turns import Origin
 from gemma_nb.errors import TextError
 from tests.chat.checks import SAMPLING, assert_parity, evidence, ids
 
@@ -67,8 +67,8 @@ def test_a_forced_token_costs_a_step_and_no_pass(make, score, monkeypatch):
     chat = make(sampling=dataclasses.replace(SAMPLING, max_new_tokens=30))
     first = chat.chat("Hello, this is longer than the window")
     passes = []
-    plain = branches.score
-    monkeypatch.setattr(branches, "score", lambda *args: passes.append(args) or plain(*args))
+    plain = scoring.score
+    monkeypatch.setattr(scoring, "score", lambda *args: passes.append(args) or plain(*args))
     fed = []
     step = chat._decoder._feed
     monkeypatch.setattr(

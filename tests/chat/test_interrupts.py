@@ -12,7 +12,7 @@ import signal
 import numpy as np
 
 import gemma_nb as gnb
-from gemma_nb.chat import restore
+from gemma_nb.chat.saving import reader
 from tests.chat.checks import assert_parity
 from tests.chat.interrupting import Interrupt
 
@@ -117,7 +117,7 @@ def test_an_interrupt_at_any_moment_leaves_a_session_that_goes_on(tiny_model, sc
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
             assert_nothing_lost(chat, before)
             assert_goes_on(chat, tiny_model, score)
-            restore.read(path)
+            reader.read(path)
             go_back(chat, last)
         except BaseException as error:
             error.add_note(f"{name}, interrupted at moment {at} of {lengths[name]}")

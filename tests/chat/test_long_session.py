@@ -4,7 +4,7 @@ import gc
 
 import jax
 
-from gemma_nb.chat.events import Alternative, TokenRecord
+from gemma_nb.chat.records import Alternative, TokenRecord
 from tests.bench.long_session import session
 
 TURNS = 40

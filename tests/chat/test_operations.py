@@ -206,7 +206,7 @@ class Operations(RuleBasedStateMachine):
     def the_cache_is_right(self):
         """The next token's distribution, from the cache, is that of a pass from nothing."""
         chat = self.chat
-        ids = chat.tokens(chat.turns[-1]) if chat.turns else chat._planner.contexts.opening("")
+        ids = chat.tokens(chat.turns[-1]) if chat.turns else chat._core.contexts.opening("")
         ids = ids[: chat.cache_length]
         held = chat._decoder.ids
         rest = chat._decoder.begin(ids, gnb.Sampling(seed=0))

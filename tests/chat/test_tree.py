@@ -2,8 +2,8 @@
 
 import pytest
 
-from gemma_nb.chat.events import Turn
 from gemma_nb.chat.tree import ConversationTree
+from gemma_nb.chat.turns import Turn
 
 
 def test_the_active_path_follows_the_newest_branch():

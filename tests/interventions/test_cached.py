@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import gemma_nb as gnb
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.methods import Sampling
+from gemma_nb.sampling.settings import Sampling
 from tests.interventions.checks import assert_close, logits
 
 IDS = np.random.default_rng(5).integers(6, 260, 24)

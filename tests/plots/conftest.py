@@ -98,7 +98,8 @@ def length(request) -> int:
 
 def make_turn(length: int):
     """A model's turn with evidence for every token."""
-    from gemma_nb.chat.events import TokenRecord, Turn
+    from gemma_nb.chat.records import TokenRecord
+    from gemma_nb.chat.turns import Turn
 
     random = np.random.default_rng(length)
     logprobs = -random.gamma(0.6, 2.0, length)

@@ -100,7 +100,7 @@ def test_strips_wrap_inside_their_axes():
 
 
 def test_user_turns_have_no_strip():
-    from gemma_nb.chat.events import Turn
+    from gemma_nb.chat.turns import Turn
 
     with pytest.raises(ValueError, match="reply of the model"):
         P.token_probabilities(Turn(id=1, role="user", text="Hello"))

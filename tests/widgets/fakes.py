@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from gemma_nb.chat.events import Alternative, PrefillEvent, Timing, TokenEvent, TokenRecord, Turn
+from gemma_nb.chat.events import PrefillEvent, TokenEvent
+from gemma_nb.chat.records import Alternative, TokenRecord
+from gemma_nb.chat.tokens import GrowingTokens
+from gemma_nb.chat.turns import Timing, Turn
 from gemma_nb.errors import BusyError
 from gemma_nb.sampling.settings import Sampling
 
@@ -194,7 +197,7 @@ class FakeSession:
             self._lock.release()
 
     def _tokens(self, script: Any) -> Any:
-        records: list[TokenRecord] = []
+        records = GrowingTokens()
         reason, detail = "stop", ""
         turn_id = self._new_id()
         self.partial = Turn(turn_id, "model", "")
@@ -213,16 +216,18 @@ class FakeSession:
                     break
                 fields = evidence(piece, index, len(self._labels), self._sent)
                 self._labels.append(piece)
-                records.append(TokenRecord(**fields))
-                self.partial = Turn(turn_id, "model", "", tuple(records))
+                records.extend([TokenRecord(**fields)])
+                self.partial = Turn(turn_id, "model", "", records.tokens)
                 yield TokenEvent(**fields, cache_used=self.cache_used, finish_reason=None)
                 if index + 1 >= self.sampling.max_new_tokens:
                     reason, detail = "length", "Reached the limit of new tokens."
                     break
                 time.sleep(self.delay)
         finally:
-            timing = Timing(len(self._labels), self.prefill, len(records), time.monotonic() - began)
-            said = "".join(record.text for record in records).lstrip()
+            timing = Timing(
+                len(self._labels), self.prefill, len(records.tokens), time.monotonic() - began
+            )
+            said = "".join(records.tokens.text.tolist()).lstrip()
             self.partial = None
             self.turns = (
                 *self.turns,
@@ -230,7 +235,7 @@ class FakeSession:
                     turn_id,
                     "model",
                     said,
-                    tuple(records),
+                    records.tokens,
                     finish_reason=reason,
                     finish_detail=detail,
                     timing=timing,
