@@ -8,7 +8,7 @@ import numpy as np
 import traitlets
 
 from gemma_nb.errors import GemmaNbError
-from gemma_nb.widgets import heatmap, record
+from gemma_nb.widgets import heatmap, html
 from gemma_nb.widgets.base import Panel, command, static_text
 from gemma_nb.widgets.received import selection
 from gemma_nb.widgets.rerun import close_earlier
@@ -108,15 +108,15 @@ class AttentionPanel(Panel):
     def static_html(self) -> str:
         """The strongest keys of the framed row, as a table."""
         if self._trace is None:
-            return record.attended_html("Attention: no reply was traced when this cell ran.", [])
+            return html.attended_html("Attention: no reply was traced when this cell ran.", [])
         query = self._row()
         try:
             rows = [(r["key"], r["token"], r["weight"]) for r in self.row(query)["rows"]]
         except ValueError:
             rows = []
         where = f"layer {self.layer} ({self.shape['layers'][self.layer]}), head {self.head}"
-        text = record.visible(str(self._trace.labels[query]))
-        return record.attended_html(f"Attention of {where} from “{text}” ({query})", rows)
+        text = html.visible(str(self._trace.labels[query]))
+        return html.attended_html(f"Attention of {where} from “{text}” ({query})", rows)
 
     def close(self) -> None:
         """Ends the worker thread, takes the views away, lets go of the session and its trace."""

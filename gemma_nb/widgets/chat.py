@@ -8,7 +8,7 @@ from typing import Any
 import traitlets
 
 from gemma_nb.errors import BusyError, GemmaNbError
-from gemma_nb.widgets import record
+from gemma_nb.widgets import html
 from gemma_nb.widgets.base import command, static_text
 from gemma_nb.widgets.conversation import ConversationPanel, Wish, another_reply, message
 from gemma_nb.widgets.loading import Loader, model_chips, model_title
@@ -93,7 +93,7 @@ class ChatPanel(ConversationPanel):
             if self._reply_job is None:
                 self._catch_up()
             turns = self._feed.snapshot()["turns"]
-        return record.conversation_html(turns, self.about.get("title", "Gemma"))
+        return html.conversation_html(turns, self.about.get("title", "Gemma"))
 
     def close(self) -> None:
         """Stops what it runs, ends the worker thread, takes the views away, drops the session."""

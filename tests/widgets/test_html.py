@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from gemma_nb.widgets import record
+from gemma_nb.widgets.html import attended_html, conversation_html
 from gemma_nb.widgets.transcript import encode_head, encode_token
 from tests.widgets.fakes import FakeSession
 
@@ -47,7 +47,7 @@ def encoded(session: FakeSession) -> list[dict]:
 def test_model_text_cannot_break_out_of_the_record() -> None:
     session = FakeSession(replies=[EVIL])
     session.chat("</script><b>hi</b>")
-    html = record.conversation_html(encoded(session), "<i>title</i>")
+    html = conversation_html(encoded(session), "<i>title</i>")
     read = Reader(html)
     assert {tag for tag, _ in read.tags} == {"div", "style", "b", "span", "p"}
     assert html.count("<b>") == 1, "only our own"
@@ -60,7 +60,7 @@ def test_model_text_cannot_break_out_of_the_record() -> None:
 def test_each_token_has_its_evidence() -> None:
     session = FakeSession()
     turn = session.chat("What is the capital of France?")
-    read = Reader(record.conversation_html(encoded(session), "Gemma"))
+    read = Reader(conversation_html(encoded(session), "Gemma"))
     spans = [attrs for _, attrs in read.tags if "data-token-index" in attrs]
     assert [int(span["data-token-index"]) for span in spans] == list(range(len(turn.tokens)))
     assert "rank 1" in spans[0]["title"] or f"rank {turn.tokens[0].rank + 1}" in spans[0]["title"]
@@ -74,15 +74,15 @@ def test_how_a_reply_ended_is_said_unless_it_ended_by_itself() -> None:
     session = FakeSession()
     session.sampling = type(session.sampling)(max_new_tokens=2)
     session.chat("hi")
-    assert "limit of new tokens" in record.conversation_html(encoded(session), "Gemma")
+    assert "limit of new tokens" in conversation_html(encoded(session), "Gemma")
 
 
 def test_an_empty_conversation_says_so() -> None:
-    assert "No messages yet" in record.conversation_html([], "Gemma")
+    assert "No messages yet" in conversation_html([], "Gemma")
 
 
 def test_attended_keys_are_a_table() -> None:
-    html = record.attended_html("<b>", [(3, "</td>", 0.25)])
+    html = attended_html("<b>", [(3, "</td>", 0.25)])
     assert "&lt;b&gt;" in html
     assert "<td>&lt;/td&gt;</td>" in html
     assert "0.2500" in html
