@@ -147,7 +147,7 @@ def compare(
     index = shared_prefix(spoken[0][1], spoken[1][1]) if same_message else 0
 
     def logprobs(where: int, ids: list[int]) -> list[float]:
-        """Log-probabilities of `ids[index:]` in the place of a branch, NaN where it has none."""
+        """Log-probabilities of `ids[index:]` in a branch; NaN where it says nothing."""
         before, reply = spoken[where][0], replies[where]
         if reply is None or reply.turn is None:
             return [math.nan] * len(ids[index:])

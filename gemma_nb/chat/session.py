@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -395,7 +396,4 @@ class ChatSession:
         chat.autosave = path
         return chat
 
-    @property
-    def keeper(self) -> SessionFile:
-        """The file of the session, by the name that scripts know."""
-        return self._file
+    keeper = property(operator.attrgetter("_file"), doc="File of the session, as scripts name it.")

@@ -1,4 +1,4 @@
-"""The record that holds without a kernel: static HTML, no scripts, everything escaped.
+"""Static HTML of a conversation that holds without a kernel: no scripts, everything escaped.
 
 It works on the encoded turns of `transcript.py`, and reads well where styles are stripped, too.
 """

@@ -14,52 +14,19 @@ import pytest
 
 import gemma_nb as gnb
 from gemma_nb.chat.saving import archive, autosave, journal, reader
-from gemma_nb.chat.saving.autosave import Autosave
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.text.tokenizer import Tokenizer
+from tests.chat.saving.autosaved import assert_saved, flush
 from tests.chat.saving.autosaving import model_for
 
 REPO = Path(__file__).parents[3]
 # How often a session is killed; 50 shows it, a few guard it.
 KILLS = int(os.environ.get("GEMMA_NB_KILLS", "2"))
-SAMPLING = gnb.Sampling(seed=1, max_new_tokens=8)
 
 
-@pytest.fixture
-def make(tiny_model):
-    made = []
-
-    def make(**kwargs):
-        kwargs = {"sampling": SAMPLING, "cache_length": 400, "template": "none", **kwargs}
-        made.append(gnb.ChatSession(*tiny_model, **kwargs))
-        return made[-1]
-
-    yield make
-    for chat in made:
-        chat.autosave = None
-
-
-@pytest.fixture
-def by_hand(monkeypatch):
-    """The thread does not look by itself: the test says when."""
-    monkeypatch.setattr(Autosave, "_run", lambda self: None)
-
-
-def flush(chat):
-    chat.keeper._autosave.flush()
-
-
-def assert_saved(chat, path):
-    saved = reader.read(path)
-    assert list(saved.tree) == list(chat.tree)
-    links = [(n.id, n.active, n.undone) for n in chat.tree.nodes()]
-    assert [(n.id, n.active, n.undone) for n in saved.tree.nodes()] == links
-    assert (saved.settings.sampling, saved.settings.system) == (chat.sampling, chat.system)
-
-
-def test_every_operation_is_saved(make, tmp_path, by_hand):
+def test_every_operation_is_saved(begin, tmp_path, by_hand):
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     assert chat.autosave == path
     assert_saved(chat, path)
     steps = [
@@ -86,8 +53,8 @@ def test_every_operation_is_saved(make, tmp_path, by_hand):
     assert_saved(chat, path)
 
 
-def test_nothing_is_written_when_nothing_changed(make, tmp_path, by_hand):
-    chat = make(autosave=tmp_path / "talk.gnb")
+def test_nothing_is_written_when_nothing_changed(begin, tmp_path, by_hand):
+    chat = begin(autosave=tmp_path / "talk.gnb")
     chat.chat("Hello")
     flush(chat)
     beside = journal.path_of(tmp_path / "talk.gnb")
@@ -96,9 +63,9 @@ def test_nothing_is_written_when_nothing_changed(make, tmp_path, by_hand):
     assert beside.stat() == before
 
 
-def test_a_reply_in_the_making_is_saved(make, tmp_path, tiny_model, by_hand):
+def test_a_reply_in_the_making_is_saved(begin, tmp_path, tiny_model, by_hand):
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path, sampling=gnb.Sampling(seed=1, max_new_tokens=30))
+    chat = begin(autosave=path, sampling=gnb.Sampling(seed=1, max_new_tokens=30))
     stream = chat.stream("Hello")
     shown = []
     for count in (3, 5, 9):
@@ -127,10 +94,10 @@ def test_a_reply_in_the_making_is_saved(make, tmp_path, tiny_model, by_hand):
     assert rest
 
 
-def test_a_message_without_a_reply_gets_an_empty_one(make, tmp_path, tiny_model, by_hand):
+def test_a_message_without_a_reply_gets_an_empty_one(begin, tmp_path, tiny_model, by_hand):
     """The kernel died before the first token: the conversation goes on all the same."""
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     stream = chat.stream("Hello")
     next(stream)
     chat.keeper._autosave._encoder._partial = (chat.making[1].id, 99)  # as if there were none yet
@@ -152,9 +119,9 @@ def test_a_message_without_a_reply_gets_an_empty_one(make, tmp_path, tiny_model,
     list(again)
 
 
-def test_the_thread_saves_within_a_second(make, tmp_path):
+def test_the_thread_saves_within_a_second(begin, tmp_path):
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     turn = chat.chat("Hello")
     deadline = time.monotonic() + 30
     while turn not in list(reader.read(path).tree):
@@ -163,7 +130,7 @@ def test_the_thread_saves_within_a_second(make, tmp_path):
     assert autosave.INTERVAL < 1
 
 
-def test_a_session_that_is_dropped_is_saved(make, tiny_model, tmp_path, by_hand):
+def test_a_session_that_is_dropped_is_saved(begin, tiny_model, tmp_path, by_hand):
     path = tmp_path / "talk.gnb"
     chat = gnb.ChatSession(*tiny_model, template="none", sampling=SAMPLING, autosave=path)
     chat.chat("Hello")
@@ -174,9 +141,9 @@ def test_a_session_that_is_dropped_is_saved(make, tiny_model, tmp_path, by_hand)
     assert reader.read(path).tree.turns == turns
 
 
-def test_loading_goes_on_with_the_same_file(make, tmp_path, tiny_model, by_hand):
+def test_loading_goes_on_with_the_same_file(begin, tmp_path, tiny_model, by_hand):
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     chat.chat("Hello")
     flush(chat)
     second = gnb.ChatSession.load(path, *tiny_model, autosave=True)
@@ -202,141 +169,9 @@ def test_loading_goes_on_with_the_same_file(make, tmp_path, tiny_model, by_hand)
     second.autosave = None
 
 
-def test_another_conversation_is_never_replaced(make, tmp_path, by_hand):
+def test_bytes_that_changed_in_place_are_not_folded(begin, tmp_path, by_hand):
     path = tmp_path / "talk.gnb"
-    first = make()
-    first.chat("Hello")
-    first.save(path)
-    before = path.read_bytes()
-    with pytest.raises(ConversationError, match=r"exists already.*autosave=True"):
-        make(autosave=path)
-    second = make()
-    with pytest.raises(ConversationError, match="exists already"):
-        second.autosave = path
-    assert second.autosave is None
-    assert path.read_bytes() == before
-    # Its own it may go on with.
-    first.autosave = path
-    first.chat("More")
-    flush(first)
-    assert_saved(first, path)
-    path.with_name("x").write_text("anything")
-    with pytest.raises(ConversationError, match="exists already"):
-        first.autosave = path.with_name("x")
-    assert first.autosave == path
-
-
-# --- others write there, too ----------------------------------------------------------------------
-
-
-def restore_older(path, older):
-    path.write_bytes(older)
-
-
-def replace_by_notes(path, older):
-    path.with_name("notes").write_bytes(b"somebody else's notes")
-    os.replace(path.with_name("notes"), path)
-
-
-def put_a_folder_there(path, older):
-    path.unlink()
-    path.mkdir()
-
-
-def replace_the_journal(path, older):
-    journal.path_of(path).unlink()
-    journal.path_of(path).write_bytes(b"somebody else's journal")
-
-
-def foreign(path):
-    """What others have put there."""
-    files = (path, journal.path_of(path))
-    return [file.read_bytes() if file.is_file() else file.is_dir() for file in files]
-
-
-@pytest.mark.parametrize(
-    "happens", [restore_older, replace_by_notes, put_a_folder_there, replace_the_journal]
-)
-@pytest.mark.parametrize("end", ["goes on", "ends at once"])
-def test_what_others_put_there_stays(make, tmp_path, by_hand, happens, end):
-    path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
-    chat.chat("one")
-    chat.save(path)
-    older = path.read_bytes()
-    chat.chat("two")
-    chat.save(path)
-    chat.chat("three")
-    flush(chat)
-    happens(path, older)
-    before = foreign(path)
-    if end == "goes on":
-        flush(chat)
-        with pytest.warns(ConversationWarning, match=r"something else.*saved to .*talk-2.gnb"):
-            chat.chat("four")
-        flush(chat)
-        assert_saved(chat, tmp_path / "talk-2.gnb")
-        chat.autosave = None
-    else:
-        with pytest.warns(ConversationWarning, match=r"something else.*saved to .*talk-2.gnb"):
-            chat.autosave = None
-    assert_saved(chat, tmp_path / "talk-2.gnb")
-    kept = foreign(path)
-    assert kept[0] == before[0]
-    assert happens is not replace_the_journal or kept[1] == before[1]
-    names = {file.name for file in tmp_path.iterdir()} - {"talk.gnb.journal"}
-    assert names == {"talk.gnb", "talk-2.gnb"}
-
-
-def delete_the_file(path):
-    path.unlink()
-
-
-def delete_the_journal(path):
-    journal.path_of(path).unlink()
-
-
-def delete_both(path):
-    path.unlink()
-    journal.path_of(path).unlink()
-
-
-def cut_the_journal_off(path):
-    with open(journal.path_of(path), "r+b") as file:
-        file.truncate(80)
-
-
-def copy_the_same_back(path):
-    data = path.read_bytes()
-    path.unlink()
-    path.write_bytes(data)
-    journal.path_of(path).unlink()
-
-
-@pytest.mark.parametrize(
-    "happens",
-    [delete_the_file, delete_the_journal, delete_both, cut_the_journal_off, copy_the_same_back],
-)
-def test_what_is_lost_is_written_again(make, tmp_path, by_hand, happens):
-    path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
-    chat.chat("one")
-    flush(chat)
-    happens(path)
-    flush(chat)
-    assert_saved(chat, path)
-    with pytest.warns(ConversationWarning, match="written there again"):
-        chat.chat("two")
-    happens(path)
-    with pytest.warns(ConversationWarning, match="written there again"):
-        chat.autosave = None
-    assert_saved(chat, path)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_bytes_that_changed_in_place_are_not_folded(make, tmp_path, by_hand):
-    path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     chat.chat("one")
     flush(chat)
     size = journal.path_of(path).stat().st_size
@@ -348,14 +183,14 @@ def test_bytes_that_changed_in_place_are_not_folded(make, tmp_path, by_hand):
 
 
 def test_a_folder_that_is_gone_is_told_and_the_end_saves_elsewhere(
-    make, tmp_path, by_hand, monkeypatch
+    begin, tmp_path, by_hand, monkeypatch
 ):
     spare = tmp_path / "spare"
     spare.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(spare))
     folder = tmp_path / "folder"
     folder.mkdir()
-    chat = make(autosave=folder / "talk.gnb")
+    chat = begin(autosave=folder / "talk.gnb")
     chat.chat("one")
     shutil.rmtree(folder)
     flush(chat)
@@ -367,10 +202,10 @@ def test_a_folder_that_is_gone_is_told_and_the_end_saves_elsewhere(
     assert_saved(chat, saved)
 
 
-def test_what_a_link_leads_to_is_replaced_and_the_link_stays(make, tmp_path, tiny_model, by_hand):
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(begin, tmp_path, tiny_model, by_hand):
     file, link = tmp_path / "elsewhere.gnb", tmp_path / "talk.gnb"
     link.symlink_to(file)
-    chat = make(autosave=link)
+    chat = begin(autosave=link)
     chat.chat("one")
     flush(chat)
     assert link.is_symlink()
@@ -381,10 +216,10 @@ def test_what_a_link_leads_to_is_replaced_and_the_link_stays(make, tmp_path, tin
     assert {each.name for each in tmp_path.iterdir()} == {"elsewhere.gnb", "talk.gnb"}
 
 
-def test_a_journal_whose_file_is_gone_is_kept(make, tmp_path, by_hand):
+def test_a_journal_whose_file_is_gone_is_kept(begin, tmp_path, by_hand):
     path = tmp_path / "talk.gnb"
     journal.path_of(path).write_bytes(b"of a file that may come back")
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     chat.chat("one")
     chat.autosave = None
     kept = tmp_path / "talk.gnb.journal.left-out"
@@ -392,9 +227,9 @@ def test_a_journal_whose_file_is_gone_is_kept(make, tmp_path, by_hand):
     assert_saved(chat, path)
 
 
-def test_saving_by_hand_folds_the_journal(make, tmp_path, by_hand):
+def test_saving_by_hand_folds_the_journal(begin, tmp_path, by_hand):
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     chat.chat("Hello")
     assert chat.save(path) == path
     alone = tmp_path / "copy.gnb"
@@ -402,10 +237,10 @@ def test_saving_by_hand_folds_the_journal(make, tmp_path, by_hand):
     assert_saved(chat, alone)
 
 
-def test_a_journal_that_has_grown_is_folded(make, tmp_path, by_hand, monkeypatch):
+def test_a_journal_that_has_grown_is_folded(begin, tmp_path, by_hand, monkeypatch):
     monkeypatch.setattr(autosave, "_FOLD_FROM", 4000)
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     sizes = []
     for number in range(12):
         chat.chat(f"Hello {number}")
@@ -418,9 +253,9 @@ def test_a_journal_that_has_grown_is_folded(make, tmp_path, by_hand, monkeypatch
     assert structure["previous"] is not None
 
 
-def test_a_crash_between_file_and_journal_loses_nothing(make, tmp_path, by_hand, monkeypatch):
+def test_a_crash_between_file_and_journal_loses_nothing(begin, tmp_path, by_hand, monkeypatch):
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     chat.chat("Hello")
     flush(chat)
     beside = journal.path_of(path)
@@ -432,9 +267,9 @@ def test_a_crash_between_file_and_journal_loses_nothing(make, tmp_path, by_hand,
         chat.autosave = None
 
 
-def test_a_full_disk_is_told_and_overcome(make, tmp_path, by_hand, monkeypatch):
+def test_a_full_disk_is_told_and_overcome(begin, tmp_path, by_hand, monkeypatch):
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path)
+    chat = begin(autosave=path)
     chat.chat("Hello")
     flush(chat)
     held, whole = set(chat.tree), os.fsync
@@ -455,9 +290,9 @@ def test_a_full_disk_is_told_and_overcome(make, tmp_path, by_hand, monkeypatch):
     assert_saved(chat, path)
 
 
-def test_nothing_ends_the_thread(make, tmp_path, by_hand, monkeypatch):
+def test_nothing_ends_the_thread(begin, tmp_path, by_hand, monkeypatch):
     """Also what nobody thought of is told, and tried again."""
-    chat = make(autosave=tmp_path / "talk.gnb")
+    chat = begin(autosave=tmp_path / "talk.gnb")
     with monkeypatch.context() as patch:
         patch.setattr(autosave, "_partial_of", lambda chat: 1 / 0)
         flush(chat)
@@ -468,15 +303,15 @@ def test_nothing_ends_the_thread(make, tmp_path, by_hand, monkeypatch):
     assert_saved(chat, tmp_path / "talk.gnb")
 
 
-def test_a_file_that_cannot_be_begun_is_refused(make, tmp_path):
+def test_a_file_that_cannot_be_begun_is_refused(begin, tmp_path):
     with pytest.raises(ConversationError, match="cannot be written"):
-        make(autosave=tmp_path / "nowhere" / "talk.gnb")
+        begin(autosave=tmp_path / "nowhere" / "talk.gnb")
 
 
-def test_a_tree_that_grows_meanwhile_is_saved_whole(make, tmp_path, by_hand):
+def test_a_tree_that_grows_meanwhile_is_saved_whole(begin, tmp_path, by_hand):
     """The thread looks while another one talks; what it writes loads at any time."""
     path = tmp_path / "talk.gnb"
-    chat = make(autosave=path, sampling=gnb.Sampling(max_new_tokens=2))
+    chat = begin(autosave=path, sampling=gnb.Sampling(max_new_tokens=2))
     done = threading.Event()
 
     def talk():
