@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 
 def refuse(name: str, expected: str, got: object) -> NoReturn:
-    """Raises the ValueError that names a setting."""
+    """Raise the ValueError that names a setting."""
     shown = repr(got)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     raise ValueError(f"{name} must be {expected}; got {shown}")
@@ -116,7 +116,7 @@ def record(cls: Any, name: str, value: Any) -> Any:
 
 
 def _scalar(value: Any) -> Any:
-    """What a 0-dimensional array or a number of numpy or JAX holds; anything else as it is."""
+    """The content of a 0-dimensional array or a number of numpy or JAX; anything else as it is."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return value

@@ -23,7 +23,7 @@ from gemma_nb.nn import Transformer
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence, observe
 from gemma_nb.sampling.filters import Controls, distribution
-from gemma_nb.sampling.head import Scores
+from gemma_nb.sampling.scores import Scores
 from gemma_nb.sampling.settings import Sampling
 from gemma_nb.text.tokenizer import Tokenizer
 from gemma_nb.typing import EMPTY, KVCache, Params

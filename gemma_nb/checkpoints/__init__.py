@@ -1,1 +1,1 @@
-"""Where weights come from; every reader yields the official parameter tree."""
+"""Checkpoints of every format; each reader yields the official parameter tree."""

@@ -19,7 +19,7 @@ _MERGE = (
 
 
 def refuse(folder: Path) -> None:
-    """Raises CheckpointError where a folder holds an adapter, of which nothing would be used."""
+    """Raise CheckpointError where a folder holds an adapter, of which nothing would be used."""
     about = folder / _CONFIG
     weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if not about.exists() and weights is None:

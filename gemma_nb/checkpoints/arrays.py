@@ -35,7 +35,7 @@ def settled(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def check_finite(array: np.ndarray, path: Sequence[str], name: str) -> None:
-    """Refuses weights that are no numbers.
+    """Refuse weights that are no numbers.
 
     Raises:
       CheckpointError: NaN or infinity in `array`, the parameter at `path` of the checkpoint `name`.
@@ -47,7 +47,7 @@ def check_finite(array: np.ndarray, path: Sequence[str], name: str) -> None:
 
 
 def check_numbers(leaf: Any, path: Sequence[str], name: str) -> None:
-    """Refuses what cannot be a parameter: values of another kind, or that are no numbers.
+    """Refuse what cannot be a parameter: values of another kind, or that are no numbers.
 
     Args:
       leaf: of numpy or JAX; of a shape alone, or of one that is being traced, only the kind is

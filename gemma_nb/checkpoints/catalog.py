@@ -38,7 +38,7 @@ class Package:
 
     @property
     def installed(self) -> bool:
-        """Whether it can be imported; does not import it."""
+        """True where it can be imported; does not import it."""
         return importlib.util.find_spec(self.module) is not None
 
     def locate(self) -> tuple[list[Path], str]:

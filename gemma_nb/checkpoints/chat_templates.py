@@ -21,7 +21,7 @@ _GGUF = "tokenizer.chat_template"
 
 
 def of_folder(folder: Path) -> ChatTemplates | None:
-    """Those of a Hugging Face folder, as transformers finds them; None where there are none.
+    """Chat templates of a Hugging Face folder, as transformers finds them; None: it has none.
 
     Files of their own go before fields of other files.
 
@@ -43,7 +43,7 @@ def of_folder(folder: Path) -> ChatTemplates | None:
 
 
 def of_gguf(metadata: Mapping[str, Any]) -> ChatTemplates | None:
-    """Those of a GGUF file, where llama.cpp's converter puts them; None where there are none."""
+    """Chat templates of a GGUF file, where llama.cpp's converter puts them; None: it has none."""
     sources = {}
     for key, value in metadata.items():
         ours = key == _GGUF or key.startswith(f"{_GGUF}.")

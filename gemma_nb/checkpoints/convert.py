@@ -70,7 +70,7 @@ def read(
 
 
 def _sha256(source: Source, check: Callable[[TransformerConfig], None]) -> str:
-    """Of one file its own; of several the hash of their hashes, each remembered.
+    """The hash of one file; of several, the hash of their hashes, each remembered.
 
     What cannot be loaded is refused by its header, before all of it is read for its hash.
     """

@@ -174,7 +174,7 @@ def write(
     tokenizer: bytes,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Writes a converted checkpoint so that `path` is at any time absent or whole.
+    """Write a converted checkpoint so that `path` is at any time absent or whole.
 
     Several processes may do so at once: each writes its own temporary file, the last one stays.
 
@@ -202,7 +202,7 @@ def write(
 
 
 def _last_used(path: Path) -> float:
-    """When a converted file was last read: when its note was touched."""
+    """The time when a converted file was last read: when its note was touched."""
     try:
         return _note(path)[0].stat().st_mtime
     except OSError:
@@ -248,7 +248,7 @@ def _write_file(
 
 
 def _is_numeric(value: Any) -> bool:
-    """Whether it is a number or a list of numbers."""
+    """True where it is a number or a list of numbers."""
     return all(isinstance(v, int | float) for v in (value if isinstance(value, list) else [value]))
 
 
@@ -273,12 +273,12 @@ def file_sha256(path: Path) -> str:
 
 
 def remembered_sha256(path: Path) -> str | None:
-    """What `file_sha256` found the last time, where the file has not changed since."""
+    """The result of `file_sha256` the last time, where the file has not changed since."""
     return _known(path, "sha256")
 
 
 def _known(path: Path, what: str) -> str | None:
-    """What was found out of a file, where it has not changed since."""
+    """The note of what was found out of a file, where it has not changed since."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         note, state = _note(path)
         known = json.loads(note.read_text())
@@ -288,7 +288,7 @@ def _known(path: Path, what: str) -> str | None:
 
 
 def _remember(before: tuple[Path, list[int]], what: str, found: str) -> None:
-    """Remembers what was found out of the file of which `before` is the `_note`."""
+    """Remember what was found out of the file of which `before` is the `_note`."""
     note, state = before
     with contextlib.suppress(OSError):  # only a saving: an unwritable cache is reported elsewhere
         make(note.parent)
@@ -299,7 +299,7 @@ def _remember(before: tuple[Path, list[int]], what: str, found: str) -> None:
 
 
 def _note(path: Path) -> tuple[Path, list[int]]:
-    """Where a file's checksum is remembered, and what tells whether the file has changed."""
+    """The place of a file's remembered checksum, and what tells whether the file has changed."""
     path = path.resolve(strict=True)
     stat = path.stat()
     name = hashlib.sha256(os.fsencode(path)).hexdigest()

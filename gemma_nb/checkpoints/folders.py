@@ -23,7 +23,7 @@ _TOKENIZER_JSON = "tokenizer.json"
 
 
 def unreadable(what: object, error: OSError) -> CheckpointError:
-    """What to raise where the system does not let a file be read."""
+    """The error to raise where the system does not let a file be read."""
     remedy = "check the disk it is on, or download the file again"
     if isinstance(error, PermissionError):
         remedy = "give yourself the right to read it (chmod u+r), or copy it to a folder of yours"
@@ -51,7 +51,7 @@ def member(folder: Path, name: str) -> Path:
 
 
 def _inside(folder: Path, path: Path) -> Path:
-    """What `path` is or points at, in the same folder."""
+    """The file that `path` is or points at, in the same folder."""
     try:
         target = path.resolve(strict=True)
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def _inside(folder: Path, path: Path) -> Path:
 
 
 def regular(path: Path) -> bool:
-    """Whether a path is a file with content: no pipe, device, socket or folder."""
+    """True where a path is a file with content: no pipe, device, socket or folder."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
@@ -78,14 +78,14 @@ def regular(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """What something other than a file is, for messages."""
+    """The kind of something other than a file, for messages."""
     mode = path.stat().st_mode
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _root(folder: Path) -> Path:
-    """What the links of a checkpoint may point into."""
+    """The folder that the links of a checkpoint may point into."""
     above = folder.parent
     if above.name == "snapshots" and above.parent.name.startswith("models--"):
         return above.parent.resolve()
@@ -93,7 +93,7 @@ def _root(folder: Path) -> Path:
 
 
 def check_members(folder: Path) -> None:
-    """Refuses a folder that holds, at any depth, a link out of it, a pipe or a device."""
+    """Refuse a folder that holds, at any depth, a link out of it, a pipe or a device."""
 
     def fail(error: OSError) -> None:
         raise unreadable(error.filename or folder, error) from error
@@ -162,7 +162,7 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
 
 
 def _check_depth(value: Any) -> None:
-    """Raises ValueError over what is nested deeper than any description of a model."""
+    """Raise ValueError over what is nested deeper than any description of a model."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         parts = (x.values() if isinstance(x, dict) else x for x in level)
@@ -183,7 +183,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Says why, where a folder holds its weights as pickles only."""
+    """Say why, where a folder holds its weights as pickles only."""
     for path in sorted(folder.iterdir()):
         if kinds.is_pickle_name(path.name):
             raise CheckpointError(f"{path}: {kinds.NO_PICKLES}")
@@ -241,7 +241,7 @@ def text(folder: Path, name: str) -> str:
 
 
 def _models(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Where a tokenizer may lie, and the SentencePiece models there."""
+    """Folders where a tokenizer may lie, and the SentencePiece models there."""
     above = [folder, folder.parent]
     if re.fullmatch(r"(.+_)?\d+", folder.parent.name):  # an item of a step of a training
         above.append(folder.parents[1])
@@ -253,5 +253,5 @@ def _models(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def looks_instruction_tuned(path: Path) -> bool:
-    """Whether a folder is named like an instruction-tuned checkpoint ("gemma3-1b-it", "2b_it")."""
+    """True where a folder is named as instruction-tuned ("gemma3-1b-it", "2b_it")."""
     return any(re.search(r"[-_]it\b", part) for part in path.parts[-3:])

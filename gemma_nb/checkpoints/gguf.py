@@ -77,7 +77,7 @@ class GGUFFile:
         return f"<GGUFFile {self.name}: {len(self.metadata)} fields, {len(self.tensors)} tensors>"
 
     def close(self) -> None:
-        """Unmaps the file; arrays that were read stay valid, they are copies."""
+        """Unmap the file; arrays that were read stay valid, they are copies."""
         self._bytes.close()
 
     def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
@@ -196,7 +196,7 @@ def config_from_gguf(metadata: Mapping[str, Any], name: str = "GGUF file") -> Tr
 
 
 def _layers(fields: _Fields, architecture: str, count: int) -> tuple[LayerSpec, ...]:
-    """As llama.cpp's loaders of the three architectures have it.
+    """The layers, as llama.cpp's loaders of the three architectures have them.
 
     It takes 10,000 for the base of Gemma 3's global layers where a file says nothing.  Its own
     converter always says it, and files that do not are meant to be read with the model's 1,000,000.
@@ -279,7 +279,7 @@ class _Fields:
         return self.positive(key, default) if self.number(key, default) else None
 
     def pattern(self, key: str, default: int) -> tuple[bool, ...]:
-        """Which layers are global: every nth, or listed one by one."""
+        """The global layers: every nth, or listed one by one."""
         value = self._metadata.get(self._prefix + key, default)
         if isinstance(value, list | np.ndarray) and len(value):  # true: the layer slides
             return tuple(not sliding for sliding in value)
@@ -288,7 +288,7 @@ class _Fields:
         return (False,) * (value - 1) + (True,)
 
     def rope_scale(self) -> float:
-        """What positions are divided by; a factor of no type is linear, and 0 is none."""
+        """The divisor of positions; a factor of no type is linear, and 0 is none."""
         kind = self._metadata.get(self._prefix + "rope.scaling.type", "linear")
         if not isinstance(kind, str) or kind not in ("none", "linear"):
             remedy = "use a file of the model as released, whose positions are not stretched so"
@@ -344,7 +344,7 @@ def official_params(
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a matrix is: the tensor, the shape that it is to have, and the matrix's rows of it."""
+    """Place of a matrix: the tensor, the shape that it is to have, and the matrix's rows of it."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -369,7 +369,7 @@ def _places(leaves: Sequence[layout.Leaf], tensors: Mapping[str, Any]) -> dict[s
 
 
 def _padded(info: TensorInfo, shape: tuple[int, ...]) -> bool:
-    """Whether an embedding has rows behind those of the vocabulary, to round their number up."""
+    """True where an embedding has rows behind those of the vocabulary, to round their number up."""
     surplus = info.shape[0] - shape[0]
     return info.shape[1:] == shape[1:] and 0 < surplus <= _MAX_PADDING_ROWS
 

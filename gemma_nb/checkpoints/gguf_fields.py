@@ -1,4 +1,4 @@
-"""What GGUF files leave unsaid or say in other words, made up for before their metadata are read.
+"""Corrections of GGUF metadata: what files leave unsaid or say in other words.
 
 llama.cpp's loader fills most of its fields in, and other programs write names of their own: Ollama,
 the files of whose first year lack numbers that its engine knows by heart; candle.  Everything here
@@ -102,7 +102,7 @@ def _by_ollama(metadata: Mapping[str, Any]) -> bool:
 
 
 def _correct_ollama(fields: dict[str, Any]) -> None:
-    """What Ollama's engine corrects in files that its converter has left wrong."""
+    """Correct what Ollama's converter has left wrong, as its engine does."""
     names = ("block_count", "attention.sliding_window", "context_length")
     layers, window, context = (fields.get(f"gemma3.{name}") for name in names)
     if not (isinstance(layers, int) and isinstance(window, int) and isinstance(context, int)):
@@ -179,7 +179,7 @@ def _complete_vocabulary(fields: dict[str, Any]) -> None:
 
 
 def _type(piece: str) -> int:
-    """What a piece of Gemma's vocabulary is, by its name."""
+    """The kind of a piece of Gemma's vocabulary, by its name."""
     if _BYTES.fullmatch(piece):
         return 6
     if _CONTROL.fullmatch(piece):

@@ -42,7 +42,7 @@ REDOWNLOAD = "the file is incomplete or not what it says: download it again"
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies.
+    """Place of a tensor.
 
     Attributes:
       name: its name in the file, for example "blk.0.attn_q.weight".
@@ -94,7 +94,7 @@ class Span:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def release(self, start: int, stop: int) -> None:
-        """Lets go of the memory behind bytes start..stop; a later view reads them anew.
+        """Let go of the memory behind bytes start..stop; a later view reads them anew.
 
         Pages that a mapping has touched count as this process's memory until then.
         """
@@ -107,7 +107,7 @@ class Span:
                 mapped.madvise(mmap.MADV_DONTNEED, low, high - low)
 
     def close(self) -> None:
-        """Unmaps what no array views any more; the rest goes with its last view."""
+        """Unmap what no array views any more; the rest goes with its last view."""
         for mapped in self._maps:
             try:
                 mapped.close()

@@ -96,7 +96,7 @@ class SplitGGUF:
         self.close()
 
     def close(self) -> None:
-        """Unmaps the files."""
+        """Unmap the files."""
         for file in self._files:
             file.close()
 

@@ -1,4 +1,4 @@
-"""Where the weights of a released model are: a package, the caches of the hubs, or the hubs.
+"""Places of the weights of a released model: a package, the caches of the hubs, or the hubs.
 
 Caches are read without the hubs' own libraries, in the layouts that these write:
 
@@ -82,7 +82,7 @@ def find(info: ModelInfo, revision: str | None = None) -> Path | None:
 
 
 def hugging_face_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads, by the variables that it reads."""
+    """The folder of what huggingface_hub downloads, by the variables that it reads."""
     given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if given:
         return _expanded(given)
@@ -93,7 +93,7 @@ def hugging_face_cache() -> Path:
 
 
 def kaggle_cache() -> Path:
-    """Where kagglehub keeps what it downloads."""
+    """The folder of what kagglehub downloads."""
     return _expanded(os.environ.get("KAGGLEHUB_CACHE") or "~/.cache/kagglehub")
 
 
@@ -113,7 +113,7 @@ def _in_hugging_face_cache(repo: str, revision: str | None) -> Path | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a snapshot has a configuration and every file of its weights.
+    """True where a snapshot has a configuration and every file of its weights.
 
     A download that was cut off leaves some files out; a cleaned cache leaves links to nothing.
     """
@@ -201,7 +201,7 @@ def _first_line(error: Exception) -> str:
 
 
 def how_to_get(info: ModelInfo, reasons: list[str], revision: str | None = None) -> str:
-    """What to accept, what to run and where to put the files, in one message."""
+    """A message of what to accept, what to run and where to put the files."""
     lines = [
         f"the weights of {info.name!r}" + (f" ({revision})" if revision else "") + " are not here"
     ]
@@ -231,7 +231,7 @@ def how_to_get(info: ModelInfo, reasons: list[str], revision: str | None = None)
 
 
 def check_name(name: str) -> None:
-    """Refuses what is no released model.
+    """Refuse what is no released model.
 
     Raises:
       CheckpointError: with what may be meant.

@@ -106,7 +106,7 @@ def shapes_of(params: Mapping[str, Any], name: str = "the parameters") -> dict[A
 
 
 def check(shapes: Shapes, config: TransformerConfig, name: str = "the parameters") -> None:
-    """Holds parameters to a configuration: all there, none besides, each in its shape.
+    """Hold parameters to a configuration: all there, none besides, each in its shape.
 
     Raises:
       CheckpointError: they differ; the message names the first that does.
@@ -162,7 +162,7 @@ def _complete(fields: dict[str, Any], num_layers: int, name: str) -> Transformer
 
 
 def _fits(preset: TransformerConfig, fields: Mapping[str, Any], num_layers: int) -> bool:
-    """Whether a released size has these shapes, give or take padding of the vocabulary."""
+    """True where a released size has these shapes, give or take padding of the vocabulary."""
     padding = abs(preset.num_embed - fields["num_embed"])
     return (
         preset.num_layers == num_layers
@@ -184,7 +184,7 @@ def _fail_open(fields: list[str], choices: list[str], name: str) -> NoReturn:
 
 
 class _Facts:
-    """What names and shapes say, each looked up in layer 0 and checked for rank."""
+    """Names and shapes, each looked up in layer 0 and checked for rank."""
 
     def __init__(self, shapes: Shapes, name: str) -> None:
         self._shapes, self._name = shapes, name
@@ -292,7 +292,7 @@ def from_json(fields: Any, name: str) -> TransformerConfig:
 
 
 def _check_scalar(field: str, value: Any) -> None:
-    """What `to_json` never wrote: text, numbers that are none, sizes that are not whole."""
+    """Refuse what `to_json` never wrote: text, numbers that are none, sizes that are not whole."""
     kinds = {f.name: str(f.type) for f in dataclasses.fields(TransformerConfig)}
     kind = kinds.get(field, "float | None")
     if value is None and "None" in kind:

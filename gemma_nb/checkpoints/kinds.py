@@ -1,4 +1,4 @@
-"""What a file is that is not what its name says, by its first bytes: said with what to do.
+"""Kinds of files that are not what their names say, by their first bytes, and what to do.
 
 Git without Large File Storage leaves a pointer of three lines, a browser that is not logged in
 saves a page, and downloads are cut off, packed, or of another program.
@@ -100,7 +100,7 @@ _HALF = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2
 
 
 def in_place_of_bytes(start: bytes, size: int) -> str:
-    """What stands where a file of whatever kind should be, and what to do; "" if it may be that.
+    """A message about what stands where a file should be, and what to do; "" if it may be that.
 
     Args:
       start: its first bytes, some kilobytes.
@@ -131,7 +131,7 @@ def in_place_of(path: Path) -> str:
 
 
 def of_bytes(start: bytes, size: int) -> str:
-    """What a file is that is no file of a checkpoint; otherwise like `in_place_of_bytes`."""
+    """A message about a file that is none of a checkpoint; otherwise like `in_place_of_bytes`."""
     if found := in_place_of_bytes(start, size):
         return found
     for magic, at, what, remedy in _MAGIC:
@@ -163,18 +163,18 @@ def of_file(path: Path) -> str:
 
 
 def may_be_of_a_model(name: str) -> bool:
-    """Whether a file is called as weights are, or an archive of some."""
+    """True where a file is called as weights are, or an archive of some."""
     suffix = Path(name).suffix.lower()
     return suffix in {*_SUFFIXES, *_PICKLES, *_HALF, *_ARCHIVES, ".gguf"}
 
 
 def is_pickle_name(name: str) -> bool:
-    """Whether a file is called as what only `pickle` can read."""
+    """True where a file is called as what only `pickle` can read."""
     return Path(name).suffix.lower() in _PICKLES
 
 
 def refuse(path: Path) -> None:
-    """Raises CheckpointError over a file that is said to be something else."""
+    """Raise CheckpointError over a file that is said to be something else."""
     if found := of_file(path):
         _refuse(path, found)
 
@@ -204,7 +204,7 @@ def in_folder(folder: Path) -> str:
 
 
 def unfinished(folder: Path) -> str:
-    """What of a folder was not downloaded to its end: "" if nothing tells."""
+    """A message about what was not downloaded to its end in a folder: "" if nothing tells."""
     # Where a browser, and where `hf download --local-dir` keeps what it has of a file.
     for at in (folder, folder / ".cache" / "huggingface" / "download"):
         with contextlib.suppress(OSError):
@@ -238,7 +238,7 @@ def _title(start: bytes) -> str:
 
 
 def _is_answer(start: bytes) -> bool:
-    """Whether a JSON object tells of nothing but an error; text does."""
+    """True where a JSON object tells of nothing but an error; text does."""
     if not start.lstrip().startswith(b"{"):
         return True
     try:

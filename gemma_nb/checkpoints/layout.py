@@ -229,7 +229,7 @@ def split(keys: Sequence[str]) -> Path:
 
 
 def is_wrapper(path: Path) -> bool:
-    """Whether a path only stands around official ones."""
+    """True where a path only stands around official ones."""
     return all(part in _WRAPPERS for part in path)
 
 

@@ -93,7 +93,7 @@ class _Job:
     force: bool
 
     def gguf(self) -> Loaded:
-        """By way of the cache of converted weights."""
+        """Load a GGUF file by way of the cache of converted weights."""
         from gemma_nb.text.tokenizer import Tokenizer
 
         def vocabulary(metadata: dict[str, Any]) -> tuple[bytes, int]:
@@ -168,7 +168,7 @@ class _Job:
         tuning: presets.Tuning | None = None,
         title: str = "",
     ) -> ModelInfo:
-        """What the checkpoint says about itself, unless more is known."""
+        """Facts that the checkpoint says about itself, unless more is known."""
         if self.source.info is not None:
             return self.source.info
         tuning = tuning or ("base" if templates is None else "instruction")
@@ -185,7 +185,7 @@ class _Job:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs across processes, unless the user has arranged that already.
+    """Store compiled programs across processes, unless the user has arranged that already.
 
     Raises:
       ValueError: a variable that limits the cache is no number (see `gemma_nb.cache`).
@@ -265,7 +265,7 @@ def _checked(
 
 @contextlib.contextmanager
 def _reporter(name: str, progress: Progress, *, terms: bool) -> Iterator[Report]:
-    """What is reported to; with `terms` it says whose terms the weights are under, once."""
+    """A function to report to; with `terms` it says whose terms the weights are under, once."""
     _log.info(catalog.TERMS)
     if callable(progress):
         if terms:

@@ -1,4 +1,4 @@
-"""Whether a model fits into this machine, asked before anything is loaded."""
+"""True where a model fits into this machine, asked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def available() -> int:
 def refuse_what_cannot_fit(
     config: TransformerConfig, dtype: str, *, name: str, mesh: Mesh | None = None
 ) -> None:
-    """Says before a load starts that it cannot end well.
+    """Say before a load starts that it cannot end well.
 
     Args:
       config: the model's numbers.

@@ -85,7 +85,7 @@ class OrbaxFolder:
             yield leaf.path, self._read(leaf.path, dtype)
 
     def _open(self, structure: Mapping[str, Any]) -> dict[layout.Path, Any]:
-        """Opens every array, which reads its shape and dtype."""
+        """Open every array, which reads its shape and dtype."""
         import tensorstore as ts
 
         together = (self._folder / "manifest.ocdbt").exists()
@@ -115,7 +115,7 @@ class OrbaxFolder:
         return opened
 
     def _check_descriptions(self, file_name: str, together: bool) -> None:
-        """Refuses what the library's own parser would run out of its stack or memory over.
+        """Refuse what the library's own parser would run out of its stack or memory over.
 
         It is read twice: here as bytes, and by the library when it opens the array.
         """
@@ -133,7 +133,7 @@ class OrbaxFolder:
                 _check_description(raw, f"{file}: parameter {'/'.join(path)}")
 
     def _in_database(self, names: Mapping[layout.Path, str]) -> Iterator[tuple[layout.Path, bytes]]:
-        """What a database keeps under some names, of those that are there."""
+        """Contents of a database under some names, of those that are there."""
         import tensorstore as ts
 
         context = ts.Context({"cache_pool": {"total_bytes_limit": _MAX_ABOUT}})
@@ -158,7 +158,7 @@ class OrbaxFolder:
 
     @staticmethod
     def _check_size(file: Path, most: int, what: str) -> None:
-        """Refuses what tensorstore would read whole, whatever its size."""
+        """Refuse what tensorstore would read whole, whatever its size."""
         if file.exists() and (size := file.stat().st_size) > most:
             raise CheckpointError(
                 f"{file}: {size:,} bytes about {what}, expected at most {most:,}; {REMEDY}"
@@ -201,7 +201,7 @@ class OrbaxFolder:
 
     @contextlib.contextmanager
     def _errors(self, path: layout.Path) -> Iterator[None]:
-        """What the library raises over damage becomes a CheckpointError that names the array."""
+        """A block in which what the library raises over damage becomes a CheckpointError."""
         try:
             yield
         except (ValueError, OSError, RuntimeError, OverflowError) as error:
@@ -214,7 +214,7 @@ class OrbaxFolder:
 
 
 def _check_description(raw: bytes, what: str) -> None:
-    """Refuses a description of an array that no Gemma's has.
+    """Refuse a description of an array that no Gemma's has.
 
     A type with fields has a shape of its own, and the library makes a value of it at once.
     """
@@ -242,7 +242,7 @@ class _Shaped:
 def save_params(
     params: Mapping[str, Any], config: TransformerConfig, path: str | os.PathLike[str]
 ) -> Path:
-    """Writes an Orbax checkpoint in the layout of the released ones.
+    """Write an Orbax checkpoint in the layout of the released ones.
 
     google-deepmind/gemma reads it; `OrbaxFolder` finds the configuration in it as well.
 
@@ -286,7 +286,7 @@ def save_params(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's reports of what it does, which it logs as warnings."""
+    """A block without Orbax's reports of what it does, which it logs as warnings."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Which Orbax checkpoint of a folder is meant: items of a step, and steps of a `CheckpointManager`.
+"""Choice among the Orbax checkpoints of a folder: items of a step, steps of a manager.
 
     run/                     what a CheckpointManager is given
       100/                   a step, also "ckpt_00000100"
@@ -65,7 +65,7 @@ def step_of(path: Path) -> int | None:
 
 
 def own_name(path: Path) -> str:
-    """What a checkpoint is to be called: no item of a step is called by its own name."""
+    """The name of a checkpoint: no item of a step is called by its own name."""
     step = step_of(path)
     if step is not None:
         home = path.parent if _number(path.name) is not None else path.parents[1]
@@ -86,7 +86,7 @@ def _chosen(folder: Path, step: int | None, steps: dict[int, Path], unfinished: 
 
 
 def _steps(folder: Path) -> tuple[list[Path], dict[int, Path]]:
-    """What was not finished, and the whole steps by number."""
+    """Unfinished steps, and the whole ones by number."""
     found: dict[str | None, dict[int, Path]] = {}
     unfinished = []
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):

@@ -18,18 +18,18 @@ _OF_OPTIMIZERS = frozenset({"opt_state", "optimizer", "optimizer_state", "mu", "
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one Orbax checkpoint."""
+    """True where a folder is one Orbax checkpoint."""
     names = (STRUCTURE, "manifest.ocdbt", "checkpoint")
     return any((folder / name).is_file() for name in names)
 
 
 def is_listed(folder: Path) -> bool:
-    """Whether a checkpoint has the file that lists its parameters."""
+    """True where a checkpoint has the file that lists its parameters."""
     return (folder / STRUCTURE).exists()
 
 
 def lists_a_model(folder: Path) -> bool:
-    """Whether a checkpoint has the embedding of a model among its parameters."""
+    """True where a checkpoint has the embedding of a model among its parameters."""
     try:
         structure = folders.read_json(folder, STRUCTURE) if is_listed(folder) else {}
         stored = list(_stored_keys(structure, str(folder)))
@@ -39,7 +39,7 @@ def lists_a_model(folder: Path) -> bool:
 
 
 def custom_metadata(folder: Path) -> dict[str, Any]:
-    """What `save_params` stored beside the arrays; empty for a checkpoint of others."""
+    """The metadata that `save_params` stored beside the arrays; empty for others' checkpoints."""
     if not (folder / _ABOUT).exists():
         return {}
     custom = folders.read_json(folder, _ABOUT).get("custom_metadata")
@@ -97,7 +97,7 @@ def _around_the_model(stored: Sequence[tuple[str, ...]], name: str) -> layout.Pa
 
 
 def _is_name(part: str) -> bool:
-    """Whether a parameter's name can be a file's."""
+    """True where a parameter's name can be a file's."""
     return part.isprintable() and len(part) < 256 and "\\" not in part
 
 

@@ -1,4 +1,4 @@
-"""Which library quantised the weights of a folder, by its configuration or by what they left.
+"""Libraries that quantised the weights of a folder, by its configuration or by what they left.
 
 Nothing of it is read: every library packs in its own way.  What is wanted is its name, since that
 is what a user looks for the original by.
@@ -33,7 +33,7 @@ _MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 class _Stored(Protocol):
-    """What is looked at of a tensor."""
+    """Facts of a tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -42,7 +42,7 @@ class _Stored(Protocol):
 
 
 def by_config(config: Mapping[str, Any]) -> str | None:
-    """How a config.json says that its weights are quantised; None where it says nothing.
+    """The way in which a config.json says that its weights are quantised; None: it says nothing.
 
     Args:
       config: the parsed file.
@@ -87,7 +87,7 @@ def by_tensors(tensors: Mapping[str, _Stored]) -> tuple[str, str] | None:
 
 
 def _told_apart(library: str, tensors: Mapping[str, _Stored]) -> str:
-    """What names alone do not tell: GPTQ packs eight rows into one, AWQ eight columns."""
+    """The library where names do not tell: GPTQ packs eight rows into one, AWQ eight columns."""
     if library == "a float8 library" and not any(
         t.dtype.startswith("F8") for t in tensors.values()
     ):

@@ -31,7 +31,7 @@ _PADDED_TO = 8  # the least multiple that trainers round up to
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether a folder looks like a Hugging Face checkpoint, also one without its weights."""
+    """True where a folder looks like a Hugging Face checkpoint, also one without its weights."""
     if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
         return True
     return (folder / CONFIG).exists() and not any(folder.glob("*.gguf"))
@@ -57,7 +57,7 @@ class HuggingFaceFolder:
         vocab_size: int | None = None,
         config: TransformerConfig | None = None,
     ) -> None:
-        """Reads names and shapes.
+        """Read names and shapes.
 
         Args:
           folder: that holds config.json.
@@ -92,7 +92,7 @@ class HuggingFaceFolder:
             yield leaf.path, arrays.settled(leaf.join(pieces), dtype)
 
     def keep_rows(self, vocab_size: int) -> None:
-        """Drops the rows of the embedding that only pad it, beyond the tokenizer's pieces.
+        """Drop the rows of the embedding that only pad it, beyond the tokenizer's pieces.
 
         Rows that are no padding are kept, with a warning: they may have been trained.
 
@@ -231,7 +231,7 @@ def _config(folder: Path) -> tuple[TransformerConfig, bool]:
 
 
 def _text_tensors(stored: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
-    """By the names of a text-only checkpoint, without what belongs to images."""
+    """Tensors by the names of a text-only checkpoint, without what belongs to images."""
     text: dict[str, Tensor] = {}
     for name, plain in names.text_names(stored, config):
         if plain in text:

@@ -42,7 +42,7 @@ _OTHER_WEIGHTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor is: its file, its name there, and what the file says about it."""
+    """Place of a tensor: its file, its name there, and what the file says about it."""
 
     file: Path
     stored_name: str
@@ -76,7 +76,7 @@ def listed(folder: Path) -> dict[str, Tensor]:
 
 
 def _instead(folder: Path) -> str:
-    """Which weights a folder has that are not read, for a message."""
+    """The weights of a folder that are not read, for a message."""
     for suffix, what in _OTHER_WEIGHTS.items():
         for path in sorted(folder.glob(f"*{suffix}")):
             return f", only {path.name} ({what}, which gemma_nb does not read)"

@@ -22,7 +22,7 @@ _ITEM_BYTES = {
 
 
 def odd_tensor(path: Path) -> str:
-    """What is wrong with the first tensor that cannot be as announced; "" if none is to blame."""
+    """The fault of the first tensor that cannot be as announced; "" if none is to blame."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -1,4 +1,4 @@
-"""What a user points at: a released name, a file or a folder, and which format it is in."""
+"""Sources of a load: a released name, a file or a folder, and the format that it is in."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def _folder(folder: Path, step: int | None) -> Source:
 
 
 def _where_then(folder: Path) -> str:
-    """Where the checkpoint is that somebody may have meant, or what to pass."""
+    """The place of the checkpoint that somebody may have meant, or what to pass."""
     for above in folder.absolute().parents[:2]:
         if orbax_tree.is_checkpoint(above) or (above / safetensors.CONFIG).is_file():
             return f"it is a part of the one in {above}: pass that path"

@@ -80,7 +80,7 @@ def released(spelled: str) -> tuple[str, str | None] | None:
 
 
 def looks_like_a_name(spelled: str) -> bool:
-    """Whether what is no path here is written as hubs write names, rather than as a path."""
+    """True where what is no path here is written as hubs write names, rather than as a path."""
     if re.match(
         r"[a-z]+://|(?:www\.)?(?:huggingface\.co|hf\.co|kaggle\.com|ollama\.com)/", spelled
     ):
@@ -93,7 +93,7 @@ def looks_like_a_name(spelled: str) -> bool:
 
 
 def explained(spelled: str) -> str:
-    """What to say of a name that is no released model's."""
+    """A message about a name that is no released model's."""
     said = f"{spelled!r:.120} is neither a path nor a released model"
     plain = _plain(spelled.split("://")[-1])
     for pattern, what in _UNSUPPORTED:

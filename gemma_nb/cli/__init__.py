@@ -25,7 +25,7 @@ BROKEN_PIPE = 141  # and for SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
       argv: the arguments; by default those of the process.
@@ -59,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _open_what_is_closed() -> None:
-    """Lets every command have its three streams, whatever the shell closed or cannot spell."""
+    """Let every command have its three streams, whatever the shell closed or cannot spell."""
     for number in range(3):
         try:
             os.fstat(number)

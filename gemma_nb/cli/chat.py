@@ -143,7 +143,7 @@ def _converse(session: ChatSession, table: bool) -> int:
 
 
 def _reply(session: ChatSession, message: str, table: bool) -> None:
-    """Streams one reply to stdout; leaves no half line, even when interrupted."""
+    """Stream one reply to stdout; leaves no half line, even when interrupted."""
     last = ""
     try:
         with _Status("Thinking ...") as status, _watched(session, status):
@@ -168,7 +168,7 @@ def _reply(session: ChatSession, message: str, table: bool) -> None:
 
 @contextlib.contextmanager
 def _watched(session: ChatSession, status: _Status) -> Iterator[None]:
-    """Says how far a prompt is read that is long enough for that."""
+    """Say how far a prompt is read that is long enough for that."""
 
     def say(event: PrefillEvent) -> None:
         if event.done < event.total:

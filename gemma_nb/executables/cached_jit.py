@@ -74,7 +74,7 @@ class CachedJit:
         return self.program(*args)(*args)
 
     def program(self, *args: Any) -> Any:
-        """What computes calls with such arguments: loaded, or compiled now.
+        """The program of calls with such arguments: loaded, or compiled now.
 
         Takes less than hashing all shapes would, since every token asks.
         """
@@ -167,7 +167,7 @@ class Kept(CachedJit):
 
 
 def _quick_shapes(leaves: list[Any]) -> list[Any]:
-    """What tells the leaves of two calls apart, compared faster than shapes are.
+    """Descriptions of the leaves of a call, which are compared faster than shapes are.
 
     An array's `aval` is one object for all that a program returns in one place, and for one array
     in all calls: lists of them are compared by identity, as long as calls are alike.

@@ -1,4 +1,4 @@
-"""Where kept programs lie, and how they are written and read.
+"""Files of stored programs: where they lie, how they are written and read.
 
 A program that a process did not survive is not tried again: while one is loaded, and while it runs
 for the first time, a file stands beside it that is locked by the process (see `trial`).  One that
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 def folder() -> Path | None:
-    """Where programs are kept: beside JAX's where `gnb.load` keeps those, else nowhere."""
+    """The folder of stored programs: beside JAX's where `gnb.load` stores those, else None."""
     where = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     kept = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     if where is None or not kept or not _can():
@@ -62,7 +62,7 @@ def _beside(where: str, override: str | None) -> Path | None:
 
 @functools.cache
 def _can() -> bool:
-    """Whether this is one CPU device.
+    """True where this is one CPU device.
 
     With several a program belongs to some of them; and others have not been tried.
     """
@@ -108,7 +108,7 @@ def _generation(programs: Path) -> Path | None:
 
 
 def _drop_old_generations(programs: Path) -> None:
-    """Removes all but the last few; of a link, or of what others can write to, nothing."""
+    """Remove all but the last few; of a link, or of what others can write to, nothing."""
     if trust.distrust(programs, cache_dir()) or programs.is_symlink():
         return
     found = [path for path in programs.iterdir() if _GENERATION.fullmatch(path.name)]
@@ -123,7 +123,7 @@ def _cores() -> int:
 
 
 def save(place: Path, made: jax.stages.Compiled) -> None:
-    """Writes a program; that takes a twentieth of the time that it was compiled in."""
+    """Write a program; that takes a twentieth of the time that it was compiled in."""
     if place.exists() and trust.distrust(place.parent, cache_dir()):
         return  # somebody else's, which is not read either
     try:
@@ -149,7 +149,7 @@ class _Limit:
         self._unlooked = math.inf  # bytes written since the folder was last looked through
 
     def add(self, programs: Path, count: int) -> None:
-        """Notes that so much was written; the first time, and then seldom, drops the oldest."""
+        """Note that so much was written; the first time, and then seldom, drop the oldest."""
         most = cache.limit_bytes("programs")
         self._unlooked += count
         if self._unlooked > most / 16:
@@ -161,7 +161,7 @@ _within_limit = _Limit()
 
 
 def is_refused(place: Path) -> bool:
-    """Whether a program could not be kept, or crashed, not long ago."""
+    """True where a program could not be kept, or crashed, not long ago."""
     try:
         return time.time() - _refused(place).stat().st_mtime < _REFUSED_SECONDS
     except OSError:
@@ -205,7 +205,7 @@ def trial(place: Path) -> Iterator[None]:
 
 
 def _give_up_on_what_crashed(place: Path) -> None:
-    """Removes programs that a process died with, and notes that they are not kept again."""
+    """Remove programs that a process died with, and note that they are not stored again."""
     for marker in place.glob(f"*{_TRIED}"):
         if cache.is_locked(marker):
             continue

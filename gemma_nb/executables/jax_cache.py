@@ -28,7 +28,7 @@ _aside = threading.local()
 
 
 class Entries:
-    """What JAX calls for each compiled program; an entry is JAX's bytes, and their CRC-32."""
+    """JAX's cache of compiled programs as JAX calls it; an entry is its bytes, and their CRC-32."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder
@@ -55,7 +55,7 @@ class Entries:
         return data
 
     def put(self, key: str, value: bytes) -> None:
-        """Writes an entry; where that is not possible, nothing is kept."""
+        """Write an entry; where that is not possible, nothing is stored."""
         file = self._file(key)
         if getattr(_aside, "depth", 0):
             return
@@ -85,7 +85,7 @@ class Entries:
 
 
 def use(folder: Path) -> bool:
-    """Lets JAX keep its programs in a folder of ours, from the next compilation on.
+    """Let JAX keep its programs in a folder of ours, from the next compilation on.
 
     Returns:
       False where this version of JAX reads its files in another way: then it is to keep none.
@@ -109,7 +109,7 @@ def use(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def aside() -> Iterator[None]:
-    """What this thread compiles meanwhile is neither looked up in `Entries` nor kept there."""
+    """A block in which this thread neither looks up programs in `Entries` nor stores them there."""
     _aside.depth = getattr(_aside, "depth", 0) + 1
     try:
         yield

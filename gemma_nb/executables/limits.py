@@ -1,4 +1,4 @@
-"""How many compiled programs a process can hold.
+"""Limit on the compiled programs of a process.
 
 Each is a hundred memory mappings or more, of which Linux allows a process 65,530 by default; LLVM
 ends the process when it gets no more.  Whoever compiles a program for each number of something (of
@@ -30,7 +30,7 @@ _new = 0  # programs since the last count
 
 
 def note() -> None:
-    """Notes that a program was compiled or loaded."""
+    """Note that a program was compiled or loaded."""
     global _new
     _new += 1
 
@@ -46,7 +46,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def relieve() -> None:
-    """Lets go of all compiled programs where there are nearly too many."""
+    """Let go of all compiled programs where there are nearly too many."""
     global _new
     if _new < _EVERY or _tracing() or not _lock.acquire(blocking=False):
         return
@@ -64,13 +64,13 @@ def relieve() -> None:
 
 
 def _tracing() -> bool:
-    """Whether a program is being traced, whose parts are in use."""
+    """True where a program is being traced, whose parts are in use."""
     return isinstance(jax.device_put(np.int32(0)), jax.core.Tracer)
 
 
 @functools.cache
 def _allowed() -> int | None:
-    """How many mappings a process may have; None where nobody says."""
+    """The number of mappings that a process may have; None where nobody says."""
     try:
         return int(_MOST.read_text())
     except (OSError, ValueError):
@@ -78,7 +78,7 @@ def _allowed() -> int | None:
 
 
 def _held() -> int:
-    """How many this one has."""
+    """The number of mappings of this process."""
     try:
         return _MAPS.read_bytes().count(b"\n")
     except OSError:

@@ -33,7 +33,7 @@ _ASIDE = (
 
 
 def disabled() -> bool:
-    """Whether JAX is to compile nothing."""
+    """True where JAX is to compile nothing."""
     return bool(jax.config.jax_disable_jit)  # type: ignore[attr-defined]
 
 
@@ -85,7 +85,7 @@ def program_name(static: str, args: tuple[Any, ...]) -> str | None:
 
 
 def _traced() -> str | None:
-    """What stands in the modules that a program is traced through; None where not all is ours.
+    """Digest of the modules that a program is traced through; None where not all is ours.
 
     Their source tells what does, unless somebody has put something else there since.
     """
@@ -145,7 +145,7 @@ def _digest(spaces: list[tuple[str, Mapping[str, Any]]]) -> str | None:
 
 
 def _described(value: Any, name: str) -> str:
-    """What stands under a name of a module or a class."""
+    """Description of what stands under a name of a module or a class."""
     if isinstance(value, ModuleType):
         return value.__name__
     if isinstance(value, tuple | list):
@@ -164,7 +164,7 @@ def _described(value: Any, name: str) -> str:
 
 
 def _kind(value: Any, name: str) -> str:
-    """What something is, by the place in the source of what it runs."""
+    """Description of an object by the place in the source of what it runs."""
     if isinstance(value, FunctionType):
         # What dataclasses and named tuples generate is in no file, nor is what `python -c` runs.
         return _place(value.__code__, generated=name.startswith("__"))

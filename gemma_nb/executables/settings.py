@@ -70,7 +70,7 @@ def pinned(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def _hold() -> bool:
-    """Whether all is set as it should be; every token asks."""
+    """True where all is set as it should be; every token asks."""
     states, values = _states()
     return (
         tuple([state.value for state in states]) == values

@@ -90,7 +90,7 @@ class Batch:
         samplings: Sequence[Sampling],
         between: Between | None = None,
     ) -> list[Evidence] | None:
-        """Feeds the prompts, and chooses the token after each.
+        """Feed the prompts, and choose the token after each.
 
         Args:
           prompts: each stream's whole context, at least one token and at most the decoder's limit.
@@ -128,7 +128,7 @@ class Batch:
 
     @pinned
     def step(self, tokens: dict[int, int]) -> dict[int, Evidence]:
-        """Feeds the next token of some streams, and chooses the one after each.
+        """Feed the next token of some streams, and choose the one after each.
 
         A stream that is left out has ended.
 
@@ -155,7 +155,7 @@ class Batch:
     def _share(
         self, common: list[int], sampling: Sampling, own: int, between: Between | None
     ) -> bool:
-        """Computes what all streams begin with, and makes the cache; False where that was ended.
+        """Compute what all streams begin with, and make the cache; False where that was ended.
 
         `own` is the number of tokens that are to be fed afterwards.
         """
@@ -184,7 +184,7 @@ class Batch:
         return True
 
     def _feed_rest(self, done: int, width: int, between: Between | None) -> np.ndarray | None:
-        """Feeds what the streams do not share; (width, D) states behind their next tokens."""
+        """Feed what the streams do not share; (width, D) states behind their next tokens."""
         rest = [
             (token, done + place, i)
             for i, ids in enumerate(self.ids)
@@ -209,7 +209,7 @@ class Batch:
     def _feed(
         self, given: Sequence[tuple[int, int, int]], size: int, live: Sequence[int]
     ) -> np.ndarray:
-        """Feeds (token, position, stream) triples as `size` tokens; (size, D) final states."""
+        """Feed (token, position, stream) triples as `size` tokens; (size, D) final states."""
         self._make_room(len(given), live)
         tokens = np.zeros((1, size), np.int32)
         positions = np.full((1, size), EMPTY, np.int32)

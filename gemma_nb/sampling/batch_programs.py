@@ -17,7 +17,7 @@ from gemma_nb.sampling.draw import choose
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.feed import compiler_options
 from gemma_nb.sampling.filters import Controls
-from gemma_nb.sampling.head import Scores
+from gemma_nb.sampling.scores import Scores
 from gemma_nb.sampling.weights import DecodingWeights
 
 # Whose token a slot holds: that of stream 0, 1, ...; or

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -27,6 +26,7 @@ from gemma_nb.sampling.residuals import KeptResiduals, Residuals
 from gemma_nb.sampling.rows import AttentionRows
 from gemma_nb.sampling.settings import Sampling
 from gemma_nb.sampling.traits import EngineTraits
+from gemma_nb.sampling.whole import WholeChanges
 from gemma_nb.text.prefix import shared_prefix
 
 # A context of up to so many tokens gets its slots at once.  In a longer one each piece would read
@@ -48,16 +48,12 @@ class Decoder:
       ids: the token ids in the cache, in order.
       limit: most positions that the cache may hold.
       traits: of the engine.
+      interventions: that it computes under, see `intervene`.
     """
 
     @pinned
     def __init__(
-        self,
-        model: GemmaTransformer,
-        *,
-        limit: int,
-        top_k: int,
-        rows: AttentionRows | None = None,
+        self, model: GemmaTransformer, *, limit: int, top_k: int, rows: AttentionRows | None = None
     ) -> None:
         """An empty stream.
 
@@ -65,7 +61,7 @@ class Decoder:
           model: what computes.
           limit: most positions.
           top_k: number of alternatives.
-          rows: where the attention rows of each choice are kept; None computes none.
+          rows: where the attention rows of each choice are stored; None computes none.
         """
         self.limit = limit
         self.ids: list[int] = []
@@ -73,14 +69,14 @@ class Decoder:
         self._config = model.transformer.config
         refuse_uncached(model.interventions, self._config)
         self._mesh = model.mesh
-        self._interventions = model.interventions
+        self.interventions = model.interventions
         self._rows = rows
         layers = rows.layers if rows is not None else ()
         self._programs = Programs(model, self.traits, top_k=top_k, attention_layers=layers)
         self._ahead_compiler = AheadCompiler(self._programs, self.traits, limit)
         self._cache: StreamCache | None = None
         self._written = 0  # see `_rewind_to`
-        self._torn = False  # see `_changing`
+        self._whole = WholeChanges(self.reset)
         self._archive = Archive()
         self._residuals = Residuals(model.config)
         self._seen: Any = None
@@ -88,11 +84,6 @@ class Decoder:
         self._short = False  # they may draw from the shortlist alone
         self._next: int | None = None  # the token chosen last, not yet fed
         self._ahead: StepOutput | None = None  # of the step that feeds it
-
-    @property
-    def interventions(self) -> Interventions | None:
-        """The interventions that it computes under."""
-        return self._interventions
 
     @property
     def cache(self) -> StreamCache | None:
@@ -111,17 +102,16 @@ class Decoder:
         self._written = 0
         self._archive = Archive()
         self._residuals = Residuals(self._config)
-        self._torn = False
 
     def holds(self, ids: Sequence[int]) -> bool:
         """True where the tokens in the cache begin with `ids`."""
-        self._start_over_if_torn()
+        self._whole.check()
         return self.ids[: len(ids)] == list(ids)
 
     @pinned
     def rewind_to(self, ids: Sequence[int]) -> None:
         """Take back what is in the cache beyond the prefix that it shares with `ids`."""
-        with self._changing():
+        with self._whole.change():
             self._rewind_to(shared_prefix(self.ids, ids))
 
     @pinned
@@ -133,13 +123,13 @@ class Decoder:
         Raises:
           ValueError: they cannot be computed token by token.
         """
-        if interventions is not self._interventions:
+        if interventions is not self.interventions:
             refuse_uncached(interventions, self._config)
-            both = (self._interventions, interventions)
+            both = (self.interventions, interventions)
             start = min(int(x.start) for x in both if x is not None)
-            with self._changing():
+            with self._whole.change():
                 self._rewind_to(min(start, len(self.ids)))
-                self._interventions = interventions
+                self.interventions = interventions
 
     @pinned
     def begin(self, ids: Sequence[int], sampling: Sampling) -> list[int]:
@@ -159,13 +149,11 @@ class Decoder:
             raise ValueError(f"a context must hold 1 to {self.limit} tokens, got {len(ids)}")
         config, room = self._config, min(len(ids) + 1, _AT_ONCE)
         controls = Controls.of(sampling, config.num_embed)
-        with self._changing():
+        with self._whole.change():
             self._rewind_to(shared_prefix(self.ids, ids[:-1]))
             if self._cache is None:
-                size = size_for(room, self.limit)
-                self._cache = StreamCache.empty(
-                    config, size, self._mesh, own=self.traits.ring_cache
-                )
+                size, own = size_for(room, self.limit), self.traits.ring_cache
+                self._cache = StreamCache.empty(config, size, self._mesh, own=own)
             self._make_room(room)
             self._controls, self._short = controls, may_suffice(sampling)
             seen = np.zeros(config.num_embed, bool)
@@ -176,11 +164,7 @@ class Decoder:
 
     @pinned
     def prefill(
-        self,
-        ids: Sequence[int],
-        between: Between | None = None,
-        *,
-        token: int | None = None,
+        self, ids: Sequence[int], between: Between | None = None, *, token: int | None = None
     ) -> Evidence | None:
         """Feed a prompt and choose the token after it.
 
@@ -204,7 +188,7 @@ class Decoder:
         for i, (tokens, positions, last) in enumerate(pieces):
             fed = [int(token) for token in tokens[0, : last + 1]]
             wanted = i == len(pieces) - 1
-            with self._changing():
+            with self._whole.change():
                 if wanted:
                     self._make_room(len(self.ids) + len(fed) + 1)  # with what is chosen after it
                 output = self._feed(tokens, positions, last, controls, first=first, wanted=wanted)
@@ -228,13 +212,13 @@ class Decoder:
           RuntimeError: nothing was chosen yet, or the cache is full.
           ValueError: `token` lies outside the vocabulary.
         """
-        self._start_over_if_torn()
+        self._whole.check()
         if self._next is None or self.full:
             raise RuntimeError("step() needs a prefilled stream with room for one more token")
         controls, fed = self._forcing(token), self._next
         assert self._cache is not None
         self._ahead_compiler.note_step(self._cache.size, *self._settings)
-        with self._changing():
+        with self._whole.change():
             at = len(self.ids)
             if token is not None:
                 self._rewind_to(at)  # a step ahead has chosen already
@@ -264,20 +248,13 @@ class Decoder:
         """
         if not self.traits.can_capture:
             raise RuntimeError("another library's module, or one on a mesh, cannot be looked into")
-        self._start_over_if_torn()
+        self._whole.check()
         if self._cache is None or not 0 <= position < len(self.ids):
             raise ValueError(f"the cache holds positions 0 to {len(self.ids) - 1}, not {position}")
         self._ahead_compiler.capture_expected = True
-        return inspect_position(
-            self._programs.inspection,
-            *(
-                self._programs.decode_step.ends.leaves,
-                self._cache,
-                self._archive,
-                self._interventions,
-            ),
-            *(self.ids[position], position),
-        )
+        programs, held = self._programs, (self._cache, self._archive, self.interventions)
+        leaves, at = programs.decode_step.ends.leaves, (self.ids[position], position)
+        return inspect_position(programs.inspection, leaves, *held, *at)
 
     @pinned
     def residuals(self, ids: Sequence[int]) -> KeptResiduals:
@@ -286,13 +263,13 @@ class Decoder:
         The last token of a reply was chosen but not fed.  Where it is all that `ids` has beyond the
         cache it is fed now, and taken back: the stream is left as it is.
         """
-        self._start_over_if_torn()
+        self._whole.check()
         shared = shared_prefix(self.ids, ids)
         kept = self._residuals.first(shared)
         if 0 < kept.length == len(self.ids) == len(ids) - 1 and not self.full:
             assert self._controls is not None
             token = np.array([ids[-1:]], np.int32)
-            with self._changing():
+            with self._whole.change():
                 self._rewind_to(shared)  # a step ahead may stand there
                 self._ahead = self._feed_one(token, shared, self._controls)
                 self._residuals.write(shared, jax.device_get(self._ahead.residuals), 1)
@@ -323,13 +300,11 @@ class Decoder:
         """Have the weights moved to where they are read faster, on another thread."""
         self._ahead_compiler.settle()
 
-    # --- inside ---------------------------------------------------------------------------------
-
     @property
     def _settings(self) -> tuple[Controls, Interventions | None]:
-        """What every step takes beside the tokens."""
+        """Controls and interventions: what every step takes beside the tokens."""
         assert self._controls is not None
-        return self._controls, self._interventions
+        return self._controls, self.interventions
 
     def _forcing(self, token: int | None) -> Controls:
         assert self._controls is not None
@@ -361,7 +336,7 @@ class Decoder:
         end = int(positions[0, last]) + 1
         cache = self._make_room(end)
         program = self._programs.feeding(tokens.shape[1], first=first)
-        fed = (tokens, positions, last, controls, self._interventions)
+        fed = (tokens, positions, last, controls, self.interventions)
         self._cache, self._seen, output = program.run(
             cache, self._seen, *fed, wanted=wanted, short=self._short
         )
@@ -383,7 +358,7 @@ class Decoder:
         self._next = None if evidence is None else int(evidence.token)
         if evidence is not None and attention is not None:
             assert self._rows is not None
-            kept = self._rows.keep(attention, self.ids, start, self._interventions)
+            kept = self._rows.keep(attention, self.ids, start, self.interventions)
             evidence = evidence.replace(attention=kept)  # type: ignore[attr-defined]
         assert self._cache is not None
         self._ahead_compiler.note_fed(len(fed), len(self.ids), self._cache.size, *self._settings)
@@ -408,26 +383,6 @@ class Decoder:
             # Another list: attention rows refer to the old one.
             self.ids = self.ids[:length]
         self._next = self._ahead = None
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """A change of the stream, which happens as a whole: what is torn starts over.
-
-        A step is given the cache, so where one fails what is left cannot be trusted.  That is noted
-        before anything is changed, since an interrupt may end the handling of an exception, too.
-        """
-        self._start_over_if_torn()
-        self._torn = True
-        try:
-            yield
-        except BaseException:
-            self.reset()
-            raise
-        self._torn = False
-
-    def _start_over_if_torn(self) -> None:
-        if self._torn:
-            self.reset()
 
     def _make_room(self, length: int) -> StreamCache:
         """The cache, grown where so many tokens need it."""

@@ -14,7 +14,7 @@ from gemma_nb.sampling.filters import (
     distribution,
     shortlist_distribution,
 )
-from gemma_nb.sampling.head import SHORTLIST, Scores
+from gemma_nb.sampling.scores import SHORTLIST, Scores
 from gemma_nb.sampling.settings import Sampling
 
 # A cumulative sum over a whole vocabulary is slow: it is taken over blocks, and inside one.
@@ -83,7 +83,7 @@ def choose(
 
 
 def suffices(scores: Scores, controls: Controls) -> Bool[Array, ""]:
-    """Whether the shortlist holds all that may be drawn."""
+    """True where the shortlist holds all that may be drawn."""
     number = (~controls.banned[scores.ids]).sum()
     enough = jnp.where(
         controls.temperature == 0, number > 0, (controls.top_k > 0) & (controls.top_k <= number)
@@ -92,7 +92,7 @@ def suffices(scores: Scores, controls: Controls) -> Bool[Array, ""]:
 
 
 def may_suffice(sampling: Sampling) -> bool:
-    """Whether a shortlist may hold all that may be drawn: as far as the settings tell."""
+    """True where a shortlist may hold all that may be drawn: as far as the settings tell."""
     kept = 1 if sampling.temperature == 0 else int(sampling.top_k or 0)
     return sampling.repetition_penalty in (None, 1) and 0 < kept <= SHORTLIST
 

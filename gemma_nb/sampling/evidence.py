@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gemma_nb.sampling.filters import Distribution
-from gemma_nb.sampling.head import Scores
+from gemma_nb.sampling.scores import Scores
 
 if TYPE_CHECKING:
     from gemma_nb.sampling.rows import AttentionRow

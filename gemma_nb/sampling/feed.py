@@ -21,7 +21,7 @@ from gemma_nb.sites import SITES
 
 
 def compiler_options() -> dict[str, Any] | None:
-    """What XLA is told when it compiles a step.
+    """Options that XLA compiles a step with.
 
     XLA:CPU uses half of AVX-512's width unless it is told otherwise: products of a matrix and a
     vector then take up to 1.7 times as long.
@@ -42,7 +42,7 @@ class StepJit(CachedJit):
         super().__init__(function, *static, compiler_options=compiler_options(), **options)
 
     def program(self, *args: Any) -> Any:
-        """What computes calls with such arguments, see `CachedJit.program`."""
+        """The program of calls with such arguments, see `CachedJit.program`."""
         if any(isinstance(arg, Interventions) for arg in args):
             return self.jitted
         return super().program(*args)
@@ -50,7 +50,7 @@ class StepJit(CachedJit):
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
-    """What a step makes beside the choice.
+    """Selection of what comes out of a step beside the choice.
 
     Attributes:
       attention_layers: whose attention weights come with a choice, ascending.
@@ -73,7 +73,7 @@ def feed(
     *,
     captured: Captured,
 ) -> tuple[Any, ...]:
-    """Feeds tokens (1, T); see `Program.feed`."""
+    """Feed tokens (1, T); see `StepProgram.feed`."""
     layers, residuals = captured.attention_layers, captured.residuals
     observed = any(cache.rings) or bool(layers) or residuals
     result = transformer.apply(

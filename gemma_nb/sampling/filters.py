@@ -17,12 +17,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from gemma_nb.sampling.scores import SHORTLIST
 from gemma_nb.sampling.settings import Sampling
 from gemma_nb.sampling.top_k import top_k
 from gemma_nb.summaries import summary
 
-# Top-k up to this, and any nucleus that fits into it, needs no sort of the whole vocabulary.
-_SHORTLIST = 256
 _NOT_FORCED = -1
 
 
@@ -207,7 +206,7 @@ def _tempered(logits: jax.Array, controls: Controls, greedy: jax.Array) -> jax.A
 
 
 def _most(controls: Controls, greedy: jax.Array) -> jax.Array:
-    """How many tokens top-k keeps; 0 for all."""
+    """The number of tokens that top-k keeps; 0 for all."""
     return jnp.where(greedy, 1, controls.top_k)
 
 
@@ -246,10 +245,11 @@ def _rank_threshold(scores: jax.Array, k: jax.Array, p: jax.Array) -> jax.Array:
         return _nucleus_threshold(shortlist, within, 0, jnp.where(within, weights, 0.0), p)
 
     def by_shortlist() -> jax.Array:
-        shortlist, _ = top_k(scores, min(_SHORTLIST, size))
+        # Top-k up to its length, and any nucleus that fits into it, needs no sort of everything.
+        shortlist, _ = top_k(scores, min(SHORTLIST, size))
         log_total = jax.nn.logsumexp(scores)
         covered = jnp.exp(shortlist - log_total).sum()
-        enough = ((k > 0) & (k <= _SHORTLIST)) | ((k == 0) & (covered >= p))
+        enough = ((k > 0) & (k <= SHORTLIST)) | ((k == 0) & (covered >= p))
         return lax.cond(
             enough, lambda: among(shortlist, log_total), lambda: _bisected(scores, k, p)
         )

@@ -9,10 +9,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gemma_nb.nn.storage import quantise, times_rows
+from gemma_nb.sampling.scores import SHORTLIST, Scores
 from gemma_nb.sampling.top_k import top_k
-
-# How many of the likeliest tokens are known exactly, and in order.
-SHORTLIST = 256
 
 # States that one reading of the rows serves: four take 2.2 times as long as one.
 _TOGETHER = 4
@@ -20,26 +18,6 @@ _TOGETHER = 4
 # The largest int16 that activations are rounded to, and the largest sum of their magnitudes: times
 # int8 rows of at most 127 each, that stays below 2**31.
 _LARGEST, _SUM = 32_000, 16.9e6
-
-
-@flax.struct.dataclass
-class Scores:
-    """The logits of one choice.
-
-    Attributes:
-      logits: (V,) float32.
-      values: (n,) float32, the largest of them in descending order; n <= SHORTLIST.
-      ids: (n,) int32, whose they are.
-    """
-
-    logits: jax.Array
-    values: jax.Array
-    ids: jax.Array
-
-    @classmethod
-    def of(cls, logits: Float[Array, " V"]) -> Scores:
-        """Scores of exact logits."""
-        return cls(logits, *top_k(logits, min(SHORTLIST, logits.shape[0])))
 
 
 @flax.struct.dataclass

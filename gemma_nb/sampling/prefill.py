@@ -1,4 +1,4 @@
-"""How a prompt is cut into compiled steps."""
+"""Pieces of a prompt, each of which is a compiled step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FAR = 16_384
 
 
 def chunks(ids: Sequence[int], start: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Cuts a prompt into padded pieces.
+    """Cut a prompt into padded pieces.
 
     Args:
       ids: the prompt's token ids, at least one.

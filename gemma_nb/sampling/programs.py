@@ -19,9 +19,9 @@ from gemma_nb.sampling.draw import choose, suffices
 from gemma_nb.sampling.evidence import exact_logit
 from gemma_nb.sampling.feed import Captured, StepJit, feed
 from gemma_nb.sampling.filters import Controls
-from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.inspect_position import compiled_inspection
 from gemma_nb.sampling.layerwise import Layerwise, compiled_layerwise
+from gemma_nb.sampling.scores import Scores
 from gemma_nb.sampling.traits import EngineTraits
 from gemma_nb.sampling.weights import DecodingWeights, Part, decoding_weights
 
@@ -135,7 +135,7 @@ class StepProgram:
         wanted: bool = True,
         short: bool = False,
     ) -> tuple[StreamCache, jax.Array, StepOutput]:
-        """Feeds tokens (1, T), and chooses the one after index `last` where it is `wanted`.
+        """Feed tokens (1, T), and choose the one after index `last` where it is `wanted`.
 
         `short`: the settings may need no more than the shortlist, see `draw.may_suffice`.
 
@@ -161,7 +161,7 @@ class StepProgram:
         controls: Controls,
         interventions: Interventions | None,
     ) -> None:
-        """Compiles it for so many tokens at once, from shapes; nothing is allocated or run."""
+        """Compile it for so many tokens at once, from shapes; nothing is allocated or run."""
         tokens = positions = np.zeros((1, length), np.int32)
         given = (cache, seen, tokens, positions, np.int32(0), interventions)
         more = (controls,) if self.choose is None else ()
@@ -183,13 +183,13 @@ class StepProgram:
         state: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
         controls: Controls,
     ) -> None:
-        """Compiles `choose`, from shapes."""
+        """Compile `choose`, from shapes."""
         assert self.choose is not None
         self.choose.compile(self.ends.leaves, seen, state, controls)
 
     @property
     def _weights(self) -> Any:
-        """As `feed` takes them."""
+        """The weights as `feed` takes them."""
         return (self.ends, self.layers) if self.layers else self.ends.leaves
 
 
@@ -248,7 +248,7 @@ def _choose(
     top_k: int,
     short: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Chooses the token after a final-normed state (D,) at a position; see `StepProgram.choose`."""
+    """Choose the token after a final-normed state (D,) at a position; see `StepProgram.choose`."""
     hidden, position = state
     forced_logit = None
     if weights.head is not None:

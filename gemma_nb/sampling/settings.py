@@ -22,7 +22,7 @@ _SMALLEST, _LARGEST, _PENALTY = 1e-24, 1e24, 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How replies are sampled.  `None` switches a method off, and is the default of what is needed.
+    """Settings of sampling.  `None` switches a method off, and is the default of what is needed.
 
     The methods apply in this order, as in Hugging Face transformers: repetition penalty,
     forbidden tokens, temperature, top-k, top-p, min-p.
@@ -100,14 +100,14 @@ class Sampling:
 
     @classmethod
     def recommended(cls, model: GemmaTransformer, **changes: object) -> Sampling:
-        """What the authors of `model`'s checkpoint recommend, with `changes` on top."""
+        """The recommendation of the authors of `model`'s checkpoint, with `changes` on top."""
         fields = dict(model.info.sampling) if model.info else {}
         return cls(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """What every reply token keeps.
+    """Settings of what is stored with every reply token.
 
     Attributes:
       top_k: how many alternatives.

@@ -12,7 +12,7 @@ from gemma_nb.nn import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class EngineTraits:
-    """What the engine of a model can do, and which storages and programs it uses.
+    """Abilities of the engine of a model, and the storages and programs that it uses.
 
     Attributes:
       can_capture: what the model computes at a position can be shown, also with each token.

@@ -3,10 +3,14 @@
 import logging
 import threading
 
+import jax
+
 from gemma_nb.sampling import compile_ahead
+from gemma_nb.sampling.compile_ahead import COMPILING
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.programs import StepProgram
 from gemma_nb.sampling.settings import Sampling
+from tests.sampling.streams import GREEDY, random_ids
 
 
 def joined():
@@ -64,3 +68,52 @@ def test_python_waits_for_it_whoever_began_it():
     starter.join()
     joined()
     assert daemons == [False]
+
+
+def test_the_next_size_is_compiled_before_it_is_needed(tiny_model, monkeypatch, caplog):
+    monkeypatch.setattr("gemma_nb.sampling.cache.SIZES", (48, 96, 192))
+    compile_ahead.begun.cache_clear()  # of other tests
+    decoder = Decoder(tiny_model[0], limit=150, top_k=5)
+    compiled = []
+    compile_ = StepProgram.compile
+
+    def noted(program, cache, *rest):
+        compiled.append((cache.size, threading.current_thread().name))
+        compile_(program, cache, *rest)
+
+    monkeypatch.setattr(StepProgram, "compile", noted)
+    decoder.prefill(decoder.begin(random_ids(20), GREEDY))
+    for _ in range(5):
+        decoder.step()
+    for thread in threading.enumerate():
+        if thread.name == COMPILING:
+            thread.join()
+    # The next prompt's, and those of the next size.
+    assert sorted(compiled) == [(48, COMPILING)] * 2 + [(96, COMPILING)] * 3
+    assert decoder._cache.size == 48
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        while decoder._cache.size == 48:
+            decoder.step()
+        decoder.step()
+    assert "Compiling jit(_widen)" in caplog.text
+    main = [r.getMessage() for r in caplog.records if r.threadName == "MainThread"]
+    assert not [message for message in main if "jit(step" in message]
+    for _ in range(40):
+        decoder.step()
+    assert decoder._cache.size == 96
+
+
+def test_warming_up_compiles_the_next_size_too(tiny_model, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        StepProgram, "compile", lambda program, cache, *rest: sizes.append(cache.size)
+    )
+    compile_ahead.begun.cache_clear()  # of other tests
+    for _ in range(2):  # a second stream of the model finds it done
+        decoder = Decoder(tiny_model[0], limit=1024, top_k=5)
+        decoder.compile()
+        for thread in threading.enumerate():
+            if thread.name == COMPILING:
+                thread.join()
+    assert sizes == [256] * 2 + [512] * 3
+    assert decoder.ids == []

@@ -7,7 +7,7 @@ import pytest
 import gemma_nb as gnb
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.settings import Sampling
-from tests.sampling.test_decode import GREEDY, assert_evidence, random_ids
+from tests.sampling.streams import GREEDY, assert_evidence, random_ids
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.inspect_position import compiled_inspection
 from gemma_nb.sampling.rows import AttentionRows, in_order
 from gemma_nb.sampling.settings import Capture, Sampling
-from tests.sampling.test_decode import GREEDY, random_ids
+from tests.sampling.streams import GREEDY, random_ids
 
 
 @pytest.fixture
