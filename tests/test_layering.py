@@ -32,6 +32,7 @@ ROOMS = [
         "config",
         "presets",
         "axes",
+        "cpu",
         "nn",
         "placement",
         "checkpoints",

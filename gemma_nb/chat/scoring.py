@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_nb.chat.interrupts import between_steps
+from gemma_nb.cpu.head import Scores
 from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
@@ -20,7 +21,6 @@ from gemma_nb.nn import Transformer
 from gemma_nb.sampling.choose import observe
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling, distribution
 from gemma_nb.typing import EMPTY, KVCache, Params
 

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gemma_nb.cpu.fusion import materialize
+from gemma_nb.cpu.quantise import typical
+from gemma_nb.cpu.storage import Stored, preparing
 from gemma_nb.nn.blocks import takes_blocks, times_in_blocks
-from gemma_nb.nn.storage import Stored, materialize, preparing, typical
 
 # Parameters that nobody loads are only ever tested against themselves; a small normal keeps
 # random models finite at any depth.
@@ -40,7 +42,7 @@ class Einsum(nn.Module):
         )
 
     def stored(self, x: jax.Array) -> Stored:
-        """The weight that the module was given, for `gemma_nb.nn.storage.pack`.
+        """The weight that the module was given, for `gemma_nb.cpu.storage.pack`.
 
         In both layouts of `Stored`, in its own dtype; and how large its inputs `x` were.
         """

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gemma_nb.cpu.head import Scores
 from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
@@ -20,7 +21,6 @@ from gemma_nb.sampling.choose import choose
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.feed import compiler_options
-from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.methods import Controls, Sampling, seeded
 from gemma_nb.sampling.prefill import Between
 from gemma_nb.sampling.weights import DecodingWeights, decoding_weights

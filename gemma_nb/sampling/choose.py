@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from gemma_nb.cpu.head import SHORTLIST, Scores
 from gemma_nb.sampling.evidence import Evidence
-from gemma_nb.sampling.head import SHORTLIST, Scores
 from gemma_nb.sampling.methods import (
     Controls,
     Distribution,

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb import settings
-from gemma_nb.sampling.top_k import top_k
+from gemma_nb.cpu.top_k import top_k
 from gemma_nb.summaries import summary
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ import flax
 import jax
 import numpy as np
 
+from gemma_nb.cpu.head import Scores
 from gemma_nb.executables import Kept
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Transformer
 from gemma_nb.sampling.cache import StreamCache
 from gemma_nb.sampling.choose import choose, exact_logit, suffices
 from gemma_nb.sampling.feed import Captured, feed, kept
-from gemma_nb.sampling.head import Scores
 from gemma_nb.sampling.layerwise import Layerwise, compiled_layerwise
 from gemma_nb.sampling.methods import Controls
 from gemma_nb.sampling.weights import DecodingWeights, Part

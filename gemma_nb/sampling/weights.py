@@ -14,12 +14,12 @@ import numpy as np
 
 from gemma_nb import processor
 from gemma_nb.checkpoints import memory
+from gemma_nb.cpu.head import Int8Head
+from gemma_nb.cpu.pages import adjoining, use_huge_pages
+from gemma_nb.cpu.storage import Stored
 from gemma_nb.executables import pinned, tried_together
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
-from gemma_nb.nn.storage import Stored
-from gemma_nb.sampling.head import Int8Head
-from gemma_nb.sampling.pages import adjoining, use_huge_pages
 from gemma_nb.typing import Params
 
 
@@ -31,7 +31,7 @@ class DecodingWeights:
 
     Attributes:
       given: of linen: the official tree under "params", without what stands elsewhere here, and
-        `prepared` (see `gemma_nb.nn.storage`) where it is faster.
+        `prepared` (see `gemma_nb.cpu.storage`) where it is faster.
       norms: the scales of all norms, one float32 array (n, width) per width; empty where they are
         in `given`.
       paths: whose they are, in order.

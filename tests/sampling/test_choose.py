@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_nb.cpu.head import SHORTLIST, Int8Head, Scores
 from gemma_nb.sampling.choose import choose, exact_logit, observe
-from gemma_nb.sampling.head import SHORTLIST, Int8Head, Scores
 from gemma_nb.sampling.methods import Controls, Sampling, distribution
 
 VOCABULARY = 4096 * 4

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_nb.cpu.head import SHORTLIST
 from gemma_nb.sampling import ahead, prefill
 from gemma_nb.sampling.ahead import COMPILING
 from gemma_nb.sampling.cache import StreamCache, grow, next_size, rewind, size_for
 from gemma_nb.sampling.choose import may_suffice
 from gemma_nb.sampling.decode import Decoder
-from gemma_nb.sampling.head import SHORTLIST
 from gemma_nb.sampling.methods import Sampling
 from gemma_nb.sampling.step import Program
 

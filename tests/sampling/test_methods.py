@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemma_nb.cpu.top_k import top_k
 from gemma_nb.sampling.methods import (
     Controls,
     Sampling,
@@ -18,7 +19,6 @@ from gemma_nb.sampling.methods import (
     seeded,
     uniform_at,
 )
-from gemma_nb.sampling.top_k import top_k
 
 VOCABULARY = 4096 * 16  # large enough for the two-level search and the shortlist
 

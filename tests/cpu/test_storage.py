@@ -6,18 +6,12 @@ import numpy as np
 import pytest
 
 from gemma_nb.config import Global, LayerSpec, TransformerConfig
+from gemma_nb.cpu.calibration import SAMPLE
+from gemma_nb.cpu.fusion import materialize
+from gemma_nb.cpu.products import IN_STREAMS, bfloat16_terms, product, split_bfloat16
+from gemma_nb.cpu.quantise import quantise, typical
+from gemma_nb.cpu.storage import Stored
 from gemma_nb.nn import Transformer
-from gemma_nb.nn.sample import SAMPLE
-from gemma_nb.nn.storage import (
-    IN_STREAMS,
-    Stored,
-    bfloat16_terms,
-    materialize,
-    product,
-    quantise,
-    split_bfloat16,
-    typical,
-)
 
 OUT, INNER = 96, 160
 
