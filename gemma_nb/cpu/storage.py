@@ -21,64 +21,144 @@ from gemma_nb.processor import Streams
 
 
 @flax.struct.dataclass
-class Stored:
-    """A weight as (out, in) rows for one token, and once more for several.
-
-    One token streams the weight from memory: XLA's CPU backend runs `x @ rows.T` near memory
-    bandwidth when each output's inputs lie together, and several times slower otherwise.  Several
-    tokens are a product of matrices, which it runs on the CPU's matrix unit when both are bfloat16
-    and the weight lies in (in, out) columns; without such a unit, fastest from float32.
+class FloatRows:
+    """A weight as (out, in) rows: each output's inputs lie together in memory.
 
     Attributes:
-      rows: (out, in), floating or int8; None where it is for several tokens only.
-      scale: (out,) float32, of int8 rows: a weight is its int8 times its row's scale, times its
-        input's in `inputs`.
-      inputs: (in,) float32, of int8 rows.  Of a weight that is still to be packed, how large its
-        inputs typically are, see `typical`.
-      columns: (*in, *out) bfloat16, or as the parameter is.  Where the official parameter lies in
-        this order, it is that parameter itself, not a copy.
-      wide: (out, in) float32.  Without these two, several tokens are left to the rows.
-      rounded: round the inputs of bfloat16 columns to bfloat16, too.
-      streams: from how many places a thread reads the rows of one token at once; what is compiled
-        for more than one needs `IN_STREAMS`.
+      rows: (out, in), floating.
+      streams: from how many places a thread reads the rows of one vector at once; what is compiled
+        for more than one needs `gemma_nb.cpu.products.IN_STREAMS`.
     """
 
-    rows: jax.Array | None
-    scale: jax.Array | None = None
-    inputs: jax.Array | None = None
-    columns: jax.Array | None = None
-    wide: jax.Array | None = None
-    rounded: bool = flax.struct.field(pytree_node=False, default=False)
+    rows: jax.Array
     streams: int = flax.struct.field(pytree_node=False, default=1)
 
-    def turns(self, count: int) -> bool:
-        """Whether so many vectors are multiplied as columns to the right of `wide`."""
-        return self.wide is not None and 1 < count <= FEW
+    def one(self, x: Float[Array, "1 inner"]) -> Float[Array, "1 out"]:
+        """The product with one vector, in its dtype; sums are float32."""
+        return product(x, self.rows, streams=self.streams)
+
+    def several(self, x: Float[Array, "T inner"]) -> Float[Array, "T out"]:
+        """The products with several vectors, as `one`."""
+        return product(x, self.rows, streams=self.streams)
+
+    def materialise(self) -> Float[Array, "out inner"]:
+        """The weight in float32."""
+        return self.rows.astype(jnp.float32)
+
+    def describe(self) -> str:
+        """The storage in a word or two."""
+        return f"{self.rows.dtype} rows"
+
+
+@flax.struct.dataclass
+class Int8Rows:
+    """A weight as (out, in) rows in int8, see `gemma_nb.cpu.quantise.quantise`.
+
+    Attributes:
+      rows: (out, in) int8.
+      scale: (out,) float32: a weight is its int8 times its row's scale, times its input's.
+      inputs: (in,) float32, the scales of the inputs.
+      streams: see `FloatRows`.
+    """
+
+    rows: jax.Array
+    scale: jax.Array
+    inputs: jax.Array
+    streams: int = flax.struct.field(pytree_node=False, default=1)
+
+    def one(self, x: Float[Array, "1 inner"]) -> Float[Array, "1 out"]:
+        """The product with one vector, in its dtype; sums are float32."""
+        y = product(x.astype(jnp.float32) * self.inputs, self.rows, streams=self.streams)
+        return (y * self.scale).astype(x.dtype)
+
+    def several(self, x: Float[Array, "T inner"]) -> Float[Array, "T out"]:
+        """The products with several vectors, as `one`."""
+        return self.one(x)
+
+    def materialise(self) -> Float[Array, "out inner"]:
+        """The weight in float32."""
+        return self.rows.astype(jnp.float32) * self.scale[:, None] * self.inputs
+
+    def describe(self) -> str:
+        """The storage in a word or two."""
+        return "int8 rows"
+
+
+@flax.struct.dataclass
+class Columns:
+    """A weight as (in, out) columns, for products of matrices.
+
+    Attributes:
+      columns: (*in, *out) bfloat16, or as the parameter is.  Where the official parameter lies in
+        this order, it is that parameter itself, not a copy.
+      rounded: round the inputs of bfloat16 columns to bfloat16, too.
+    """
+
+    columns: jax.Array
+    rounded: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def one(self, x: Float[Array, "1 inner"]) -> Float[Array, "1 out"]:
+        """The product with one vector, as `several`."""
+        return self.several(x)
+
+    def several(self, x: Float[Array, "T inner"]) -> Float[Array, "T out"]:
+        """The products with several vectors, in their dtype; sums are float32."""
+        return times_columns(x, self.columns.reshape(x.shape[1], -1), rounded=self.rounded)
+
+    def materialise(self) -> Float[Array, "inner out"]:
+        """The weight in float32, as it lies."""
+        return self.columns.astype(jnp.float32)
+
+    def describe(self) -> str:
+        """The storage in a word or two."""
+        return f"{self.columns.dtype} columns"
+
+
+@flax.struct.dataclass
+class Stored:
+    """A weight in the storage that is fast for one vector, and in one for several.
+
+    Attributes:
+      one: for one vector; None where the weight is for several only.
+      several: for several vectors; None leaves them to `one`.
+      typical: (in,) float32, of a weight that is still to be packed: how large its inputs typically
+        are, see `gemma_nb.cpu.quantise.typical`.
+    """
+
+    one: FloatRows | Int8Rows | None
+    several: FloatRows | Columns | None = None
+    typical: jax.Array | None = None
+
+    def few(self, count: int) -> jax.Array | None:
+        """(out, in) float32, where so many vectors are multiplied as columns to its right."""
+        if isinstance(self.several, FloatRows) and 1 < count <= FEW:
+            return self.several.rows
+        return None
 
     def __call__(self, x: Float[Array, "*lead inner"]) -> Float[Array, "*lead out"]:
         """x times the weight, in x's dtype; sums are float32."""
-        inner = x.shape[-1]
-        lead, x = x.shape[:-1], x.reshape(-1, inner)
-        if x.shape[0] > 1 and self.wide is not None:
-            y = product(x, self.wide)
-        elif x.shape[0] > 1 and self.columns is not None:
-            y = times_columns(x, self.columns.reshape(inner, -1), rounded=self.rounded)
+        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        if len(x) > 1 and self.several is not None:
+            y = self.several.several(x)
         else:
-            y = x.astype(jnp.float32)
-            y = y if self.inputs is None else y * self.inputs
-            assert self.rows is not None
-            y = product(y, self.rows, streams=self.streams)
-            y = (y if self.scale is None else y * self.scale).astype(x.dtype)
+            assert self.one is not None
+            y = self.one.one(x) if len(x) == 1 else self.one.several(x)
         return y.reshape(*lead, -1)
+
+    def describe(self) -> str:
+        """Both storages in a few words."""
+        kinds = {"one vector": self.one, "several": self.several}
+        return ", ".join(f"{kind.describe()} for {n}" for n, kind in kinds.items() if kind)
 
 
 def concatenate(parts: list[Stored]) -> Stored:
-    """Floating weights of the same inputs as one: one product, one output behind the other."""
-    columns = [part.columns for part in parts if part.columns is not None]
+    """Weights of the same inputs that are still to be packed, as one: their outputs in a row."""
+    rows = [part.one.rows for part in parts if part.one is not None]
+    columns = [part.several.columns for part in parts if isinstance(part.several, Columns)]
     return Stored(
-        rows=jnp.concatenate([part.rows for part in parts if part.rows is not None]),
-        inputs=parts[0].inputs,
-        columns=jnp.concatenate(columns, axis=1) if columns else None,
+        FloatRows(jnp.concatenate(rows)),
+        Columns(jnp.concatenate(columns, axis=1)) if columns else None,
+        parts[0].typical,
     )
 
 
@@ -106,21 +186,21 @@ def pack(prepared: Any, *, int8: bool, rounded: bool, columns: Any, streams: Str
       rounded: round what is multiplied with bfloat16 columns (over 1,040 tokens, mean KL 1.9e-4
         under the int8 head, whose own is 1.4e-4).
       columns: bfloat16 keeps columns for several tokens, float32 wide rows, None neither.
-      streams: see `Stored`.
+      streams: see `FloatRows`.
     """
 
-    def one(stored: Stored) -> Stored:
-        assert stored.rows is not None
-        form = Stored(rows=stored.rows, rounded=rounded, streams=streams.floating)
+    def packed(stored: Stored) -> Stored:
+        assert isinstance(stored.one, FloatRows)
+        rows, several = stored.one.rows, stored.several
         if columns == jnp.float32:
-            form = form.replace(wide=stored.rows.astype(columns))  # type: ignore[attr-defined]
-        elif columns is not None and stored.columns is not None:
-            form = form.replace(columns=stored.columns.astype(columns))  # type: ignore[attr-defined]
-        if not int8:
-            return form
-        rows, scale, inputs = quantise(stored.rows, BY_WEIGHTS, stored.inputs)
-        return form.replace(  # type: ignore[attr-defined]
-            rows=rows, scale=scale, inputs=inputs, streams=streams.int8
-        )
+            several = FloatRows(stored.one.materialise())
+        elif columns is not None and isinstance(several, Columns):
+            several = Columns(several.columns.astype(columns), rounded)
+        else:
+            several = None
+        if int8:
+            quantised = quantise(rows, BY_WEIGHTS, stored.typical)
+            return Stored(Int8Rows(*quantised, streams=streams.int8), several)
+        return Stored(FloatRows(rows, streams.floating), several)
 
-    return jax.tree.map(one, prepared, is_leaf=lambda leaf: isinstance(leaf, Stored))
+    return jax.tree.map(packed, prepared, is_leaf=lambda leaf: isinstance(leaf, Stored))

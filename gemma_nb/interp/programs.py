@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gemma_nb.cpu.storage import Stored
+from gemma_nb.cpu.storage import FloatRows, Stored
 from gemma_nb.nn import Transformer, Wrapped
 from gemma_nb.nn.attention import attend
 from gemma_nb.nn.layer import Block
@@ -77,7 +77,7 @@ def _matrices(block: Block, params: Params) -> Params:
     if not block.config.transpose_gating_einsum:
         return {}
     gating = params["mlp"]["gating_einsum"]
-    return {"mlp": {"gating_einsum": Stored(rows=gating.reshape(-1, gating.shape[-1]))}}
+    return {"mlp": {"gating_einsum": Stored(FloatRows(gating.reshape(-1, gating.shape[-1])))}}
 
 
 def _variables(block: Block, params: Params, alone: bool) -> dict[str, Params]:

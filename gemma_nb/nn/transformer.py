@@ -249,7 +249,7 @@ class Transformer(nn.Module):
             text for it, see `gemma_nb.cpu.calibration`.
           columns: dtype of a second copy for several tokens at once, see `pack`; None computes
             these from the rows.
-          streams: from how many places rows are read at once, see `Stored`.
+          streams: from how many places rows are read at once, see `gemma_nb.cpu.storage.FloatRows`.
         """
         # Layers of one shape alike, so that one trace does for all of them: their kinds make no
         # difference.
