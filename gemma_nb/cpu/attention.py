@@ -61,7 +61,7 @@ def attend_by_one(
     # What is not seen has weight 0, and is zeroed all the same: XLA's CPU backend runs a product of
     # a matrix and a vector on all threads only where something is computed on the way.  On one, the
     # other threads would fall asleep meanwhile, and waking up delays them in all large products up
-    # to the next attention (together, a tenth of a step of Gemma 3 270M).
+    # to the next attention.
     k, vt = k.astype(jnp.float32), vt.astype(jnp.float32)
     keys = [jnp.where(allowed[0, :, None], k[0, :, g], 0).T for g in range(kv_heads)]
     scores = jnp.stack([query @ keys[g] for g in range(kv_heads) for query in grouped[g]])

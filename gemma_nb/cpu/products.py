@@ -12,8 +12,7 @@ from jaxtyping import Array, Float
 
 from gemma_nb.cpu.fusion import materialize
 
-# So many vectors are few, see `product`.  With Gemma 3 270M on two cores of an EPYC (Zen 4) the
-# products of 64 vectors with all layers take 100 ms, 77 the other way round; of 256, 286 and 291.
+# So many vectors are few, see `product`.
 FEW = 64
 
 # Sums that one loop makes at once, see `times_rows`.
@@ -21,7 +20,7 @@ _SUMS = 8
 
 # What XLA:CPU is told so that it adds up float32 rows in streams (see `times_rows`) in the order
 # that is fast, as it does in a product of a matrix and a vector anyway: it may reassociate sums,
-# and nothing else.  Without, they take three times as long.
+# and nothing else.
 IN_STREAMS = {
     "xla_cpu_enable_fast_math": True,
     **dict.fromkeys(
@@ -42,7 +41,7 @@ def product(
     if x32.shape[0] == 1:
         y = times_rows(x32, rows, streams=streams)
     elif len(x32) <= FEW and rows.dtype == jnp.float32:
-        # XLA:CPU takes half the time where the few are on the right, and it would turn them round.
+        # Faster where the few are on the right; and XLA:CPU would turn them round.
         y = materialize(rows @ x32.T).T
     else:
         y = x32 @ rows.T.astype(jnp.float32)
