@@ -46,7 +46,7 @@ class GemmaTransformer:
       info: what is known about the checkpoint; None for a model made by hand.
       storage: what single tokens are decoded from on a CPU: "exact", the layers' weights as they
         are, or "int8", a copy of all but the last with eight bits per weight and a scale per row
-        (see `gemma_nb.nn.storage.pack`: mean KL divergence from float32 2.2e-3, 97 of 100 first
+        (see `gemma_nb.cpu.storage.pack`: mean KL divergence from float32 2.2e-3, 97 of 100 first
         choices the same over 1,040 tokens of English with Gemma 3 270M).  Scoring and tracing use
         `params`' own precision either way, and so do prompts where there is memory for another copy
         of the layers; but with "int8", on processors that are faster with bfloat16, activations are

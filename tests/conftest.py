@@ -35,7 +35,7 @@ jaxtyping.install_import_hook(
     [
         *(f"gemma_nb.nn.{name}" for name in ("linear", "norms", "embedder", "rope", "masks")),
         *(f"gemma_nb.nn.{name}" for name in ("attention", "feed_forward", "layer", "transformer")),
-        "gemma_nb.sampling.top_k",
+        *(f"gemma_nb.cpu.{name}" for name in ("attention", "feed_forward", "top_k")),
     ],
     f"{tests.typecheck.__name__}.checked",
 )

@@ -15,8 +15,8 @@ import pytest
 from flax import linen as nn
 
 from gemma_nb import executables, trust
+from gemma_nb.cpu import quantise
 from gemma_nb.executables import CachedJit, Kept
-from gemma_nb.nn import storage
 from gemma_nb.sampling.compile_ahead import COMPILING
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from gemma_nb import executables
 from gemma_nb.checkpoints.load import use_compilation_cache
-from gemma_nb.nn import storage
+from gemma_nb.cpu import products
 
 use_compilation_cache()
 exec(sys.argv[1])
@@ -38,7 +38,7 @@ traced = []
 
 def double(tree, x):
     traced.append(1)
-    return {"y": storage.product(x, tree["w"]) * 2}, x + 1
+    return {"y": products.product(x, tree["w"]) * 2}, x + 1
 
 double = executables.CachedJit(double, "static", donate_argnums=1)
 tree, x = {"w": jnp.arange(6.0).reshape(3, 2)}, jnp.ones((2, 2))
@@ -123,7 +123,7 @@ def test_a_second_start_lowers_nothing(place):
         "jax.config.update('jax_enable_x64', True)",
         "jax.config.update('jax_default_matmul_precision', 'highest')",
         "jax.config.update('jax_disable_most_optimizations', False)",
-        "storage._FEW = 1",
+        "products.FEW = 1",
     ],
 )
 def test_what_would_be_traced_otherwise_is_another_program(place, extra):
@@ -136,7 +136,7 @@ def test_what_would_be_traced_otherwise_is_another_program(place, extra):
 def test_what_somebody_has_put_in_its_place_is_used_and_not_kept(place):
     """A function from a notebook may change without its source being known."""
     run(place)
-    extra = "storage.times_rows = storage.product = lambda x, rows, **_: x @ rows.T + 1"
+    extra = "products.times_rows = products.product = lambda x, rows, **_: x @ rows.T + 1"
     assert run(place, extra)[:3] == [[[4.0, 12.0, 20.0]] * 2, EXPECTED[1], 1]
     assert len(programs(place)) == 1
 
@@ -261,7 +261,7 @@ def test_what_was_loaded_from_jaxs_cache_is_not_written_anew(place):
 
 def test_a_program_that_has_run_is_kept_whole(place):
     """Once it has sorted, XLA cannot write it any more."""
-    code = CODE.replace('storage.product(x, tree["w"]) * 2', "-jnp.sort(-x)")
+    code = CODE.replace('products.product(x, tree["w"]) * 2', "-jnp.sort(-x)")
     assert [run(place, code=code)[2] for _ in range(2)] == [1, 0]
 
 
@@ -355,8 +355,8 @@ def test_nothing_is_looked_up_while_arrays_are_traced(place):
     assert found == [add.jitted]
     assert add.program(x) is not add.jitted
     rows = jnp.arange(6.0).reshape(3, 2)
-    plain = storage.quantise(rows)
-    inside = jax.jit(storage.quantise)(rows)
+    plain = quantise.quantise(rows)
+    inside = jax.jit(quantise.quantise)(rows)
     for a, b in zip(plain, inside, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 

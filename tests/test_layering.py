@@ -31,6 +31,7 @@ ROOMS = [
         "config",
         "presets",
         "axes",
+        "cpu",
         "nn",
         "placement",
         "text",

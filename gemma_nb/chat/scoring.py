@@ -16,6 +16,7 @@ from gemma_nb.chat.interrupts import between_steps
 from gemma_nb.chat.records import token_label, token_record
 from gemma_nb.chat.reply_settings import ReplySettings
 from gemma_nb.chat.tokens import Tokens
+from gemma_nb.cpu.scores import Scores
 from gemma_nb.executables import pinned
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
@@ -23,7 +24,6 @@ from gemma_nb.nn import Transformer
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.evidence import Evidence, observe
 from gemma_nb.sampling.filters import Controls, distribution
-from gemma_nb.sampling.scores import Scores
 from gemma_nb.sampling.settings import Sampling
 from gemma_nb.text.tokenizer import Tokenizer
 from gemma_nb.typing import EMPTY, KVCache, Params

@@ -19,7 +19,7 @@ import jax
 # This package, whose source is what programs are compiled from.
 PACKAGE = Path(__file__).parents[1]
 # What a program is traced through.
-_TRACED = ("config", "interventions", "nn", "processor", "sampling", "sites", "typing")
+_TRACED = ("config", "cpu", "interventions", "nn", "processor", "sampling", "sites", "typing")
 # The one setting of a whole process that changes programs.
 _OPTIMIZATIONS = "jax_disable_most_optimizations"
 # JAX's settings that say where things go and what is said of them, or are for other devices: they

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gemma_nb.cpu.storage import FloatRows, Stored
 from gemma_nb.nn import Transformer, Wrapped
 from gemma_nb.nn.attention import attend
 from gemma_nb.nn.layer import Block
 from gemma_nb.nn.layer_input import Carry, LayerInput
 from gemma_nb.nn.masks import visible
 from gemma_nb.nn.rope import Rotation
-from gemma_nb.nn.storage import Stored
 from gemma_nb.sites import Site
 from gemma_nb.typing import EMPTY, LayerCache, Params
 
@@ -77,7 +77,7 @@ def _matrices(block: Block, params: Params) -> Params:
     if not block.config.transpose_gating_einsum:
         return {}
     gating = params["mlp"]["gating_einsum"]
-    return {"mlp": {"gating_einsum": Stored(rows=gating.reshape(-1, gating.shape[-1]))}}
+    return {"mlp": {"gating_einsum": Stored(FloatRows(gating.reshape(-1, gating.shape[-1])))}}
 
 
 def _variables(block: Block, params: Params, alone: bool) -> dict[str, Params]:

@@ -24,8 +24,8 @@ import numpy as np
 from jax import lax
 
 from gemma_nb import placement
+from gemma_nb.cpu import split
 from gemma_nb.executables import pinned
-from gemma_nb.interp import split
 from gemma_nb.interventions.numbers import room
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn.norms import RMSNorm

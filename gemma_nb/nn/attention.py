@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb.config import LayerSpec, TransformerConfig
+from gemma_nb.cpu import attention as cpu
+from gemma_nb.cpu.fusion import materialize
+from gemma_nb.cpu.storage import concatenate, preparing
 from gemma_nb.nn.kv_cache import GrowingCache, cache_of, in_rows
 from gemma_nb.nn.layer_input import LayerInput
 from gemma_nb.nn.linear import Einsum
@@ -17,14 +21,10 @@ from gemma_nb.nn.masks import visible
 from gemma_nb.nn.norms import RMSNorm
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import Rotation, apply_rope
-from gemma_nb.nn.storage import concatenate, materialize, preparing
 from gemma_nb.typing import LayerCache
 
 # Stands for -infinity in masked scores: finite, so that a row with no visible key stays finite.
 MASKED = -2.3819763e38
-
-# Of so many keys a single query's heads are computed one after the other.
-_SHORT = 2048
 
 
 def attend(
@@ -54,13 +54,10 @@ def attend(
 
 def _scores(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Array, "B T N S"]:
     batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    if batch > 1:
-        return jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k).reshape(batch, length, heads, -1)
-    # Products of plain matrices: XLA's CPU backend transposes what an einsum of five axes makes.
-    parts = [_times(grouped[0, :, g], k[0, :, g].T) for g in range(kv_heads)]
-    return jnp.concatenate(parts, axis=1)[None]
+    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
+    if batch == 1:
+        return cpu.scores(grouped, k)
+    return jnp.einsum("BTKGH,BSKH->BTKGS", grouped, k).reshape(batch, length, heads, -1)
 
 
 def _gather(
@@ -69,20 +66,9 @@ def _gather(
     batch, length, heads, size = weights.shape
     kv_heads, head_dim = v.shape[2:]
     grouped = weights.reshape(batch, length, kv_heads, heads // kv_heads, size)
-    if batch > 1:
-        gathered = jnp.einsum("BTKGS,BSKH->BTKGH", grouped, v)
-        return gathered.reshape(batch, length, heads, head_dim)
-    parts = [_times(grouped[0, :, g], v[0, :, g]) for g in range(kv_heads)]
-    return jnp.concatenate(parts, axis=1)[None]
-
-
-def _times(x: Float[Array, "T G inner"], y: Float[Array, "inner out"]) -> Float[Array, "T G out"]:
-    length, heads, _ = x.shape
-    if length == 1 and max(y.shape) <= _SHORT:
-        # Products of a matrix and a vector stay on this thread; handing one of them to another
-        # thread would take longer than it does.
-        return jnp.stack([x[0, n] @ y for n in range(heads)])[None]
-    return (x.reshape(length * heads, -1) @ y).reshape(length, heads, -1)
+    if batch == 1:
+        return cpu.gather(grouped, v)
+    return jnp.einsum("BTKGS,BSKH->BTKGH", grouped, v).reshape(batch, length, heads, head_dim)
 
 
 def _weigh(
@@ -93,40 +79,6 @@ def _weigh(
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     masked = jnp.where(allowed, scores.astype(jnp.float32), MASKED)
     return jax.nn.softmax(masked, axis=-1).astype(scores.dtype)
-
-
-def attend_by_one(
-    q: Float[Array, "1 1 N H"],
-    k: Float[Array, "1 S K H"],
-    vt: Float[Array, "1 K H S"],
-    mask: Bool[Array, "1 1 S"],
-    *,
-    soft_cap: float | None = None,
-) -> tuple[Float[Array, "1 1 N S"], Float[Array, "1 1 N H"]]:
-    """`attend` of a single query, fast on a CPU.
-
-    Args:
-      q: query, already scaled.
-      k: keys.
-      vt: values.
-      mask: which keys the query sees; at least one.
-      soft_cap: bound on the scores.
-    """
-    kv_heads = k.shape[2]
-    grouped = materialize(q.astype(jnp.float32)).reshape(kv_heads, -1, q.shape[-1])
-    allowed = mask[0]
-    # What is not seen has weight 0, and is zeroed all the same: XLA's CPU backend runs a product of
-    # a matrix and a vector on all threads only where something is computed on the way.  On one, the
-    # other threads would fall asleep meanwhile, and waking up delays them in all large products up
-    # to the next attention (together, a tenth of a step of Gemma 3 270M).
-    k, vt = k.astype(jnp.float32), vt.astype(jnp.float32)
-    keys = [jnp.where(allowed[0, :, None], k[0, :, g], 0).T for g in range(kv_heads)]
-    scores = jnp.stack([query @ keys[g] for g in range(kv_heads) for query in grouped[g]])
-    weights = materialize(_weigh(scores, allowed, soft_cap))
-    values = [jnp.where(allowed, vt[0, g], 0).T for g in range(kv_heads)]
-    group = len(weights) // kv_heads
-    z = jnp.concatenate([row @ values[n // group] for n, row in enumerate(weights)])
-    return weights[None, None].astype(q.dtype), z.reshape(q.shape).astype(q.dtype)
 
 
 def attend_edited(
@@ -244,8 +196,9 @@ class Attention(nn.Module):
             weights, z = attend_edited(
                 q, seen["k"], in_rows(seen)["v"], mask, edit, seen["positions"], soft_cap=cap
             )
-        elif "vt" in seen and seen["k"].shape[1] <= _SHORT:
-            weights, z = attend_by_one(q, seen["k"], seen["vt"], mask, soft_cap=cap)
+        elif "vt" in seen and seen["k"].shape[1] <= cpu.SHORT:
+            weigh = functools.partial(_weigh, allowed=mask[0], soft_cap=cap)
+            weights, z = cpu.attend_by_one(q, seen["k"], seen["vt"], mask, weigh)
         else:
             weights, z = attend(q, seen["k"], in_rows(seen)["v"], mask, soft_cap=cap)
 

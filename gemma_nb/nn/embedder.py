@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from gemma_nb.cpu.products import product
 from gemma_nb.nn.linear import INIT
-from gemma_nb.nn.storage import product
 
 
 class Embedder(nn.Module):

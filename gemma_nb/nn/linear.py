@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gemma_nb.nn.blocks import takes_blocks, times_in_blocks
-from gemma_nb.nn.storage import Stored, materialize, preparing, typical
+from gemma_nb.cpu.blocks import takes_blocks, times_in_blocks
+from gemma_nb.cpu.fusion import materialize
+from gemma_nb.cpu.quantise import typical
+from gemma_nb.cpu.storage import Columns, FloatRows, Stored, preparing
 
 # Parameters that nobody loads are only ever tested against themselves; a small normal keeps
 # random models finite at any depth.
@@ -40,7 +42,7 @@ class Einsum(nn.Module):
         )
 
     def stored(self, x: jax.Array) -> Stored:
-        """The weight that the module was given, for `gemma_nb.nn.storage.pack`.
+        """The weight that the module was given, for `gemma_nb.cpu.storage.pack`.
 
         In both layouts of `Stored`, in its own dtype; and how large its inputs `x` were.
         """
@@ -52,14 +54,15 @@ class Einsum(nn.Module):
             columns = w  # the same array, not a copy of it
         else:
             columns = w.transpose(*inner, *out).reshape(-1, size)
-        return Stored(rows=rows, inputs=typical(x.reshape(-1, rows.shape[1])), columns=columns)
+        inputs = typical(x.reshape(-1, rows.shape[1]))
+        return Stored(FloatRows(rows), Columns(columns), inputs)
 
     def wide(self, count: int) -> jax.Array | None:
         """(out, in) float32, where so many vectors are multiplied as columns to its right."""
         if not self.has_variable("prepared", self.weight_name):
             return None
         stored: Stored = self.get_variable("prepared", self.weight_name)
-        return stored.wide if stored.turns(count) else None
+        return stored.few(count)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemma_nb.config import LayerSpec
-from gemma_nb.nn.storage import materialize
+from gemma_nb.cpu.fusion import materialize
 
 
 @flax.struct.dataclass

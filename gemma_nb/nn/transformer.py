@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_nb import presets
 from gemma_nb.config import RotationKind, TransformerConfig
+from gemma_nb.cpu.calibration import SAMPLE
+from gemma_nb.cpu.storage import exact_layers, pack
 from gemma_nb.executables import CachedJit
 from gemma_nb.nn.embedder import Embedder
 from gemma_nb.nn.layer import Block
@@ -22,8 +24,6 @@ from gemma_nb.nn.layer_input import Carry, LayerInput
 from gemma_nb.nn.norms import RMSNorm
 from gemma_nb.nn.observe import observe
 from gemma_nb.nn.rope import Rotation
-from gemma_nb.nn.sample import SAMPLE
-from gemma_nb.nn.storage import exact_layers, pack
 from gemma_nb.processor import ONE_PLACE, Streams
 from gemma_nb.sites import EVERYWHERE
 from gemma_nb.summaries import summary
@@ -237,7 +237,7 @@ class Transformer(nn.Module):
         columns: Any = None,
         streams: Streams = ONE_PLACE,
     ) -> Params:
-        """The collection `prepared` for `params`, see `gemma_nb.nn.storage`.
+        """The collection `prepared` for `params`, see `gemma_nb.cpu.storage`.
 
         A pure function of the official tree: `apply({"params": params, "prepared": prepared}, ...)`
         computes what `apply({"params": params}, ...)` does, up to rounding and `int8`.
@@ -246,10 +246,10 @@ class Transformer(nn.Module):
           params: the official tree.
           int8: store the rows, which single tokens use, in int8 with a scale per row, and round
             what is multiplied with bfloat16 columns to bfloat16.  The layers are run on a sample of
-            text for it, see `gemma_nb.nn.sample`.
+            text for it, see `gemma_nb.cpu.calibration`.
           columns: dtype of a second copy for several tokens at once, see `pack`; None computes
             these from the rows.
-          streams: from how many places rows are read at once, see `Stored`.
+          streams: from how many places rows are read at once, see `gemma_nb.cpu.storage.FloatRows`.
         """
         # Layers of one shape alike, so that one trace does for all of them: their kinds make no
         # difference.

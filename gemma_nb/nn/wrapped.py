@@ -18,8 +18,8 @@ from flax import linen as nn
 from jax import lax
 
 from gemma_nb.config import Global, TransformerConfig
+from gemma_nb.cpu.products import product
 from gemma_nb.nn.masks import visible
-from gemma_nb.nn.storage import product
 from gemma_nb.nn.transformer import Info, Output, Transformer
 from gemma_nb.typing import EMPTY, KVCache, Params
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gemma_nb.cpu.scores import Scores
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Output, Transformer
 from gemma_nb.sampling.cache import StreamCache
@@ -17,7 +18,6 @@ from gemma_nb.sampling.draw import choose
 from gemma_nb.sampling.evidence import Evidence
 from gemma_nb.sampling.feed import compiler_options
 from gemma_nb.sampling.filters import Controls
-from gemma_nb.sampling.scores import Scores
 from gemma_nb.sampling.weights import DecodingWeights
 
 # Whose token a slot holds: that of stream 0, 1, ...; or

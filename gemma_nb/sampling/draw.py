@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from gemma_nb.cpu.scores import SHORTLIST, Scores
 from gemma_nb.sampling.evidence import Evidence, ExactLogit, evidence_of
 from gemma_nb.sampling.filters import (
     Controls,
@@ -14,7 +15,6 @@ from gemma_nb.sampling.filters import (
     distribution,
     shortlist_distribution,
 )
-from gemma_nb.sampling.scores import SHORTLIST, Scores
 from gemma_nb.sampling.settings import Sampling
 
 # A cumulative sum over a whole vocabulary is slow: it is taken over blocks, and inside one.

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gemma_nb.cpu.scores import Scores
 from gemma_nb.sampling.filters import Distribution
-from gemma_nb.sampling.scores import Scores
 
 if TYPE_CHECKING:
     from gemma_nb.sampling.rows import AttentionRow

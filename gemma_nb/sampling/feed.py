@@ -9,10 +9,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from gemma_nb.cpu.products import IN_STREAMS
 from gemma_nb.executables import CachedJit
 from gemma_nb.interventions import Interventions
 from gemma_nb.nn import Output, Transformer
-from gemma_nb.nn.storage import IN_STREAMS
 from gemma_nb.processor import streams
 from gemma_nb.sampling.cache import StreamCache
 from gemma_nb.sampling.residuals import sown_residuals

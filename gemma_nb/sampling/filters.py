@@ -17,9 +17,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gemma_nb.sampling.scores import SHORTLIST
+from gemma_nb.cpu.scores import SHORTLIST
+from gemma_nb.cpu.top_k import top_k
 from gemma_nb.sampling.settings import Sampling
-from gemma_nb.sampling.top_k import top_k
 from gemma_nb.summaries import summary
 
 _NOT_FORCED = -1

@@ -11,6 +11,7 @@ import flax
 import jax
 import numpy as np
 
+from gemma_nb.cpu.scores import Scores
 from gemma_nb.interventions import Interventions
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
@@ -21,7 +22,6 @@ from gemma_nb.sampling.feed import Captured, StepJit, feed
 from gemma_nb.sampling.filters import Controls
 from gemma_nb.sampling.inspect_position import compiled_inspection
 from gemma_nb.sampling.layerwise import Layerwise, compiled_layerwise
-from gemma_nb.sampling.scores import Scores
 from gemma_nb.sampling.traits import EngineTraits
 from gemma_nb.sampling.weights import DecodingWeights, Part, decoding_weights
 

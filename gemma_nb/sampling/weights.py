@@ -14,12 +14,12 @@ import numpy as np
 
 from gemma_nb import processor
 from gemma_nb.checkpoints import memory
+from gemma_nb.cpu.head import Int8Head
+from gemma_nb.cpu.pages import adjoining, use_huge_pages
+from gemma_nb.cpu.storage import Int8Rows, Stored
 from gemma_nb.executables import pinned, tried_together
 from gemma_nb.model import GemmaTransformer
 from gemma_nb.nn import Transformer
-from gemma_nb.nn.storage import Stored
-from gemma_nb.sampling.head import Int8Head
-from gemma_nb.sampling.pages import adjoining, use_huge_pages
 from gemma_nb.typing import Params
 
 
@@ -31,13 +31,13 @@ class DecodingWeights:
 
     Attributes:
       given: of linen: the official tree under "params", without what stands elsewhere here, and
-        `prepared` (see `gemma_nb.nn.storage`) where it is faster.
+        `prepared` (see `gemma_nb.cpu.storage`) where it is faster.
       norms: the scales of all norms, one float32 array (n, width) per width; empty where they are
         in `given`.
       paths: whose they are, in order.
       scales: those of int8 rows, one float32 array (n, width) per width; empty where they are in
         the `Stored` weights themselves.
-      owners: whose they are, in order: the path of a `Stored` weight, and which of its fields.
+      owners: whose they are, in order: the path of a `Stored` weight, and which field of its rows.
       head: the vocabulary head of a single token; None for the plain one.
     """
 
@@ -63,7 +63,8 @@ class DecodingWeights:
             weights = flax.traverse_util.flatten_dict(dict(self.given["prepared"]))
             for stacked, owners in zip(self.scales, self.owners, strict=True):
                 for i, (path, field) in enumerate(owners):
-                    weights[path] = dataclasses.replace(weights[path], **{field: stacked[i]})
+                    rows = dataclasses.replace(weights[path].one, **{field: stacked[i]})
+                    weights[path] = dataclasses.replace(weights[path], one=rows)
             variables["prepared"] = flax.traverse_util.unflatten_dict(weights)
         return variables
 
@@ -79,20 +80,20 @@ class DecodingWeights:
         Not when they are made: the first token would wait for it.
         """
         stored = jax.tree.leaves(self.given.get("prepared", {}), is_leaf=_is_stored)
-        rows = [weight.rows for weight in stored]
+        rows = [weight.one.rows for weight in stored]
         use_huge_pages(rows if self.head is None else [*rows, self.head.rows])
 
     def for_one_token(self) -> DecodingWeights:
         """The same without what only several tokens at once use, and the scales stacked."""
-        bare = self._with_stored(lambda one: dataclasses.replace(one, columns=None, wide=None))
+        bare = self._with_stored(lambda stored: Stored(stored.one))
         weights = flax.traverse_util.flatten_dict(dict(bare.given.get("prepared", {})))
         found: dict[int, dict[tuple[tuple[str, ...], str], jax.Array]] = {}
         for path, stored in weights.items():
             for field in ("scale", "inputs"):
-                if (scale := getattr(stored, field)) is not None:
+                if (scale := getattr(stored.one, field, None)) is not None:
                     found.setdefault(len(scale), {})[path, field] = scale
         return dataclasses.replace(
-            bare._with_stored(lambda one: dataclasses.replace(one, scale=None, inputs=None)),
+            bare._with_stored(_without_scales),
             scales=tuple(_stacked(list(scales.values())) for scales in found.values()),
             owners=tuple(tuple(scales) for scales in found.values()),
         )
@@ -144,12 +145,15 @@ class DecodingWeights:
 
 def _for_several(stored: Stored) -> Stored:
     """Without what only single tokens use."""
-    if stored.wide is None and stored.columns is None:
-        return dataclasses.replace(stored, streams=1)
-    bare = dataclasses.replace(stored, rows=None, scale=None, inputs=None, streams=1)
-    if stored.wide is not None:
-        bare = dataclasses.replace(bare, columns=None, rounded=False)
-    return bare
+    if stored.several is None and stored.one is not None:
+        return Stored(dataclasses.replace(stored.one, streams=1))
+    return Stored(None, stored.several)
+
+
+def _without_scales(stored: Stored) -> Stored:
+    if not isinstance(stored.one, Int8Rows):
+        return stored
+    return Stored(stored.one.replace(scale=None, inputs=None))  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,13 +234,18 @@ def _adjoining(prepared: Params) -> Params:
     """A collection of `Stored` weights with its rows one behind the other in memory."""
     flat = flax.traverse_util.flatten_dict(prepared)
     del prepared
-    rows = [stored.rows for stored in flat.values()]
+    rows = [stored.one.rows for stored in flat.values()]
     # Nothing but the list is to hold what is copied.
-    bare = {path: dataclasses.replace(stored, rows=None) for path, stored in flat.items()}
+    bare = {path: _with_rows(stored, None) for path, stored in flat.items()}
     flat.clear()
     copies = zip(bare.items(), adjoining(rows), strict=True)
-    moved = {path: dataclasses.replace(stored, rows=copy) for (path, stored), copy in copies}
+    moved = {path: _with_rows(stored, copy) for (path, stored), copy in copies}
     return cast(Params, flax.traverse_util.unflatten_dict(moved))
+
+
+def _with_rows(stored: Stored, rows: Any) -> Stored:
+    assert stored.one is not None
+    return dataclasses.replace(stored, one=dataclasses.replace(stored.one, rows=rows))
 
 
 def _split_norms(params: Params) -> tuple[Params, dict[int, dict[tuple[str, ...], jax.Array]]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 import gemma_nb as gnb
 from gemma_nb.checkpoints import catalog
-from gemma_nb.nn.storage import exact_layers
+from gemma_nb.cpu.storage import exact_layers
 from tests.bench.names import GM, GM_STREAM, HF_BF16, HF_F32, LLAMA, OURS, OURS_INT8
 
 _BYTES = 2**29

@@ -1,11 +1,14 @@
 """A layer's cache with transposed values holds, and makes of a query, what one without does."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.nn.attention import attend, attend_by_one
+from gemma_nb.cpu.attention import attend_by_one
+from gemma_nb.nn.attention import _weigh, attend
 from gemma_nb.nn.kv_cache import GrowingCache, RingCache, in_rows
 
 SIZE, KV_HEADS, HEAD_DIM = 8, 2, 4
@@ -86,7 +89,8 @@ def test_a_single_query_attends_as_many_do(soft_cap, dtype):
     # What is not seen may be anything.
     k, v = (jnp.where(mask[0, 0, :, None, None], x, jnp.nan) for x in (k, v))
     vt = jnp.moveaxis(v, 1, -1)
-    found = jax.jit(attend_by_one, static_argnames="soft_cap")(q, k, vt, mask, soft_cap=soft_cap)
+    weigh = partial(_weigh, allowed=mask[0], soft_cap=soft_cap)
+    found = jax.jit(partial(attend_by_one, weigh=weigh))(q, k, vt, mask)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype == dtype
         assert ours.shape == theirs.shape

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from gemma_nb.cpu.scores import SHORTLIST
 from gemma_nb.sampling import compile_ahead, prefill
 from gemma_nb.sampling.cache import next_size, size_for
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.draw import may_suffice
 from gemma_nb.sampling.programs import StepProgram
-from gemma_nb.sampling.scores import SHORTLIST
 from gemma_nb.sampling.settings import Sampling
 from tests.sampling.streams import GREEDY, assert_evidence, random_ids
 

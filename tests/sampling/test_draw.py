@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_nb.cpu.head import Int8Head
+from gemma_nb.cpu.scores import SHORTLIST, Scores
 from gemma_nb.sampling.draw import choose
 from gemma_nb.sampling.evidence import exact_logit, observe
 from gemma_nb.sampling.filters import Controls, distribution
-from gemma_nb.sampling.head import Int8Head
-from gemma_nb.sampling.scores import SHORTLIST, Scores
 from gemma_nb.sampling.settings import Sampling
 
 VOCABULARY = 4096 * 4

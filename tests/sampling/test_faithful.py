@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.nn.storage import product
+from gemma_nb.cpu.products import product
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.settings import Sampling
 from gemma_nb.sampling.weights import decoding_weights

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemma_nb.cpu.top_k import top_k
 from gemma_nb.sampling.draw import draw, invert, uniform_at
 from gemma_nb.sampling.filters import Controls, distribution, seeded
 from gemma_nb.sampling.settings import Sampling
-from gemma_nb.sampling.top_k import top_k
 
 VOCABULARY = 4096 * 16  # large enough for the two-level search and the shortlist
 

@@ -1,12 +1,11 @@
 """What a step of a single token is given stands for the same weights, in fewer arrays."""
 
-import dataclasses
-
 import flax
 import jax
 import numpy as np
 import pytest
 
+from gemma_nb.cpu.storage import Int8Rows, Stored
 from gemma_nb.sampling.weights import decoding_weights
 
 
@@ -26,12 +25,13 @@ def test_a_single_token_is_given_the_same_weights_in_fewer_arrays(tiny_model, st
     assert prepared.keys() == flat(wanted["prepared"]).keys()
     scales, copies = [], 0
     for path, stored in flat(wanted["prepared"]).items():
-        bare = dataclasses.replace(stored, columns=None, wide=None)
+        bare = Stored(stored.one)
         assert jax.tree.structure(prepared[path]) == jax.tree.structure(bare), path
         for one, other in zip(*map(jax.tree.leaves, (prepared[path], bare)), strict=True):
             assert one.dtype == other.dtype
             np.testing.assert_array_equal(one, other)
-        scales += [scale for scale in (stored.scale, stored.inputs) if scale is not None]
+        if isinstance(stored.one, Int8Rows):
+            scales += [stored.one.scale, stored.one.inputs]
         copies += len(jax.tree.leaves(stored)) - len(jax.tree.leaves(bare))
     assert bool(scales) == (storage == "int8")
     # One array for each width, in place of all of them.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.nn.blocks import takes_blocks, times_in_blocks
+from gemma_nb.cpu.blocks import takes_blocks, times_in_blocks
 from gemma_nb.nn.linear import Einsum
 
 INNER, OUT = 2048, 48

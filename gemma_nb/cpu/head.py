@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from gemma_nb.nn.storage import quantise, times_rows
-from gemma_nb.sampling.scores import SHORTLIST, Scores
-from gemma_nb.sampling.top_k import top_k
+from gemma_nb.cpu.products import times_rows
+from gemma_nb.cpu.quantise import quantise
+from gemma_nb.cpu.scores import SHORTLIST, Scores
+from gemma_nb.cpu.top_k import top_k
 
 # States that one reading of the rows serves: four take 2.2 times as long as one.
 _TOGETHER = 4
@@ -25,7 +26,7 @@ class Int8Head:
     """The embedding table's rows in int8: half of the bytes that one token has to read.
 
     Attributes:
-      rows: (V, D) int8, see `gemma_nb.nn.storage.quantise`.
+      rows: (V, D) int8, see `gemma_nb.cpu.quantise.quantise`.
       scale: (V,) float32.
       inputs: (D,) float32.
       streams: from how many places the rows are read at once, see `times_rows`.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from gemma_nb.nn.storage import bfloat16_terms, split_bfloat16
+from gemma_nb.cpu.products import bfloat16_terms, split_bfloat16
 from gemma_nb.processor import has_matrix_unit
 
 

@@ -6,18 +6,13 @@ import numpy as np
 import pytest
 
 from gemma_nb.config import Global, LayerSpec, TransformerConfig
+from gemma_nb.cpu.calibration import SAMPLE
+from gemma_nb.cpu.fusion import materialize
+from gemma_nb.cpu.products import IN_STREAMS, bfloat16_terms, product, split_bfloat16
+from gemma_nb.cpu.quantise import quantise, typical
+from gemma_nb.cpu.storage import Columns, FloatRows, Int8Rows, Stored, pack
 from gemma_nb.nn import Transformer
-from gemma_nb.nn.sample import SAMPLE
-from gemma_nb.nn.storage import (
-    IN_STREAMS,
-    Stored,
-    bfloat16_terms,
-    materialize,
-    product,
-    quantise,
-    split_bfloat16,
-    typical,
-)
+from gemma_nb.processor import Streams
 
 OUT, INNER = 96, 160
 
@@ -43,8 +38,8 @@ def error(y, expected):
 @pytest.mark.parametrize("kind", ["rows", "streams", "columns", "wide"])
 def test_float_storages_are_as_exact_as_float32(weight, count, kind):
     x = tokens(count)
-    more = {"streams": 4, "columns": weight.T, "wide": weight.astype(jnp.float32)}
-    stored = Stored(weight, **{name: value for name, value in more.items() if name == kind})
+    several = {"columns": Columns(weight.T), "wide": FloatRows(weight.astype(jnp.float32))}
+    stored = Stored(FloatRows(weight, 4 if kind == "streams" else 1), several.get(kind))
     y = jax.jit(lambda s, x: s(x))(stored, x)
     assert y.dtype == jnp.float32
     plain = error(x @ weight.T.astype(jnp.float32), exact(x, weight))
@@ -54,7 +49,7 @@ def test_float_storages_are_as_exact_as_float32(weight, count, kind):
 def test_bfloat16_activations_stay_bfloat16(weight):
     x = tokens(3).astype(jnp.bfloat16)
     for count in (1, 3):
-        y = jax.jit(lambda s, x: s(x))(Stored(weight, columns=weight.T), x[:count])
+        y = jax.jit(lambda s, x: s(x))(Stored(FloatRows(weight), Columns(weight.T)), x[:count])
         assert y.dtype == jnp.bfloat16
         assert error(y.astype(jnp.float32), exact(x[:count].astype(jnp.float32), weight)) < 2**-8
 
@@ -64,20 +59,20 @@ def test_rounded_activations_are_multiplied_once(weight):
     x = tokens(7)
     short = x.astype(jnp.bfloat16).astype(jnp.float32)
     times = jax.jit(lambda s, x: s(x))
-    y = times(Stored(weight, columns=weight.T, rounded=True), x)
+    y = times(Stored(FloatRows(weight), Columns(weight.T, rounded=True)), x)
     assert y.dtype == jnp.float32
     assert error(y, exact(short, weight)) < 5e-7
     assert 1e-4 < error(y, exact(x, weight)) < 2**-8
-    wide = Stored(weight, wide=weight.astype(jnp.float32), rounded=True)
+    wide = Stored(FloatRows(weight), FloatRows(weight.astype(jnp.float32)))
     assert error(times(wide, x), exact(x, weight)) < 5e-7
-    narrow = Stored(weight, columns=weight.T, rounded=True)
+    narrow = Stored(FloatRows(weight), Columns(weight.T, rounded=True))
     assert error(times(narrow, x[:1]), exact(x[:1], weight)) < 5e-7
 
 
 def test_extreme_activations_are_split_exactly(weight):
     """From subnormal to enormous, and exact zeros."""
     x = tokens(4) * jnp.asarray([1e-38, 1e30, 0.0, 1e-5])[:, None]
-    y = jax.jit(lambda s, x: s(x))(Stored(weight, columns=weight.T), x)
+    y = jax.jit(lambda s, x: s(x))(Stored(FloatRows(weight), Columns(weight.T)), x)
     expected = exact(x, weight)
     for row in (1, 3):
         assert error(y[row], expected[row]) < 5e-7
@@ -115,13 +110,13 @@ def test_what_is_prepared_of_a_model(layers, exact_ones):
     for i in range(layers):
         layer = prepared[f"layer_{i}"]
         assert set(layer["attn"]) == {"qkv", "attn_vec_einsum"}
-        kinds = {stored.rows.dtype for stored in (layer["attn"]["qkv"], layer["mlp"]["linear"])}
+        kinds = {stored.one.rows.dtype for stored in (layer["attn"]["qkv"], layer["mlp"]["linear"])}
         assert kinds == {jnp.dtype(jnp.float32 if i in exact_ones else jnp.int8)}
 
 
 def test_what_is_not_finite_stays_so(weight):
     for bad in (jnp.nan, jnp.inf):
-        y = Stored(weight, columns=weight.T)(tokens(2).at[0, 3].set(bad))
+        y = Stored(FloatRows(weight), Columns(weight.T))(tokens(2).at[0, 3].set(bad))
         assert not np.isfinite(y[0]).any()
         assert np.isfinite(y[1]).all()
 
@@ -129,7 +124,7 @@ def test_what_is_not_finite_stays_so(weight):
 def test_sums_may_be_reassociated_and_nothing_else(weight):
     """What a program is told so that it reads in streams leaves NaN, infinity and functions be."""
     options = IN_STREAMS if jax.default_backend() == "cpu" else None
-    stored, x = Stored(weight, streams=4), tokens(1)
+    stored, x = Stored(FloatRows(weight, streams=4)), tokens(1)
     times = jax.jit(lambda s, x: s(x), compiler_options=options)
     assert error(times(stored, x), exact(x, weight)) < 5e-7
     assert not np.isfinite(times(stored, x.at[0, 3].set(jnp.nan))).any()
@@ -153,7 +148,7 @@ def test_int8_rows(weight, power):
     restored = rows.astype(jnp.float32) * step
     assert (jnp.abs(restored - uneven.astype(jnp.float32)) <= 0.501 * step).all()
     x = tokens(1)
-    y = jax.jit(lambda s, x: s(x))(Stored(rows, scale, inputs), x)
+    y = jax.jit(lambda s, x: s(x))(Stored(Int8Rows(rows, scale, inputs)), x)
     assert error(y, exact(x, restored)) < 1e-6
 
 
@@ -187,7 +182,26 @@ def test_int8_is_chosen_by_what_the_layers_compute():
         gating = params[f"layer_{i}"]["mlp"]["gating_einsum"].reshape(-1, config.embed_dim)
         expected = quantise(gating, 0.5, typical(x[0]))
         found = prepared[f"layer_{i}"]["mlp"]["gating_einsum"]
-        np.testing.assert_allclose(found.inputs, expected[2], rtol=1e-4)
+        np.testing.assert_allclose(found.one.inputs, expected[2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [None, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("int8", [False, True])
+def test_every_storage_stands_for_the_weight(weight, int8, columns):
+    """What is packed says what it is, and materialises to the weight."""
+    plain = Stored(FloatRows(weight), Columns(weight.T), jnp.ones(INNER))
+    options = {"rounded": False, "columns": columns, "streams": Streams()}
+    packed = pack({"w": plain}, int8=int8, **options)["w"]
+    expected = np.asarray(weight, np.float32)
+    np.testing.assert_allclose(packed.one.materialise(), expected, atol=0.05 if int8 else 0)
+    text = "int8 rows for one vector" if int8 else "bfloat16 rows for one vector"
+    if columns == jnp.float32:
+        text += ", float32 rows for several"
+        np.testing.assert_array_equal(packed.several.materialise(), expected)
+    elif columns is not None:
+        text += ", bfloat16 columns for several"
+        np.testing.assert_array_equal(packed.several.materialise(), expected.T)
+    assert packed.describe() == text
 
 
 def test_rows_and_columns_of_zeros_stay_zeros():
@@ -200,7 +214,7 @@ def test_rows_and_columns_of_zeros_stay_zeros():
 def test_products_keep_leading_axes(weight):
     x = tokens(6).reshape(2, 3, INNER)
     assert product(x, weight).shape == (2, 3, OUT)
-    assert Stored(weight, columns=weight.T)(x).shape == (2, 3, OUT)
+    assert Stored(FloatRows(weight), Columns(weight.T))(x).shape == (2, 3, OUT)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int16, jnp.int8])

@@ -6,7 +6,7 @@ import flax
 import jax
 from jaxtyping import Array, Float
 
-from gemma_nb.sampling.top_k import top_k
+from gemma_nb.cpu.top_k import top_k
 
 # How many of the likeliest tokens are known exactly, and in order.
 SHORTLIST = 256

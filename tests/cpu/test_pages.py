@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_nb.sampling.pages import _ranges, adjoining, use_huge_pages
+from gemma_nb.cpu.pages import _ranges, adjoining, use_huge_pages
 
 ARRAYS = [
     np.arange(35, dtype=np.float32).reshape(5, 7),
