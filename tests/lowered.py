@@ -175,8 +175,7 @@ def look_inside(model: Any, tokenizer: Any, *, own: bool = True) -> None:
     ids = tokenizer.encode(text, bos=True)
     model([ids])
     trace = gnb.trace(model, text, tokenizer=tokenizer, sites=())
-    for site in gnb.list_sites(model):
-        trace.get(site.name)
+    gnb.trace(model, text, tokenizer=tokenizer, sites=[s.name for s in gnb.list_sites(model)])
     if not own:
         return
     for part in ({"heads": [1]}, {"positions": [2, 3]}):
