@@ -59,7 +59,7 @@ def test_a_second_start_lowers_nothing(place):
         "jax.config.update('jax_enable_x64', True)",
         "jax.config.update('jax_default_matmul_precision', 'highest')",
         "jax.config.update('jax_disable_most_optimizations', False)",
-        "storage._FEW = 1",
+        "products.FEW = 1",
     ],
 )
 def test_what_would_be_traced_otherwise_is_another_program(place, extra):
@@ -72,7 +72,7 @@ def test_what_would_be_traced_otherwise_is_another_program(place, extra):
 def test_what_somebody_has_put_in_its_place_is_used_and_not_kept(place):
     """A function from a notebook may change without its source being known."""
     run(place)
-    extra = "storage.times_rows = products.product = lambda x, rows, **_: x @ rows.T + 1"
+    extra = "products.times_rows = products.product = lambda x, rows, **_: x @ rows.T + 1"
     assert run(place, extra)[:3] == [[[4.0, 12.0, 20.0]] * 2, EXPECTED[1], 1]
     assert len(programs(place)) == 1
 
