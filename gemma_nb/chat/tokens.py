@@ -18,6 +18,9 @@ from gemma_nb.text.prefix import shared_prefix
 _INTEGERS = ("index", "token_id", "position", "rank", "seed", "fold")
 _FLOATS = ("logprob", "probability", "entropy")
 _ALTERNATIVE_FLOATS = ("alternative_logprob", "alternative_probability")
+# Fields of a record, in its order, and then what makes its other ones.
+_SCALARS = ["index", "token_id", "text", "piece", "position", *_FLOATS, "rank"]
+_SCALARS += ["is_drawn", "seed", "fold", "attention_row"]
 _FULL = 64  # records that become a block of columns
 
 
@@ -44,28 +47,28 @@ def _layout(k: int, wide: bool) -> np.dtype[Any]:
 class _Block:
     """Rows that replies share from one branch to another; they never change."""
 
-    __slots__ = ("_records", "rows")
+    __slots__ = ("_records", "_scalars", "rows")
 
     def __init__(self, rows: np.ndarray) -> None:
         rows.flags.writeable = False
         self.rows = rows
+        self._scalars: np.ndarray | None = None  # without the alternatives
         # A row's record is the same object for as long as anybody holds it.
         self._records: weakref.WeakValueDictionary[int, TokenRecord] | None = None
 
     def record(self, row: int) -> TokenRecord:
         """The record of a row."""
-        if self._records is None:
+        if self._records is None or self._scalars is None:
+            self._scalars = self.rows[_SCALARS]
             self._records = weakref.WeakValueDictionary()
         known = self._records.get(row)
         if known is not None:
             return known
-        values = dict(zip(self.rows.dtype.names or (), self.rows[row].item(), strict=True))
-        fields = ("index", "token_id", "text", "piece", "position", *_FLOATS, "rank")
+        *fields, is_drawn, seed, fold, attention_row = self._scalars[row].item()
         made = TokenRecord(
-            **{name: values[name] for name in fields},
-            alternatives=cast(Any, partial(self._alternatives, row)),
-            key=(values["seed"], values["fold"]) if values["is_drawn"] else None,
-            attention_row=values["attention_row"],
+            *(*fields, cast(Any, partial(self._alternatives, row))),
+            key=(seed, fold) if is_drawn else None,
+            attention_row=attention_row,
         )
         return self._records.setdefault(row, made)
 
