@@ -18,12 +18,15 @@ from gemma_nb.text.prefix import shared_prefix
 _INTEGERS = ("index", "token_id", "position", "rank", "seed", "fold")
 _FLOATS = ("logprob", "probability", "entropy")
 _ALTERNATIVE_FLOATS = ("alternative_logprob", "alternative_probability")
+# Fields of a record, in its order, and then what makes its other ones.
+_SCALARS = ["index", "token_id", "text", "piece", "position", *_FLOATS, "rank"]
+_SCALARS += ["is_drawn", "seed", "fold", "attention_row"]
 _FULL = 64  # records that become a block of columns
 
 
 @functools.cache
 def _layout(k: int, wide: bool) -> np.dtype[Any]:
-    """One row: 263 bytes for ten alternatives.  Texts are references to strings that are shared."""
+    """One row: 265 bytes for ten alternatives.  Texts are references to strings that are shared."""
     integer, real, seed = ("i8", "f8", "i8") if wide else ("i4", "f4", "u4")
     return np.dtype(
         [
@@ -33,7 +36,7 @@ def _layout(k: int, wide: bool) -> np.dtype[Any]:
             ("text", "O"),
             ("piece", "O"),
             ("attention_row", "O"),
-            ("count", "u2"),
+            ("count", "u4"),
             ("alternative_token_id", integer, (k,)),
             ("alternative_text", "O", (k,)),
             *((name, real, (k,)) for name in _ALTERNATIVE_FLOATS),
@@ -44,28 +47,28 @@ def _layout(k: int, wide: bool) -> np.dtype[Any]:
 class _Block:
     """Rows that replies share from one branch to another; they never change."""
 
-    __slots__ = ("_records", "rows")
+    __slots__ = ("_records", "_scalars", "rows")
 
     def __init__(self, rows: np.ndarray) -> None:
         rows.flags.writeable = False
         self.rows = rows
+        self._scalars: np.ndarray | None = None  # without the alternatives
         # A row's record is the same object for as long as anybody holds it.
         self._records: weakref.WeakValueDictionary[int, TokenRecord] | None = None
 
     def record(self, row: int) -> TokenRecord:
         """The record of a row."""
-        if self._records is None:
+        if self._records is None or self._scalars is None:
+            self._scalars = self.rows[_SCALARS]
             self._records = weakref.WeakValueDictionary()
         known = self._records.get(row)
         if known is not None:
             return known
-        values = dict(zip(self.rows.dtype.names or (), self.rows[row].item(), strict=True))
-        fields = ("index", "token_id", "text", "piece", "position", *_FLOATS, "rank")
+        *fields, is_drawn, seed, fold, attention_row = self._scalars[row].item()
         made = TokenRecord(
-            **{name: values[name] for name in fields},
-            alternatives=cast(Any, partial(self._alternatives, row)),
-            key=(values["seed"], values["fold"]) if values["is_drawn"] else None,
-            attention_row=values["attention_row"],
+            *(*fields, cast(Any, partial(self._alternatives, row))),
+            key=(seed, fold) if is_drawn else None,
+            attention_row=attention_row,
         )
         return self._records.setdefault(row, made)
 
@@ -117,7 +120,7 @@ class Tokens(Sequence[TokenRecord]):
         if isinstance(records, Tokens):
             self._parts = records._parts
         elif rows := tuple(records):
-            self._parts = ((_Block(_rows_of(rows)), 0, len(rows)),)
+            self._parts = _parts_of(_columns_of(rows))
 
     @classmethod
     def of_columns(cls, columns: Mapping[str, Any]) -> Tokens:
@@ -129,9 +132,7 @@ class Tokens(Sequence[TokenRecord]):
             "alternative_" before their names, one after the other for all tokens.
         """
         made = cls()
-        if len(columns["count"]):
-            rows = _rows(columns)
-            made._parts = ((_Block(rows), 0, len(rows)),)
+        made._parts = _parts_of(columns)
         return made
 
     # --- a sequence of records ------------------------------------------------------------------
@@ -250,6 +251,11 @@ class Tokens(Sequence[TokenRecord]):
         columns = {name: self.column(f"alternative_{name}") for name in names}
         return AlternativeColumns(**columns, count=self.column("count"))
 
+    def alternative(self, name: str) -> np.ndarray:
+        """One array over the alternatives of all tokens, in a row, as in `of_columns`."""
+        parts = [block.rows[name][start:stop].ravel() for block, start, stop in self._parts]
+        return np.concatenate([np.zeros(0, _layout(0, False)[name].base), *parts])
+
     def column(self, name: str) -> np.ndarray:
         """One array over all tokens, by the name that it has in `of_columns`."""
         parts = [block.rows[name][start:stop] for block, start, stop in self._parts]
@@ -260,7 +266,9 @@ class Tokens(Sequence[TokenRecord]):
         if parts[0].ndim == 2:
             width = max(part.shape[1] for part in parts)
             parts = [_widened(part, width) for part in parts]
-        return np.concatenate(parts)
+        joined = np.concatenate(parts)
+        joined.flags.writeable = False
+        return joined
 
 
 class GrowingTokens:
@@ -292,8 +300,8 @@ class GrowingTokens:
         self._state = tokens[:-1], [record]
 
 
-def _rows_of(records: Sequence[TokenRecord]) -> np.ndarray:
-    """The rows of records."""
+def _columns_of(records: Sequence[TokenRecord]) -> dict[str, Any]:
+    """The columns of records, as `Tokens.of_columns` takes them."""
     names = ("index", "token_id", "text", "piece", "position", *_FLOATS, "rank", "attention_row")
     columns: dict[str, Any] = {name: [getattr(r, name) for r in records] for name in names}
     keys = [record.key for record in records]
@@ -305,29 +313,37 @@ def _rows_of(records: Sequence[TokenRecord]) -> np.ndarray:
     flat = list(itertools.chain.from_iterable(each))
     for name in ("token_id", "text", "logprob", "probability"):
         columns[f"alternative_{name}"] = [getattr(other, name) for other in flat]
-    return _rows(columns)
+    return columns
 
 
-def _rows(columns: Mapping[str, Any]) -> np.ndarray:
+def _parts_of(columns: Mapping[str, Any]) -> tuple[tuple[_Block, int, int], ...]:
+    """Blocks of rows with as many alternatives each: no row takes room for another one's."""
+    parts, row, other = [], 0, 0
+    for k, group in itertools.groupby(columns["count"]):
+        n = sum(1 for _ in group)
+        rows, others = slice(row, row + n), slice(other, other + n * k)
+        part = {
+            name: values[others if name.startswith("alternative_") else rows]
+            for name, values in columns.items()
+        }
+        parts.append((_Block(_rows(part, n, k)), 0, n))
+        row, other = rows.stop, others.stop
+    return tuple(parts)
+
+
+def _rows(columns: Mapping[str, Any], n: int, k: int) -> np.ndarray:
     """Rows of columns, as narrow as they can be without a loss."""
-    integers = {n: np.asarray(columns[n], np.int64) for n in (*_INTEGERS, "alternative_token_id")}
-    floats = {n: np.asarray(columns[n], np.float64) for n in (*_FLOATS, *_ALTERNATIVE_FLOATS)}
-    count = np.asarray(columns["count"])
-    k = int(count.max())
-    narrow = _layout(0, False)
-    numbers = {**integers, **floats}
+    integers = {m: np.asarray(columns[m], np.int64) for m in (*_INTEGERS, "alternative_token_id")}
+    floats = {m: np.asarray(columns[m], np.float64) for m in (*_FLOATS, *_ALTERNATIVE_FLOATS)}
+    numbers, narrow = {**integers, **floats}, _layout(0, False)
     wide = not all(_fits(values, narrow[name].base) for name, values in numbers.items())
-    rows = np.zeros(len(count), _layout(k, wide))
-    given = np.arange(k) < count[:, None]
-    fill = {"alternative_token_id": -1, "alternative_text": ""}
+    rows = np.zeros(n, _layout(k, wide))
     for name in rows.dtype.names or ():
         is_object = rows.dtype[name].base.hasobject
-        values = _objects(columns[name]) if is_object else numbers.get(name, columns[name])
-        if name.startswith("alternative_"):
-            rows[name] = fill.get(name, np.nan)
-            rows[name][given] = values
-        else:
-            rows[name] = values
+        values = (
+            _objects(columns[name]) if is_object else np.asarray(numbers.get(name, columns[name]))
+        )
+        rows[name] = values.reshape(rows[name].shape)
     return rows
 
 

@@ -21,14 +21,13 @@ _UNSAVED = "attention_row"
 def write_tokens(tokens: Tokens, tables: Tables, name: str) -> Columns:
     """Columns of a reply's tokens, under `name`."""
     count = tokens.column("count")
-    given = np.arange(count.max(initial=0)) < count[:, None]
     drawn = tokens.column("is_drawn")
     columns: Columns = {}
     for field, hint in hints(TokenRecord).items():
         if field == "alternatives":
             columns[f"{name}.{field}.count"] = integers(count)
             for part, kind in hints(Alternative).items():
-                values = tokens.column(f"alternative_{part}")[given]
+                values = tokens.alternative(f"alternative_{part}")
                 columns[f"{name}.{field}.{part}"] = _column(values, kind, tables)
         elif field == "key":
             columns[f"{name}.{field}.present"] = drawn.astype(np.uint8)

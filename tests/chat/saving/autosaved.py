@@ -1,6 +1,9 @@
 """Checks of files that a session saves while it goes on."""
 
+import gemma_nb as gnb
 from gemma_nb.chat.saving import reader
+
+SAMPLING = gnb.Sampling(seed=1, max_new_tokens=8)
 
 
 def flush(chat):

@@ -4,8 +4,7 @@ import pytest
 
 import gemma_nb as gnb
 from gemma_nb.chat.saving.autosave import Autosave
-
-SAMPLING = gnb.Sampling(seed=1, max_new_tokens=8)
+from tests.chat.saving.autosaved import SAMPLING
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import gemma_nb as gnb
 from gemma_nb.chat.saving import archive, autosave, journal, reader
 from gemma_nb.errors import ConversationError, ConversationWarning
 from gemma_nb.text.tokenizer import Tokenizer
-from tests.chat.saving.autosaved import assert_saved, flush
+from tests.chat.saving.autosaved import SAMPLING, assert_saved, flush
 from tests.chat.saving.autosaving import model_for
 
 REPO = Path(__file__).parents[3]

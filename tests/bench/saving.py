@@ -1,4 +1,4 @@
-"""What it costs to keep a conversation of 1,000 turns: `python -m tests.bench.keeping`.
+"""Cost of saving a conversation of 1,000 turns: `python -m tests.bench.saving`.
 
 Processor time, of all threads; the disk is left out.  The conversation is made up: 500 messages,
 and replies of 100 tokens with ten alternatives each, of random numbers, which is what evidence
