@@ -81,8 +81,8 @@ class CachedJit:
         if not self._is_stored or folder() is None:
             return self.jitted
         leaves, structure = jax.tree.flatten(args)
-        shapes, current = _quick_shapes(leaves), settings()
-        for call in self._recent:
+        shapes, current, recent = _quick_shapes(leaves), settings(), self._recent
+        for call in recent:
             if call.shapes == shapes and call.structure == structure and call.settings == current:
                 break
         else:
@@ -90,8 +90,9 @@ class CachedJit:
             if found is None:
                 return self.jitted
             call = _Call(structure, shapes, current, found)
-        if not self._recent or call is not self._recent[0]:
-            others = [other for other in self._recent if other is not call]
+        if not recent or call is not recent[0]:
+            # A new list, since other threads may go through this one.
+            others = [other for other in recent if other is not call]
             self._recent = [call, *others[: _RECENT - 1]]
         return call.program
 
@@ -128,20 +129,20 @@ class CachedJit:
         return found
 
     def _obtain(self, args: tuple[Any, ...]) -> Any:
-        place, name = generation(), program_name(self._static, args)
-        if place is None or name is None or disabled():
+        path, name = generation(), program_name(self._static, args)
+        if path is None or name is None or disabled():
             return self.jitted
-        place /= name
-        loaded = prefetched(name) or load(place)
+        path /= name
+        loaded = prefetched(name) or load(path)
         if loaded is not None:
             note()
-            return _FirstRun(loaded, place)
-        if is_refused(place):
+            return _FirstRun(loaded, path)
+        if is_refused(path):
             return self.jitted
         with aside():
             compiled = self._renamed().lower(*args).compile()
         # At once: what has been run cannot always be written any more.
-        save(place, compiled)
+        save(path, compiled)
         return compiled
 
     def _renamed(self) -> Any:
@@ -186,20 +187,20 @@ class _FirstRun:
     Compiled for another processor it loads, and ends the process when it runs.
     """
 
-    def __init__(self, program: Any, place: Path) -> None:
+    def __init__(self, program: Any, path: Path) -> None:
         self._program = program
-        self._place: Path | None = place
+        self._path: Path | None = path
 
     def __call__(self, *args: Any) -> Any:
-        place = self._place
-        if place is None:
+        path = self._path
+        if path is None:
             return self._program(*args)
-        self._place = None
+        self._path = None
         trials: contextlib.ExitStack | None = getattr(_together, "trials", None)
         if trials is None:
-            with trial(place):
+            with trial(path):
                 return jax.block_until_ready(self._program(*args))
-        trials.enter_context(trial(place))
+        trials.enter_context(trial(path))
         results = self._program(*args)
         # Weakly: what the block has read and lets go of must not stay in memory.
         _together.results += map(weakref.ref, jax.tree.leaves(results))

@@ -93,18 +93,18 @@ def _generation(programs: Path) -> Path | None:
     digest = hashlib.sha256("\n".join(said).encode())
     for file in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(file.relative_to(PACKAGE)).encode() + b"\0" + file.read_bytes())
-    place = programs / digest.hexdigest()
-    trust.warn_of(place, cache_dir())
+    path = programs / digest.hexdigest()
+    trust.warn_of(path, cache_dir())
     try:
-        cache.make(place)
-        os.utime(place)
-        cache.remove_leftovers(place)
-        _give_up_on_what_crashed(place)
+        cache.make(path)
+        os.utime(path)
+        cache.remove_leftovers(path)
+        _give_up_on_what_crashed(path)
     except OSError:
         _log.info("%s cannot be written to; nothing new is kept there", programs, exc_info=True)
-        return place if place.is_dir() else None
+        return path if path.is_dir() else None
     _drop_old_generations(programs)
-    return place
+    return path
 
 
 def _drop_old_generations(programs: Path) -> None:
@@ -122,24 +122,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def save(place: Path, made: jax.stages.Compiled) -> None:
+def save(path: Path, compiled: jax.stages.Compiled) -> None:
     """Write a program; that takes a twentieth of the time that it was compiled in."""
-    if place.exists() and trust.distrust(place.parent, cache_dir()):
+    if path.exists() and trust.distrust(path.parent, cache_dir()):
         return  # somebody else's, which is not read either
     try:
-        payload, *trees = serialize_executable.serialize(made)
+        payload, *trees = serialize_executable.serialize(compiled)
         # Of a tree's structure only an example can be pickled.
         examples = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in trees]
         data = zlib.compress(pickle.dumps((payload, *examples)), 1)
-        with cache.temporary(place) as file:
+        with cache.temporary(path) as file:
             file.write(data)
-        _within_limit.add(place.parents[1], len(data))
+        _within_limit.add(path.parents[1], len(data))
     except OSError:
-        _log.info("%s cannot be written", place, exc_info=True)
+        _log.info("%s cannot be written", path, exc_info=True)
     except Exception:  # whatever it is: the program runs, and from now on JAX's cache does for it
-        _log.info("%s cannot be kept", place, exc_info=True)
+        _log.info("%s cannot be kept", path, exc_info=True)
         with contextlib.suppress(OSError):
-            _refused(place).touch()
+            _refused(path).touch()
 
 
 class _Limit:
@@ -160,53 +160,53 @@ class _Limit:
 _within_limit = _Limit()
 
 
-def is_refused(place: Path) -> bool:
+def is_refused(path: Path) -> bool:
     """True where a program could not be kept, or crashed, not long ago."""
     try:
-        return time.time() - _refused(place).stat().st_mtime < _REFUSED_SECONDS
+        return time.time() - _refused(path).stat().st_mtime < _REFUSED_SECONDS
     except OSError:
         return False
 
 
-def _refused(place: Path) -> Path:
-    return place.with_name(f"{place.name}.refused")
+def _refused(path: Path) -> Path:
+    return path.with_name(f"{path.name}.refused")
 
 
-def load(place: Path) -> jax.stages.Compiled | None:
+def load(path: Path) -> jax.stages.Compiled | None:
     """A program from its file; None where there is no such file, or not a good one.
 
     Nothing is read of a file that others can have written.
     """
-    if trust.distrust(place.parent, cache_dir()) or is_refused(place):
+    if trust.distrust(path.parent, cache_dir()) or is_refused(path):
         return None
     try:
-        data = trust.read(place)
+        data = trust.read(path)
         with contextlib.suppress(OSError):
-            os.utime(place)  # what is not used any more goes first
-        with trial(place):
+            os.utime(path)  # what is not used any more goes first
+        with trial(path):
             payload, *examples = pickle.loads(zlib.decompress(data))
             trees = map(jax.tree.structure, examples)
             return serialize_executable.deserialize_and_load(payload, *trees)
     except FileNotFoundError:
         return None
     except Exception:  # whatever is wrong with it: a new one takes its place
-        _log.info("%s cannot be loaded; it is compiled anew", place, exc_info=True)
+        _log.info("%s cannot be loaded; it is compiled anew", path, exc_info=True)
         return None
 
 
 @contextlib.contextmanager
-def trial(place: Path) -> Iterator[None]:
+def trial(path: Path) -> Iterator[None]:
     """While the block runs, a locked file says that it may not survive a program."""
-    marker = place.with_name(f"{place.name}.{secrets.token_hex(4)}{_TRIED}")
+    marker = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TRIED}")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # of a folder that is only read
             stack.enter_context(cache.held(marker))
         yield
 
 
-def _give_up_on_what_crashed(place: Path) -> None:
+def _give_up_on_what_crashed(path: Path) -> None:
     """Remove programs that a process died with, and note that they are not stored again."""
-    for marker in place.glob(f"*{_TRIED}"):
+    for marker in path.glob(f"*{_TRIED}"):
         if cache.is_locked(marker):
             continue
         program = marker.with_name(marker.name.removesuffix(_TRIED).rpartition(".")[0])

@@ -30,11 +30,11 @@ class _Start:
         self._loading: dict[str, Future[jax.stages.Compiled | None]] = {}
 
     def begin(self, what: str) -> None:
-        place = generation()
-        if place is None:
+        folder = generation()
+        if folder is None:
             return
         with self._lock:
-            self._index = place / f"start-{hashlib.sha256(what.encode()).hexdigest()}.json"
+            self._index = folder / f"start-{hashlib.sha256(what.encode()).hexdigest()}.json"
             self._names, self._before = [], []
             with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
                 names = map(str, json.loads(self._index.read_text(encoding="utf-8")))
@@ -43,7 +43,7 @@ class _Start:
                 traced_modules()  # what is unpickled; not to be imported on two threads at once
                 pool = ThreadPoolExecutor(1, "gemma-nb-load")
                 for name in self._before:
-                    self._loading[name] = pool.submit(load, place / name)
+                    self._loading[name] = pool.submit(load, folder / name)
                 pool.shutdown(wait=False)
 
     def take(self, name: str) -> jax.stages.Compiled | None:

@@ -49,6 +49,9 @@ class Batch:
     fed, in products of matrices, and takes little longer than a single stream's.  What it pays for
     that is that a token's scores are computed over the others' tokens, too, and masked.
 
+    A loop of its own beside the decoder's, which feeds a token that never left the device, one
+    step ahead: here any stream may end after each token, and the tokens come from the host.
+
     The same seed draws in each stream what it draws in a `Decoder`, whose logits differ in the
     last bits of float32.
 
@@ -140,17 +143,14 @@ class Batch:
         """
         self._decoder.settle()
         width = self._seen.shape[0]
-        given = [(self.ids[i], i) for i in tokens]
-        fed = [(token, len(ids), i) for token, (ids, i) in zip(tokens.values(), given, strict=True)]
+        fed = [(token, len(self.ids[i]), i) for i, token in tokens.items()]
         rows = self._feed(fed, width, live=list(tokens))
         hidden = np.zeros((width, rows.shape[1]), np.float32)
-        for place, i in enumerate(tokens):
-            hidden[i] = rows[place]
+        for row, i in enumerate(tokens):
+            hidden[i] = rows[row]
             self.ids[i].append(tokens[i])
         chosen = self._choose(hidden, list(tokens))
         return dict(zip(tokens, chosen, strict=True))
-
-    # --- inside ---------------------------------------------------------------------------------
 
     def _share(
         self, common: list[int], sampling: Sampling, own: int, between: Between | None
@@ -186,9 +186,9 @@ class Batch:
     def _feed_rest(self, done: int, width: int, between: Between | None) -> np.ndarray | None:
         """Feed what the streams do not share; (width, D) states behind their next tokens."""
         rest = [
-            (token, done + place, i)
+            (token, done + offset, i)
             for i, ids in enumerate(self.ids)
-            for place, token in enumerate(ids[done:])
+            for offset, token in enumerate(ids[done:])
         ]
         last = {(i, len(ids) - 1) for i, ids in enumerate(self.ids)}
         hidden = np.zeros((width, self._transformer.config.embed_dim), np.float32)
@@ -207,17 +207,17 @@ class Batch:
         return hidden
 
     def _feed(
-        self, given: Sequence[tuple[int, int, int]], size: int, live: Sequence[int]
+        self, triples: Sequence[tuple[int, int, int]], size: int, live: Sequence[int]
     ) -> np.ndarray:
         """Feed (token, position, stream) triples as `size` tokens; (size, D) final states."""
-        self._make_room(len(given), live)
+        self._make_room(len(triples), live)
         tokens = np.zeros((1, size), np.int32)
         positions = np.full((1, size), EMPTY, np.int32)
         owners = np.full(size, NOBODYS, np.int32)
-        count = len(given)
-        tokens[0, :count], positions[0, :count], owners[:count] = zip(*given, strict=True)
-        place = slice(self._end, self._end + count)
-        self._positions[place], self._owners[place] = positions[0, :count], owners[:count]
+        count = len(triples)
+        tokens[0, :count], positions[0, :count], owners[:count] = zip(*triples, strict=True)
+        slots = slice(self._end, self._end + count)
+        self._positions[slots], self._owners[slots] = positions[0, :count], owners[:count]
         self._end += count
         self._cache, hidden = self._feed_step(
             self._leaves,
@@ -246,17 +246,17 @@ class Batch:
         if self._end + count <= len(self._owners):
             return
         assert self._cache is not None
-        kept = np.flatnonzero(np.isin(self._owners[: self._end], [EVERYBODYS, *live]))
+        stays = np.flatnonzero(np.isin(self._owners[: self._end], [EVERYBODYS, *live]))
         # Half of it free, or room would soon be wanted again.
-        size = _slots_for(2 * (len(kept) + count))
+        size = _slots_for(2 * (len(stays) + count))
         slots = np.zeros(size, np.int32)
-        slots[: len(kept)] = kept
+        slots[: len(stays)] = stays
         positions, owners = np.full((2, size), EMPTY, np.int32)
         owners[:] = NOBODYS
-        positions[: len(kept)] = self._positions[kept]
-        owners[: len(kept)] = self._owners[kept]
-        self._cache = gather(self._cache, slots, positions, np.int32(len(kept)))
-        self._positions, self._owners, self._end = positions, owners, len(kept)
+        positions[: len(stays)] = self._positions[stays]
+        owners[: len(stays)] = self._owners[stays]
+        self._cache = gather(self._cache, slots, positions, np.int32(len(stays)))
+        self._positions, self._owners, self._end = positions, owners, len(stays)
 
 
 def _prefix(a: list[int], b: list[int]) -> list[int]:

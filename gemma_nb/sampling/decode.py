@@ -265,17 +265,17 @@ class Decoder:
         """
         self._whole.check()
         shared = shared_prefix(self.ids, ids)
-        kept = self._residuals.first(shared)
-        if 0 < kept.length == len(self.ids) == len(ids) - 1 and not self.full:
+        stored = self._residuals.first(shared)
+        if 0 < stored.length == len(self.ids) == len(ids) - 1 and not self.full:
             assert self._controls is not None
             token = np.array([ids[-1:]], np.int32)
             with self._whole.change():
                 self._rewind_to(shared)  # a step ahead may stand there
                 self._ahead = self._feed_one(token, shared, self._controls)
                 self._residuals.write(shared, jax.device_get(self._ahead.residuals), 1)
-                kept = self._residuals.first(len(ids))
+                stored = self._residuals.first(len(ids))
                 self._rewind_to(shared)
-        return kept
+        return stored
 
     @pinned
     def compile(self, progress: Callable[[float], None] | None = None) -> None:
@@ -358,8 +358,8 @@ class Decoder:
         self._next = None if evidence is None else int(evidence.token)
         if evidence is not None and attention is not None:
             assert self._rows is not None
-            kept = self._rows.keep(attention, self.ids, start, self.interventions)
-            evidence = evidence.replace(attention=kept)  # type: ignore[attr-defined]
+            row = self._rows.keep(attention, self.ids, start, self.interventions)
+            evidence = evidence.replace(attention=row)  # type: ignore[attr-defined]
         assert self._cache is not None
         self._ahead_compiler.note_fed(len(fed), len(self.ids), self._cache.size, *self._settings)
         return evidence

@@ -93,8 +93,8 @@ def suffices(scores: Scores, controls: Controls) -> Bool[Array, ""]:
 
 def may_suffice(sampling: Sampling) -> bool:
     """True where a shortlist may hold all that may be drawn: as far as the settings tell."""
-    kept = 1 if sampling.temperature == 0 else int(sampling.top_k or 0)
-    return sampling.repetition_penalty in (None, 1) and 0 < kept <= SHORTLIST
+    most = 1 if sampling.temperature == 0 else int(sampling.top_k or 0)
+    return sampling.repetition_penalty in (None, 1) and 0 < most <= SHORTLIST
 
 
 def invert(w: Float[Array, " n"], target: Float[Array, ""]) -> tuple[jax.Array, jax.Array]:
@@ -120,9 +120,9 @@ def draw(dist: Distribution, controls: Controls, uniform: Float[Array, ""]) -> I
     By inversion of the cumulative distribution.
     """
     greedy = controls.temperature == 0
-    if dist.kept is not None:
+    if dist.shortlist_weights is not None:
         assert dist.likeliest is not None
-        found, _ = invert(dist.kept, uniform * dist.total)
+        found, _ = invert(dist.shortlist_weights, uniform * dist.total)
         return jnp.where(greedy, dist.likeliest, found)
 
     def drawn() -> jax.Array:

@@ -123,7 +123,8 @@ class Distribution:
       shift: () float32.
       total: () float32.
       likeliest: () int32, of a shortlist: index of the largest score.
-      kept: (n,) float32, of a shortlist: its `weights`; those of a vocabulary may not be needed.
+      shortlist_weights: (n,) float32, of a shortlist: its `weights`; those of a vocabulary may
+        not be needed.
     """
 
     scores: jax.Array
@@ -131,13 +132,15 @@ class Distribution:
     shift: jax.Array
     total: jax.Array
     likeliest: jax.Array | None = None
-    kept: jax.Array | None = None
+    shortlist_weights: jax.Array | None = None
 
     __repr__ = summary
 
     def weights(self) -> Float[Array, " n"]:
         """Probabilities of all entries, times `total`."""
-        return self._weights_of(self.scores) if self.kept is None else self.kept
+        if self.shortlist_weights is not None:
+            return self.shortlist_weights
+        return self._weights_of(self.scores)
 
     def probabilities(self) -> Float[Array, " n"]:
         """Probability of drawing each entry."""
@@ -191,8 +194,8 @@ def shortlist_distribution(
     weights = jnp.where(within, jnp.exp(scores - top), 0.0)
     threshold = _nucleus_threshold(scores, within, first, weights / weights.sum(), controls.top_p)
     threshold = _raised_to_min_p(threshold, top, controls)
-    kept = _exponentials(scores, threshold, top)
-    return Distribution(scores, threshold, top, kept.sum(), first, kept)
+    weights = _exponentials(scores, threshold, top)
+    return Distribution(scores, threshold, top, weights.sum(), first, weights)
 
 
 def _exponentials(scores: jax.Array, threshold: jax.Array, shift: jax.Array) -> jax.Array:

@@ -68,8 +68,8 @@ def compile_inspection(
     if size:
         rows = jax.ShapeDtypeStruct(cache.ring_rows(size), np.float32)
         positions = jax.ShapeDtypeStruct((size,), np.int32)
-    given = (rows, positions, np.int32(0), np.int32(0), interventions)
-    program.compile(leaves, cache, *given)
+    inputs = (rows, positions, np.int32(0), np.int32(0), interventions)
+    program.compile(leaves, cache, *inputs)
 
 
 def _inspect(
@@ -141,8 +141,8 @@ def inspect_position(
     if size:
         ring_positions = newest(size, position)
         rows = archive.rows(ring_positions)
-    given = (rows, ring_positions, np.int32(token), np.int32(position), interventions)
-    near, far, residual, final = jax.device_get(compiled(leaves, cache, *given))
+    inputs = (rows, ring_positions, np.int32(token), np.int32(position), interventions)
+    near, far, residual, final = jax.device_get(compiled(leaves, cache, *inputs))
     if near is not None:
         near = in_order(near, size, position, position)
     attention = together(near, far, cache.rings, position)

@@ -36,7 +36,7 @@ class StepOutput:
       kv_rows: the new tokens' keys and values on the layers whose cache is a ring,
         (layers, 2, T, K*H) float32; None where there are none.
       attention: see `feed.sown_attention`, in float16; None where no layers were asked for.
-      residuals: see `residuals.sown_residuals`; None where they are not kept.
+      residuals: see `residuals.sown_residuals`; None where they are not captured.
     """
 
     token: jax.Array | None
@@ -81,7 +81,7 @@ class StepProgram:
 
         Args:
           transformer: the module.
-          weights: what it is given.
+          weights: those of the module.
           top_k: number of alternatives.
           captured: what comes with the tokens.
         """
@@ -101,7 +101,7 @@ class StepProgram:
     def layerwise_prefill(
         cls,
         transformer: Transformer,
-        parts: tuple[Part, tuple[Part, ...]],
+        weights: tuple[Part, tuple[Part, ...]],
         top_k: int,
         captured: Captured,
         *,
@@ -111,13 +111,13 @@ class StepProgram:
 
         Args:
           transformer: the module.
-          parts: the weights of the ends, and of each layer.
+          weights: those of the ends, and of each layer.
           top_k: number of alternatives.
           captured: what comes with the tokens.
-          first: the cache that it is given is empty, so the tokens attend to each other alone (with
-            Gemma 3 270M 16, 64 and 256 tokens take 0.90, 0.97 and 0.83 of the time).
+          first: the cache is empty, so the tokens attend to each other alone (with Gemma 3 270M,
+            16, 64 and 256 tokens take 0.90, 0.97 and 0.83 of the time).
         """
-        ends, layers = parts
+        ends, layers = weights
         structures = tuple(part.structure for part in layers)
         feed = compiled_layerwise(transformer, ends.structure, structures, captured, first)
         return cls(feed, *_choices(transformer, ends.structure, top_k), ends, layers)
@@ -142,8 +142,8 @@ class StepProgram:
         Returns:
           The cache and the tokens seen, in place of those that were given away, and the output.
         """
-        given = (cache, seen, tokens, positions, np.int32(last), interventions)
-        args = (self._weights, *given)
+        inputs = (cache, seen, tokens, positions, np.int32(last), interventions)
+        args = (self._weights, *inputs)
         if self.choose is None:
             cache, seen, (token, words), *captured = self.feed(*args, controls)
         else:
@@ -163,19 +163,19 @@ class StepProgram:
     ) -> None:
         """Compile it for so many tokens at once, from shapes; nothing is allocated or run."""
         tokens = positions = np.zeros((1, length), np.int32)
-        given = (cache, seen, tokens, positions, np.int32(0), interventions)
+        inputs = (cache, seen, tokens, positions, np.int32(0), interventions)
         more = (controls,) if self.choose is None else ()
-        self.feed.compile(self._weights, *given, *more)
+        self.feed.compile(self._weights, *inputs, *more)
 
-    def _choice(self, given: tuple[Any, ...], short: bool) -> tuple[jax.Array, jax.Array]:
+    def _choice(self, inputs: tuple[Any, ...], short: bool) -> tuple[jax.Array, jax.Array]:
         assert self.choose is not None
         assert self.choose_short is not None
         if short:
-            token, words, enough = self.choose_short(*given)
+            token, words, enough = self.choose_short(*inputs)
             # Whoever feeds several tokens waits for the choice anyway.
             if enough:
                 return token, words
-        return cast(tuple[jax.Array, jax.Array], self.choose(*given))
+        return cast(tuple[jax.Array, jax.Array], self.choose(*inputs))
 
     def compile_choice(
         self,
@@ -230,8 +230,8 @@ def _compiled_step(
 
     def step(leaves: Sequence[jax.Array], *args: Any) -> Any:
         own = jax.tree.unflatten(weights, leaves)
-        *given, controls = args
-        cache, seen, state, *shown = feed(transformer, own, *given, captured=captured)
+        *inputs, controls = args
+        cache, seen, state, *shown = feed(transformer, own, *inputs, captured=captured)
         chosen = _choose(transformer, own, seen, state, controls, top_k=top_k)
         return cache, seen, chosen, *shown
 
