@@ -16,7 +16,7 @@ from gemma_nb import presets
 from gemma_nb.checkpoints.infer import from_json, to_json
 from gemma_nb.checkpoints.layout import leaves
 from gemma_nb.config import Global, LayerSpec, Sliding, TransformerConfig, interleave
-from gemma_nb.interventions.base import shape_of
+from gemma_nb.interventions.checks import shape_of
 from gemma_nb.sampling.cache import ring_layers
 from gemma_nb.sampling.decode import Decoder
 from gemma_nb.sampling.settings import Sampling

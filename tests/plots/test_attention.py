@@ -159,7 +159,7 @@ def test_turns_are_told_by_strips_of_their_colour(sixty):
 
 
 def test_ranges_rows_and_scales(sixty):
-    figure = gnb.plots.attention(sixty, 2, 0, start=5, stop=15, scale="sqrt", highlight=9, top=0.5)
+    figure = gnb.plots.attention(sixty, 2, 0, start=5, stop=15, scale="sqrt", highlight=9, vmax=0.5)
     axes = figure.axes[0]
     assert axes.get_xlim() == (4.5, 14.5)
     assert axes.get_ylim() == (14.5, 4.5)
@@ -176,8 +176,8 @@ def test_draws_where_it_is_told(sixty):
     figure = Figure(layout="constrained", figsize=(7, 3))
     left, right = figure.subplots(1, 2)
     size = tuple(figure.get_size_inches())
-    assert gnb.plots.attention(sixty, 0, 0, ax=left) is figure
-    assert gnb.plots.attention_lines(sixty, 0, 0, ax=right) is figure
+    assert gnb.plots.attention(sixty, 0, 0, ax=left) is left
+    assert gnb.plots.attention_lines(sixty, 0, 0, ax=right) is right
     assert tuple(figure.get_size_inches()) == size
     # No room for sixty labels: positions instead.
     assert [t.get_text() for t in left.get_yticklabels()][:2] == ["0", "10"]

@@ -101,8 +101,8 @@ def test_far_values_share_a_colour_and_the_bar_says_so():
     for kwargs, range_, end in (
         ({"value": "kl"}, (0, 25), "max"),
         ({"watch": 9}, (-25, 0), "min"),
-        ({"watch": 9, "top": 50.0}, (-50, 0), "min"),
-        ({"value": "kl", "top": 500.0}, (0, 500), "neither"),
+        ({"watch": 9, "vmin": -50.0}, (-50, 0), "min"),
+        ({"value": "kl", "vmax": 500.0}, (0, 500), "neither"),
         ({"value": "entropy"}, (0, float(lens.entropy.max())), "neither"),
     ):
         axes = P.logit_lens(lens, **kwargs).axes[0]

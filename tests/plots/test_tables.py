@@ -84,7 +84,7 @@ def test_interventions_are_told(plot):
 def test_plots_draw_where_they_are_told(plot, data):
     figure = Figure(layout="constrained", figsize=(7, 3))
     axes = figure.subplots(1, 2)[1]
-    assert plot(data, ax=axes) is figure
+    assert plot(data, ax=axes) is axes
     assert tuple(figure.get_size_inches()) == (7, 3)
     assert len(figure.axes) == 2
     save(figure)

@@ -68,7 +68,7 @@ def test_strips_of_signed_numbers_have_zero_in_the_middle():
     axes = P.token_strip(values).axes[0]
     mesh = bar_of(axes)
     assert mesh.norm.vmin == -mesh.norm.vmax == -float(np.abs(values).max())
-    positive = P.token_strip(abs(values), top=2.0).axes[0]
+    positive = P.token_strip(abs(values), vmax=2.0).axes[0]
     mesh = bar_of(positive)
     assert (mesh.norm.vmin, mesh.norm.vmax) == (0, 2)
     with pytest.raises(ValueError, match="one number per token"):
@@ -92,7 +92,7 @@ def test_ticks_of_small_numbers_do_not_touch():
 def test_strips_wrap_inside_their_axes():
     figure = Figure(figsize=(4, 3))
     axes = figure.subplots()
-    assert P.token_probabilities(make.make_turn(60), ax=axes) is figure
+    assert P.token_probabilities(make.make_turn(60), ax=axes) is axes
     left, right = axes.get_xlim()
     for text in axes.texts:
         assert left <= text.get_position()[0] <= right
