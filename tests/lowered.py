@@ -94,7 +94,8 @@ def _shape(x: Any) -> Any:
             x.shape, x.dtype, sharding=spread, weak_type=getattr(x, "weak_type", False)
         )
     if isinstance(x, np.ndarray | np.generic):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        # Of 64 bits it is taken as one of 32, as when it is given.
+        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
     return x
 
 
