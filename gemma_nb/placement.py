@@ -194,7 +194,7 @@ def cache_shardings(
 
 
 def stream_shardings(config: TransformerConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
-    """Of each layer's (S, K*H) matrices in `gemma_nb.sampling.cache.StreamCache`."""
+    """Shardings of each layer's (S, K*H) matrices in `gemma_nb.sampling.cache.StreamCache`."""
     name = _mesh_axis("K", mesh)
 
     def layer(sizes: Mapping[str, int]) -> NamedSharding:

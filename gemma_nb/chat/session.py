@@ -243,7 +243,7 @@ class ChatSession:
 
     @property
     def system(self) -> str | None:
-        """What the model is told before the conversation; a change holds from the next reply on."""
+        """Text told to the model before the conversation; a change holds from the next reply on."""
         return self._core.settings.system
 
     @system.setter
@@ -252,7 +252,7 @@ class ChatSession:
 
     @property
     def when_full(self) -> WhenFull:
-        """What happens when the context is full; a change holds from the next reply on."""
+        """Policy for a full context; a change holds from the next reply on."""
         return self._core.settings.when_full
 
     @when_full.setter

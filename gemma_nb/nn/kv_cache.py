@@ -51,7 +51,7 @@ class GrowingCache:
         return self.positions.shape[1]
 
     def append(self, new: LayerCache) -> tuple[LayerCache, GrowingCache]:
-        """What new tokens attend to, and the cache with their keys, values and positions.
+        """Keys and values that new tokens attend to, and the cache with those of the new ones.
 
         Args:
           new: k and v (B, T, K, H), positions (B, T).
@@ -101,7 +101,7 @@ class GrowingCache:
         return start, start - end + jnp.arange(count, dtype=jnp.int32)
 
     def _seen(self, new: LayerCache, written: LayerCache) -> LayerCache:
-        """What several new tokens attend to."""
+        """Keys and values that several new tokens attend to."""
         del new
         return in_rows(written)
 

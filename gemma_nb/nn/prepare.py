@@ -47,7 +47,7 @@ def prepare(
 
 @functools.cache
 def _compiled_sample(transformer: Any) -> CachedJit:
-    """What the first layer takes of the sample, its positions, and rotations by kind of layer."""
+    """The first layer's carry of the sample, its positions, and rotations by kind of layer."""
 
     def sample(params: Params) -> Any:
         tokens = jnp.array([SAMPLE], jnp.int32) % transformer.config.num_embed
