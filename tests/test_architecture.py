@@ -113,3 +113,20 @@ def test_what_is_new_has_a_place():
     places = {row[0] for row in rows(section("## Where something new goes"))}
     assert {"a family of models", "a capture site", "a panel"} <= places
     assert {"a format of checkpoints", "an intervention"} <= places
+
+
+def test_the_table_of_the_processor_names_what_is_there():
+    table = rows((PACKAGE / "cpu" / "README.md").read_text(encoding="utf-8"))
+    assert len(table) > 30
+    for _, where, *_ in table:
+        text = ""
+        for name in named(where):
+            words = name.split(".")
+            if name.endswith(".py"):
+                text = (PACKAGE / ("" if "/" in name else "cpu") / name).read_text(encoding="utf-8")
+                continue
+            if len(words) > 1:
+                module = words.pop(0)
+                text = (PACKAGE / "cpu" / f"{module}.py").read_text(encoding="utf-8")
+            # A name in parentheses stands in the file before it.
+            assert all(re.search(rf"\b{word}\b", text) for word in words), name
