@@ -71,7 +71,7 @@ def test_a_keyboard_interrupt_keeps_the_partial_turn(make, score):
 
 
 def test_stop_closes_no_stream_that_another_thread_reads(make):
-    """It read one before: what it stops now is another thread's, which ends after its token."""
+    """A thread that read a reply before stops another's, which ends after its token."""
     chat = make(sampling=gnb.Sampling(seed=1, max_new_tokens=4, forbidden=(0, 1, 5)))
     chat.chat("Hello")
     unread = chat.stream("Not begun")

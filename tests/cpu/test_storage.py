@@ -188,7 +188,7 @@ def test_int8_is_chosen_by_what_the_layers_compute():
 @pytest.mark.parametrize("columns", [None, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("int8", [False, True])
 def test_every_storage_stands_for_the_weight(weight, int8, columns):
-    """What is packed says what it is, and materialises to the weight."""
+    """A packed weight says its storage, and materialises to the weight."""
     plain = Stored(FloatRows(weight), Columns(weight.T), jnp.ones(INNER))
     options = {"rounded": False, "columns": columns, "streams": Streams()}
     packed = pack({"w": plain}, int8=int8, **options)["w"]

@@ -1,4 +1,4 @@
-"""What tests of interventions compare."""
+"""Comparisons that tests of interventions share."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ import gemma_nb as gnb
 
 
 def logits(model, ids):
-    """Of a pass over the whole text."""
+    """Logits of a pass over the whole text."""
     return model(gnb.GemmaInputs(np.asarray(ids))).values
 
 

@@ -1,4 +1,4 @@
-"""What others put where a session saves stays, and what is lost there is written again."""
+"""Files of others where a session saves stay, and what is lost there is written again."""
 
 import os
 
@@ -56,7 +56,7 @@ def replace_the_journal(path, older):
 
 
 def foreign(path):
-    """What others have put there."""
+    """The bytes that others have put there."""
     files = (path, journal.path_of(path))
     return [file.read_bytes() if file.is_file() else file.is_dir() for file in files]
 
